@@ -1,0 +1,266 @@
+"""Options of GCPO, on top of those of TRL's GRPOConfig."""
+
+import math
+import string
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import GRPOConfig
+
+ESTIMATORS = ("loo", "scored", "none")
+REPRESENTATIONS = ("last", "mean")
+BASELINES = ("mean", "loo")
+SIMILARITIES = ("cosine", "euclidean", "gaussian")
+
+FUSION_PROMPT_TEMPLATE = (
+    "{question}\n\n"
+    "Below are candidate answers to the question above, written independently of each other.\n\n"
+    "{candidates}\n\n"
+    "Integrate them into one final answer: keep what is right, correct what is wrong, and answer the question."
+)
+CONTEXT_PROMPT_TEMPLATE = (
+    "{question}\n\n"
+    "Below are candidate answers to the question above, written independently of each other.\n\n"
+    "{candidates}\n\n"
+    "Integrated, they gave this final answer:\n{collider}\n\n"
+    "Write one more candidate answer to the question."
+)
+CANDIDATE_TEMPLATE = "Candidate {index}:\n{candidate}"
+
+
+@dataclass
+class GCPOConfig(GRPOConfig):
+    r"""
+    Options of [`GCPOTrainer`]: all of TRL's [`~trl.GRPOConfig`], and those below.
+
+    Symbols are the paper's (arXiv 2508.05428): n = `num_generations` candidates y_i per prompt q, L = `num_colliders`
+    integrated answers c_l per prompt, x_{i,l} = {q, every candidate but y_i, c_l}.
+
+    Parameters:
+        alpha (`float`, *optional*, defaults to `2.0`):
+            Scale of the causal weight, Upsilon_i = alpha * s(z_i, t_i) (eq. 11).
+        kappa (`float`, *optional*, defaults to `0.06`):
+            Weight of the KL term towards the causally projected reference (eq. 12). `0.0` turns the term off, and
+            with it the forwards that score the candidates under the contexts x_{i,l}.
+        estimator (`str`, *optional*, defaults to `"loo"`):
+            How the representations under x_{i,l} are estimated: `"loo"`, in closed form from the candidates and the
+            colliders; `"scored"`, the hidden state of y_i itself under every x_{i,l}; `"none"`, Upsilon = 1, which
+            turns the weighting of advantages off. `kappa=0` with `estimator="none"` is GRPO, at GRPO's cost.
+        representation (`str`, *optional*, defaults to `"last"`):
+            z of a completion: `"last"`, the last layer's hidden state (after the final norm) of its last token, as in
+            the paper; `"mean"`, the mean over its tokens.
+        baseline (`str`, *optional*):
+            `"mean"`, zbar = mean_k z_k (the paper), or `"loo"`, the mean over the other candidates. Defaults to
+            `"loo"` with `estimator="loo"` and to `"mean"` otherwise.
+        similarity (`str`, *optional*, defaults to `"cosine"`):
+            s of eq. 11: `"cosine"`, `"euclidean"` or `"gaussian"` (the paper's ablation, on unit vectors).
+        num_colliders (`int`, *optional*, defaults to `4`):
+            L, the integrated answers generated per prompt (the paper: L = n). With one, the projection's two terms
+            cancel and only the leave-one-out weighting and a KL term to the old policy remain.
+        collider_max_completion_length (`int`, *optional*, defaults to `256`):
+            Most tokens of an integrated answer.
+        candidate_context_tokens (`int`, *optional*, defaults to `512`):
+            How many tokens of each candidate a prompt shows, counted from its end. `None`: all of them.
+        fusion_prompt_template (`str`, *optional*):
+            What asks for an integrated answer. Must hold `{question}` and `{candidates}`.
+        context_prompt_template (`str`, *optional*):
+            What the candidate y_i is scored after: the context x_{i,l}. Must hold `{question}`, `{candidates}` and
+            `{collider}`.
+        candidate_template (`str`, *optional*):
+            How one candidate is shown in either. Must hold `{candidate}`, may hold `{index}`.
+        proj_floor (`float`, *optional*, defaults to `1e-6`):
+            p' is clamped to [proj_floor, 1] (eq. 13).
+        context_batch_size (`int`, *optional*):
+            Rows per forward when scoring under contexts, which are longer than prompts. Defaults to
+            `per_device_train_batch_size`.
+        context_attention (`str`, *optional*, defaults to `"full"`):
+            `"full"`: the candidates of a context attend to each other, the paper's reading. The only value so far.
+        num_kl_contexts (`int`, *optional*):
+            How many contexts each candidate is scored under. `None`: all L of them, the only value so far.
+        kl_fraction (`float`, *optional*, defaults to `1.0`):
+            Share of the candidates that the second KL term is computed on. `1.0` is the only value so far.
+        causal_policy_context (`str`, *optional*, defaults to `"query"`):
+            What pi_theta is conditioned on in the second KL term: `"query"`, q, which reuses the policy's own forward.
+            The only value so far.
+        share_prefix (`bool`, *optional*, defaults to `False`):
+            Whether contexts that share a prefix are packed into one row. `False` is the only value so far.
+        num_estimator_samples (`int`, *optional*, defaults to `1`):
+            m, outputs per context. The estimators so far use one: y_i itself.
+    """
+
+    alpha: float = field(default=2.0, metadata={"help": "Scale of the causal weight Upsilon."})
+    kappa: float = field(default=0.06, metadata={"help": "Weight of the KL term to the causal reference. 0: off."})
+    estimator: str = field(
+        default="loo",
+        metadata={"help": "Estimator of the causal weight: 'loo', 'scored', or 'none' (Upsilon = 1)."},
+    )
+    representation: str = field(
+        default="last",
+        metadata={"help": "z of a completion: hidden state of its 'last' token, or 'mean' over its tokens."},
+    )
+    baseline: str | None = field(
+        default=None,
+        metadata={"help": "Group baseline zbar: 'mean' (paper) or 'loo'. Default: 'loo' for estimator 'loo'."},
+    )
+    similarity: str = field(
+        default="cosine", metadata={"help": "Similarity of eq. 11: 'cosine', 'euclidean' or 'gaussian'."}
+    )
+    num_colliders: int = field(default=4, metadata={"help": "Integrated answers generated per prompt (L)."})
+    collider_max_completion_length: int = field(
+        default=256, metadata={"help": "Most tokens of an integrated answer."}
+    )
+    candidate_context_tokens: int | None = field(
+        default=512,
+        metadata={"help": "Tokens of each candidate that a prompt shows, from its end. None: all."},
+    )
+    fusion_prompt_template: str = field(
+        default=FUSION_PROMPT_TEMPLATE,
+        metadata={"help": "Prompt for an integrated answer; holds {question} and {candidates}."},
+    )
+    context_prompt_template: str = field(
+        default=CONTEXT_PROMPT_TEMPLATE,
+        metadata={"help": "Context a candidate is scored under; holds {question}, {candidates} and {collider}."},
+    )
+    candidate_template: str = field(
+        default=CANDIDATE_TEMPLATE,
+        metadata={"help": "How one candidate is shown; holds {candidate}, may hold {index}."},
+    )
+    proj_floor: float = field(default=1e-6, metadata={"help": "Lower clamp of the projected probability p'."})
+    context_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Rows per forward when scoring under contexts. Default: per_device_train_batch_size."},
+    )
+    context_attention: str = field(default="full", metadata={"help": "'full' is the only value so far."})
+    num_kl_contexts: int | None = field(
+        default=None, metadata={"help": "Contexts scored per candidate. None (all) is the only value so far."}
+    )
+    kl_fraction: float = field(
+        default=1.0, metadata={"help": "Share of candidates in the second KL term. 1.0 is the only value so far."}
+    )
+    causal_policy_context: str = field(default="query", metadata={"help": "'query' is the only value so far."})
+    share_prefix: bool = field(default=False, metadata={"help": "False is the only value so far."})
+    num_estimator_samples: int = field(default=1, metadata={"help": "1 is the only value so far."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_causal_options()
+        if self.baseline is None:
+            self.baseline = "loo" if self.estimator == "loo" else "mean"
+
+    @property
+    def uses_weights(self) -> bool:
+        """Whether advantages are multiplied by Upsilon."""
+        return self.estimator != "none"
+
+    @property
+    def uses_contexts(self) -> bool:
+        """Whether candidates are scored under the contexts x_{i,l}."""
+        return self.kappa > 0 or self.estimator == "scored"
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a step does anything that GRPO's does not."""
+        return self.uses_weights or self.kappa > 0
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> "GCPOConfig":
+        """
+        The paper's settings (arXiv 2508.05428, "Implementation details") where they are supported: alpha 2, kappa
+        0.06, L = n, whole candidates in every prompt, zbar over the whole group, learning rate 1e-6, weight decay
+        0.01. The representations under x_{i,l} are those of the candidates themselves (`estimator="scored"`); the
+        paper samples fresh outputs there.
+
+        Args:
+            **overrides: any option, which then wins over the paper's.
+        """
+        settings: dict[str, Any] = {
+            "alpha": 2.0,
+            "kappa": 0.06,
+            "estimator": "scored",
+            "representation": "last",
+            "baseline": "mean",
+            "similarity": "cosine",
+            "candidate_context_tokens": None,
+            "learning_rate": 1e-6,
+            "weight_decay": 0.01,
+        }
+        settings.update(overrides)
+        config = cls(**settings)
+        if "num_colliders" not in overrides:
+            config.num_colliders = config.num_generations
+        return config
+
+    def _check_causal_options(self) -> None:
+        _check_number("alpha", self.alpha)
+        _check_number("kappa", self.kappa, low=0.0)
+        _check_number("proj_floor", self.proj_floor, low=0.0, high=1.0, open_low=True, open_high=True)
+        _check_choice("estimator", self.estimator, ESTIMATORS)
+        _check_choice("representation", self.representation, REPRESENTATIONS)
+        _check_choice("similarity", self.similarity, SIMILARITIES)
+        if self.baseline is not None:
+            _check_choice("baseline", self.baseline, BASELINES)
+        _check_count("num_colliders", self.num_colliders)
+        _check_count("collider_max_completion_length", self.collider_max_completion_length)
+        _check_count("num_estimator_samples", self.num_estimator_samples)
+        for name in ("candidate_context_tokens", "context_batch_size", "num_kl_contexts"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name))
+        _check_template("fusion_prompt_template", self.fusion_prompt_template, {"question", "candidates"})
+        _check_template(
+            "context_prompt_template", self.context_prompt_template, {"question", "candidates", "collider"}
+        )
+        _check_template("candidate_template", self.candidate_template, {"candidate"}, optional={"index"})
+        # Named by the interface, not built yet: refuse them rather than ignore them.
+        for name, only in (
+            ("context_attention", "full"),
+            ("num_kl_contexts", None),
+            ("kl_fraction", 1.0),
+            ("causal_policy_context", "query"),
+            ("share_prefix", False),
+            ("num_estimator_samples", 1),
+        ):
+            if getattr(self, name) != only:
+                raise ValueError(f"`{name}` must be {only!r} in this version of gcpo, got {getattr(self, name)!r}.")
+
+
+def _check_number(
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"`{name}` must be a number, got {type(value).__name__}.")
+    above = value > low if open_low else value >= low
+    below = value < high if open_high else value <= high
+    if not (math.isfinite(value) and above and below):
+        interval = f"{'(' if open_low else '['}{low}, {high}{')' if open_high else ']'}"
+        raise ValueError(f"`{name}` must be finite and in {interval}, got {value}.")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an integer, got {type(value).__name__}.")
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {value}.")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def _check_template(name: str, template: Any, required: set[str], optional: frozenset[str] | set[str] = frozenset()):
+    if not isinstance(template, str):
+        raise TypeError(f"`{name}` must be a string, got {type(template).__name__}.")
+    try:
+        fields = {key for _, key, _, _ in string.Formatter().parse(template) if key is not None}
+    except ValueError as error:
+        raise ValueError(f"`{name}` is not a valid format string ({error}); write a literal brace twice.") from error
+    missing, unknown = required - fields, fields - required - optional
+    if missing or unknown:
+        named = ", ".join("{" + key + "}" for key in sorted(required))
+        got = ", ".join("{" + key + "}" for key in sorted(fields)) or "none"
+        raise ValueError(f"`{name}` must hold the placeholders {named}, got {got}.")
