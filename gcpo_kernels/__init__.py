@@ -1,0 +1,29 @@
+"""
+Losses and causal weights of Group Causal Policy Optimization (GCPO, arXiv 2508.05428), on tensors.
+
+Needs torch alone: no transformers, no TRL, no GPU.
+"""
+
+from gcpo_kernels.api import (
+    available_backends,
+    causal_reference_logprob,
+    causal_weights,
+    gcpo_loss,
+    group_advantages,
+    leave_one_out_mean,
+    linear_gcpo_loss,
+    linear_logprob,
+    selective_logprob,
+)
+
+__all__ = [
+    "available_backends",
+    "causal_reference_logprob",
+    "causal_weights",
+    "gcpo_loss",
+    "group_advantages",
+    "leave_one_out_mean",
+    "linear_gcpo_loss",
+    "linear_logprob",
+    "selective_logprob",
+]

@@ -1,0 +1,514 @@
+"""
+The public functions: what they take, what they give, and which backend runs them.
+
+Conventions. B sequences, T tokens, L contexts, V vocabulary, H hidden size, P prompts, n candidates per prompt, m
+samples. "float" is float32, bfloat16 or float16 (float64 too on the torch backend); arithmetic and results are float32
+(float64 for float64 input). Log-probabilities are natural logarithms. No input is modified. Wrong shapes, types,
+devices and option values raise ValueError or TypeError naming the argument. Equations are those of arXiv 2508.05428.
+"""
+
+from typing import Any
+
+import torch
+
+from gcpo_kernels import ops, reference
+from gcpo_kernels.checks import check_ids, check_mask, check_rank, check_tensor
+from gcpo_kernels.options import (
+    ADVANTAGE_SCALES,
+    BASELINES,
+    SIMILARITIES,
+    HeadOptions,
+    LossOptions,
+    check_choice,
+    check_count,
+    check_floor,
+    check_number,
+)
+
+Metrics = dict[str, torch.Tensor]
+
+
+def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
+    """Backends that run on tensors of `device`, the one that `backend=None` chooses first."""
+    torch.device(device)
+    return ("torch",)
+
+
+def _check_backend(backend: str | None, x: torch.Tensor) -> None:
+    if backend is None:
+        return
+    check_choice("backend", backend, ("triton", "torch"))
+    available = available_backends(x.device)
+    if backend not in available:
+        raise ValueError(f"`backend` {backend!r} does not run on {x.device} tensors here; available: {available}.")
+
+
+def gcpo_loss(
+    logp: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    old_logp: torch.Tensor | None = None,
+    ref_logp: torch.Tensor | None = None,
+    context_logp: torch.Tensor | None = None,
+    context_weights: torch.Tensor | None = None,
+    query_logp: torch.Tensor | None = None,
+    causal_logp: torch.Tensor | None = None,
+    beta: float = 0.0,
+    kappa: float = 0.0,
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.2,
+    delta: float | None = None,
+    importance_sampling_level: str = "token",
+    importance_sampling_ratio: torch.Tensor | None = None,
+    loss_type: str = "grpo",
+    max_completion_length: int | None = None,
+    num_items_in_batch: float | torch.Tensor | None = None,
+    proj_floor: float = 1e-6,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, Metrics]:
+    r"""
+    The GCPO objective (eq. 10), as a loss to minimise, from per-token log-probabilities.
+
+    Per token, with R = exp(logp - old_logp), A the advantage (eq. 9: already multiplied by Upsilon) and
+    k3(d) = exp(d) - d - 1:
+
+        -min(R A, clip(R, 1 - epsilon_low, 1 + epsilon_high) A) w
+            + beta k3(ref_logp - logp) + kappa k3(log p' - causal_logp)
+
+    where p' = exp(context_logp[..., 0]) - mean_l exp(context_logp[..., l]) + exp(query_logp), clamped to
+    [proj_floor, 1], is the causal reference (eqs. 12, 13). With kappa = 0 this is GRPO's loss.
+
+    Args:
+        logp: (B, T) float, log pi_theta of the tokens; carries gradient.
+        advantages: (B,) or (B, T) float; a constant.
+        mask: (B, T) bool, int or float 0/1. Where it is 0 nothing matters, whatever the other arguments hold there.
+        old_logp: (B, T) float, log pi_old. None: `logp.detach()`.
+        ref_logp: (B, T) float, log pi_ref. Needed when beta > 0.
+        context_logp: (B, T, L) float, log pi_old of the tokens under the contexts x_{i,l}. Needed when kappa > 0.
+        context_weights: (L,) or (B, L) float >= 0, the weights of the mean over l, used as given. None: 1 / L each.
+            Where a weight is 0 the context's scores are ignored, NaN included; index 0 still serves as the context
+            x_i.
+        query_logp: (B, T) float, log pi_old under the query alone. None: `old_logp`.
+        causal_logp: (B, T) float, log pi_theta under the context x_i; carries gradient. None: `logp`.
+        beta: weight of the KL term to the reference policy, >= 0.
+        kappa: weight of the KL term to the causal reference, >= 0.
+        epsilon_low: lower clip range of R, >= 0.
+        epsilon_high: upper clip range of R, >= 0.
+        delta: caps the unclipped R (two-sided clipping), > 0. None: no cap.
+        importance_sampling_level: "token", or "sequence": log R averaged over a sequence's unmasked tokens.
+        importance_sampling_ratio: (B, T), (B, 1) or (B,) float, w: the correction of a separate sampler.
+        loss_type: "grpo": mean over sequences of each one's mean over its unmasked tokens; "bnpo": mean over unmasked
+            tokens; "dr_grpo": sum / (B * max_completion_length); "dapo": sum / num_items_in_batch. Denominators are
+            at least 1.
+        max_completion_length: tokens, for "dr_grpo".
+        num_items_in_batch: tokens, a number or a one-element tensor, for "dapo". None: the unmasked tokens here.
+        proj_floor: lower bound of p', in (0, 1).
+        backend: "triton", "torch", or None for the first of `available_backends`.
+
+    Returns:
+        The loss, a scalar, and metrics: detached float32 scalars, means over unmasked tokens: "kl", "kl_causal",
+        "proj_clamped" (share of tokens whose p' was clamped), "clip_low", "clip_high" (share of tokens clipped on
+        that side). Terms that were not given are 0.
+    """
+    options = LossOptions(
+        beta=beta,
+        kappa=kappa,
+        epsilon_low=epsilon_low,
+        epsilon_high=epsilon_high,
+        delta=delta,
+        importance_sampling_level=importance_sampling_level,
+        loss_type=loss_type,
+        max_completion_length=max_completion_length,
+        num_items_in_batch=num_items_in_batch,
+        proj_floor=proj_floor,
+    )
+    check_rank("logp", logp, (2,), "(B, T)")
+    _check_backend(backend, logp)
+    inputs = _token_inputs(
+        tuple(logp.shape),
+        logp,
+        advantages,
+        mask,
+        options,
+        reference.compute_dtype(logp),
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        context_logp=context_logp,
+        context_weights=context_weights,
+        query_logp=query_logp,
+        causal_logp=causal_logp,
+        importance_sampling_ratio=importance_sampling_ratio,
+    )
+    return reference.objective(logp.to(reference.compute_dtype(logp)), inputs, options)
+
+
+def linear_gcpo_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    token_ids: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    old_logp: torch.Tensor | None = None,
+    ref_logp: torch.Tensor | None = None,
+    context_logp: torch.Tensor | None = None,
+    context_weights: torch.Tensor | None = None,
+    query_logp: torch.Tensor | None = None,
+    causal_logp: torch.Tensor | None = None,
+    beta: float = 0.0,
+    kappa: float = 0.0,
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.2,
+    delta: float | None = None,
+    importance_sampling_level: str = "token",
+    importance_sampling_ratio: torch.Tensor | None = None,
+    loss_type: str = "grpo",
+    max_completion_length: int | None = None,
+    num_items_in_batch: float | torch.Tensor | None = None,
+    proj_floor: float = 1e-6,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, Metrics]:
+    """
+    `gcpo_loss` from hidden states and the output layer, without ever holding (B * T, V) logits.
+
+    Equal to `gcpo_loss(linear_logprob(hidden, weight, token_ids, ...), advantages, mask, ...)`. Gradients in hidden,
+    weight and bias are made in the forward, tile by tile: three matrix products, two when the weight needs no
+    gradient, one when nothing does. Weight gradients accumulate in float32. Masked tokens cost nothing.
+
+    Args:
+        hidden: (B, T, H) or (B * T, H) float; row t is what predicts token t.
+        weight: (V, H) float.
+        token_ids: (B, T) or (B * T,) int64, in [0, V) where the mask is not 0.
+        advantages, mask: as in `gcpo_loss`; the mask gives B and T.
+        bias: (V,) float.
+        temperature, logit_scale, logit_softcap: as in `linear_logprob`.
+        Everything else: as in `gcpo_loss`.
+
+    Returns:
+        As `gcpo_loss`, with "entropy" (nats, mean over unmasked tokens) among the metrics.
+    """
+    options = LossOptions(
+        beta=beta,
+        kappa=kappa,
+        epsilon_low=epsilon_low,
+        epsilon_high=epsilon_high,
+        delta=delta,
+        importance_sampling_level=importance_sampling_level,
+        loss_type=loss_type,
+        max_completion_length=max_completion_length,
+        num_items_in_batch=num_items_in_batch,
+        proj_floor=proj_floor,
+    )
+    head = HeadOptions(temperature, logit_scale, logit_softcap)
+    check_rank("hidden", hidden, (2, 3), "(B, T, H) or (B * T, H)")
+    _check_backend(backend, hidden)
+    check_tensor("mask", mask, floating=False, like=hidden)
+    if mask.dim() != 2:
+        raise ValueError(f"`mask` must have shape (B, T), got {tuple(mask.shape)}.")
+    shape = tuple(mask.shape)
+    lead = tuple(hidden.shape[:-1])
+    if lead not in (shape, (shape[0] * shape[1],)):
+        raise ValueError(
+            f"`hidden` must have shape (B, T, H) or (B * T, H) with (B, T) = {shape}, got {lead} before H."
+        )
+    token_ids = check_ids("token_ids", token_ids, lead, "(B, T)", hidden)
+    _check_head(hidden, weight, bias)
+    dtype = reference.compute_dtype(hidden, weight)
+    inputs = _token_inputs(
+        shape,
+        hidden,
+        advantages,
+        mask,
+        options,
+        dtype,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        context_logp=context_logp,
+        context_weights=context_weights,
+        query_logp=query_logp,
+        causal_logp=causal_logp,
+        importance_sampling_ratio=importance_sampling_ratio,
+    )
+    grad = torch.is_grad_enabled()
+    logp, entropy, *gradients = ops.linear_loss(
+        hidden.detach().flatten(0, -2),
+        weight.detach(),
+        None if bias is None else bias.detach(),
+        token_ids.flatten(),
+        inputs.mask,
+        inputs.advantages,
+        reference.token_weights(inputs.mask, options, dtype),
+        inputs.old_logp,
+        inputs.ref_logp,
+        inputs.query_logp,
+        None if inputs.causal_logp is None else inputs.causal_logp.detach(),
+        inputs.importance_sampling_ratio,
+        inputs.context_logp,
+        inputs.context_weights,
+        _storage_dtype(hidden, weight),
+        ops.head_arguments(head),
+        [beta, kappa, epsilon_low, epsilon_high, delta or 0.0, proj_floor],
+        importance_sampling_level == "sequence",
+        [
+            grad and hidden.requires_grad,
+            grad and weight.requires_grad,
+            grad and bias is not None and bias.requires_grad,
+        ],
+    )
+    # The value again from the log-probabilities, on (B, T): it also carries the gradient in causal_logp.
+    value, metrics = reference.objective(logp, inputs, options)
+    metrics["entropy"] = reference.masked_mean(entropy, inputs.mask)
+    loss = ops.LossWithGradients.apply(value, hidden.flatten(0, -2), weight, bias, *gradients)
+    return loss, metrics
+
+
+def linear_logprob(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    return_entropy: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """
+    Log-probabilities of tokens from hidden states and the output layer, without ever holding (N, V) logits.
+
+    logit = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature, softcap(u) = c tanh(u / c).
+
+    Args:
+        hidden: (B, T, H) or (N, H) float; carries gradient.
+        weight: (V, H) float; carries gradient.
+        token_ids: (B, T) or (N,) int64 in [0, V). Outside, ValueError on a CPU, NaN on other devices.
+        bias: (V,) float; carries gradient.
+        temperature: > 0.
+        logit_scale: multiplies logits before the softcap.
+        logit_softcap: c > 0. None: no softcap.
+        return_entropy: also return the entropy of each token's distribution, in nats, with its gradient.
+        backend: as in `gcpo_loss`.
+
+    Returns:
+        (B, T) or (N,) log-probabilities, or (log-probabilities, entropies).
+    """
+    head = HeadOptions(temperature, logit_scale, logit_softcap)
+    check_rank("hidden", hidden, (2, 3), "(B, T, H) or (N, H)")
+    _check_backend(backend, hidden)
+    token_ids = check_ids("token_ids", token_ids, tuple(hidden.shape[:-1]), "of hidden without H", hidden)
+    _check_head(hidden, weight, bias)
+    logp, entropy = ops.linear_logprob(
+        hidden.flatten(0, -2),
+        weight,
+        bias,
+        token_ids.flatten(),
+        _storage_dtype(hidden, weight),
+        ops.head_arguments(head),
+    )
+    logp, entropy = logp.view(token_ids.shape), entropy.view(token_ids.shape)
+    return (logp, entropy) if return_entropy else logp
+
+
+def selective_logprob(
+    logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """
+    log_softmax(logits / temperature) at token_ids, for trainers that hold logits already: no second (N, V) tensor
+    in the forward, one in the backward (the gradient).
+
+    Args:
+        logits: (B, T, V) or (N, V) float, any strides; carries gradient.
+        token_ids: (B, T) or (N,) int64 in [0, V). Outside, ValueError on a CPU, NaN on other devices.
+        temperature: > 0.
+        return_entropy: also return the entropy of each token's distribution, in nats, with its gradient.
+        backend: as in `gcpo_loss`.
+
+    Returns:
+        (B, T) or (N,) log-probabilities, or (log-probabilities, entropies).
+    """
+    HeadOptions(temperature)
+    check_rank("logits", logits, (2, 3), "(B, T, V) or (N, V)")
+    _check_backend(backend, logits)
+    token_ids = check_ids("token_ids", token_ids, tuple(logits.shape[:-1]), "of logits without V", logits)
+    logp, entropy = ops.selective_logprob(logits, token_ids, float(temperature))
+    return (logp, entropy) if return_entropy else logp
+
+
+def causal_weights(
+    z: torch.Tensor,
+    context_z: torch.Tensor,
+    *,
+    alpha: float = 2.0,
+    baseline: str = "mean",
+    similarity: str = "cosine",
+    context_mask: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """
+    The causal weights Upsilon (eq. 11): alpha * s(z_i, Zbar_i - Zprime_i + zbar).
+
+    Zbar_i = mean_j context_z[:, i, 0, j]; Zprime_i = mean_l mean_j context_z[:, i, l, j]; zbar is the group's mean
+    (`baseline="mean"`) or that of the other candidates ("loo", NaN for n = 1). The cosine is z.t / max(|z||t|, 1e-8).
+
+    Args:
+        z: (P, n, H) float, representations of the candidates; carries gradient.
+        context_z: (P, n, L, m, H) float, representations of m samples under each context; carries gradient.
+        alpha: scale of the weights.
+        baseline: "mean" or "loo".
+        similarity: "cosine"; or, with c the cosine, "euclidean" 1 / (1 + sqrt(2 - 2c)), "gaussian" exp(-(2 - 2c) / 2).
+        context_mask: (P, n, L, m) bool, samples that exist. Means run over those; where an i has none under context 0,
+            or none at all, Zbar_i - Zprime_i is 0.
+        backend: as in `gcpo_loss`.
+
+    Returns:
+        (P, n) weights. NaN or inf in z or in samples that exist comes out as NaN.
+    """
+    check_number("alpha", alpha)
+    check_choice("baseline", baseline, BASELINES)
+    check_choice("similarity", similarity, SIMILARITIES)
+    check_rank("z", z, (3,), "(P, n, H)")
+    _check_backend(backend, z)
+    check_rank("context_z", context_z, (5,), "(P, n, L, m, H)")
+    check_tensor("context_z", context_z, like=z)
+    p, n, hidden = z.shape
+    if (context_z.shape[0], context_z.shape[1], context_z.shape[4]) != (p, n, hidden):
+        raise ValueError(
+            f"`context_z` must have shape (P, n, L, m, H) = ({p}, {n}, L, m, {hidden}), got {tuple(context_z.shape)}."
+        )
+    if 0 in context_z.shape[2:4]:
+        raise ValueError(f"`context_z` must hold at least one context and sample, got {tuple(context_z.shape)}.")
+    if context_mask is not None:
+        check_mask("context_mask", context_mask, tuple(context_z.shape[:4]), "(P, n, L, m)", z)
+    return reference.causal_weights(
+        z, context_z, alpha=alpha, baseline=baseline, similarity=similarity, context_mask=context_mask
+    )
+
+
+def leave_one_out_mean(z: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+    """mean_{k != i} z_k for each i: (P, n, H) from (P, n, H) float; NaN for n = 1. Carries gradient."""
+    check_rank("z", z, (3,), "(P, n, H)")
+    _check_backend(backend, z)
+    return reference.leave_one_out_mean(z)
+
+
+def group_advantages(
+    rewards: torch.Tensor, group_size: int, *, scale: str = "group", eps: float = 1e-4
+) -> torch.Tensor:
+    """
+    Group-relative advantages (eq. 8): (r - mean) / (std + eps) within each group.
+
+    Args:
+        rewards: (B,) float, group-major: rows p * n .. p * n + n - 1 belong to prompt p. NaN rewards are left out of
+            the statistics and get advantage 0.
+        group_size: n; divides B.
+        scale: "group", "batch" (std over all rewards), or "none" (no division), as TRL's `scale_rewards`.
+        eps: added to the std, >= 0.
+
+    Returns:
+        (B,) advantages; 0 for groups of equal rewards.
+    """
+    check_rank("rewards", rewards, (1,), "(B,)")
+    check_count("group_size", group_size)
+    if rewards.shape[0] % group_size:
+        raise ValueError(f"`group_size` must divide the number of rewards, {rewards.shape[0]}, got {group_size}.")
+    check_choice("scale", scale, ADVANTAGE_SCALES)
+    check_number("eps", eps, low=0.0)
+    return reference.group_advantages(rewards, group_size, scale=scale, eps=eps)
+
+
+def causal_reference_logprob(
+    query_logp: torch.Tensor, context_logp: torch.Tensor, *, proj_floor: float = 1e-6
+) -> torch.Tensor:
+    """
+    log p', the causal reference's log-probability of each token (eq. 13), for looking at: `gcpo_loss` fuses it.
+
+    Args:
+        query_logp: (B, T) float, log pi_old under the query alone.
+        context_logp: (B, T, L) float, log pi_old under the contexts x_{i,l}.
+        proj_floor: lower bound of p', in (0, 1).
+
+    Returns:
+        (B, T), in [log proj_floor, 0].
+    """
+    check_rank("query_logp", query_logp, (2,), "(B, T)")
+    check_floor(proj_floor)
+    _check_contexts(tuple(query_logp.shape), query_logp, context_logp)
+    return reference.causal_reference_logprob(query_logp, context_logp, proj_floor=proj_floor)
+
+
+def _check_contexts(shape: tuple[int, ...], like: torch.Tensor, context_logp: Any) -> None:
+    check_rank("context_logp", context_logp, (3,), "(B, T, L)")
+    check_tensor("context_logp", context_logp, like=like)
+    if tuple(context_logp.shape[:2]) != shape or context_logp.shape[2] < 1:
+        raise ValueError(
+            f"`context_logp` must have shape (B, T, L) = ({shape[0]}, {shape[1]}, L) with L >= 1, "
+            f"got {tuple(context_logp.shape)}."
+        )
+
+
+def _check_head(hidden: torch.Tensor, weight: Any, bias: Any) -> None:
+    check_rank("weight", weight, (2,), "(V, H)")
+    check_tensor("weight", weight, like=hidden)
+    if weight.shape[1] != hidden.shape[-1] or weight.shape[0] < 1:
+        raise ValueError(f"`weight` must have shape (V, H) = (V, {hidden.shape[-1]}), got {tuple(weight.shape)}.")
+    if bias is not None:
+        check_tensor("bias", bias, shapes=((weight.shape[0],),), wanted=f"(V,) = ({weight.shape[0]},)", like=hidden)
+
+
+def _storage_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    """The type that the operands of the matrix products are rounded to: autocast's where it is on, else promotion's."""
+    promoted = torch.promote_types(hidden.dtype, weight.dtype)
+    kind = hidden.device.type
+    if promoted != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return promoted
+
+
+def _token_inputs(
+    shape: tuple[int, ...],
+    like: torch.Tensor,
+    advantages: Any,
+    mask: Any,
+    options: LossOptions,
+    dtype: torch.dtype,
+    **tensors: Any,
+) -> reference.TokenInputs:
+    """Check every per-token argument of the losses against (B, T) = shape, then clean and cast them."""
+    b, t = shape
+    check_mask("mask", mask, shape, "(B, T)", like)
+    per_row = ((b,), shape)
+    check_tensor("advantages", advantages, shapes=per_row, wanted=f"(B,) or (B, T) = ({b},) or {shape}", like=like)
+    for name in ("old_logp", "ref_logp", "query_logp", "causal_logp"):
+        if tensors[name] is not None:
+            check_tensor(name, tensors[name], shapes=(shape,), wanted=f"(B, T) = {shape}", like=like)
+    if (ratio := tensors["importance_sampling_ratio"]) is not None:
+        shapes = (shape, (b, 1), (b,))
+        wanted = f"(B, T), (B, 1) or (B,) with (B, T) = {shape}"
+        check_tensor("importance_sampling_ratio", ratio, shapes=shapes, wanted=wanted, like=like)
+    context_logp, weights = tensors["context_logp"], tensors["context_weights"]
+    if context_logp is not None:
+        _check_contexts(shape, like, context_logp)
+    if weights is not None:
+        if context_logp is None:
+            raise ValueError("`context_weights` needs `context_logp`, got None.")
+        contexts = context_logp.shape[2]
+        wanted = f"(L,) or (B, L) = ({contexts},) or ({b}, {contexts})"
+        check_tensor("context_weights", weights, shapes=((contexts,), (b, contexts)), wanted=wanted, like=like)
+        if weights.device.type == "cpu" and not torch.compiler.is_compiling() and bool((weights < 0).any()):
+            raise ValueError(f"`context_weights` must be at least 0, got {weights.min().item()}.")
+    if options.beta > 0 and tensors["ref_logp"] is None:
+        raise ValueError(f"`beta` = {options.beta} needs `ref_logp`, got None.")
+    if options.kappa > 0 and context_logp is None:
+        raise ValueError(f"`kappa` = {options.kappa} needs `context_logp`, got None.")
+    return reference.token_inputs(mask, advantages, dtype, **tensors)

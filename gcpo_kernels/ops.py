@@ -1,0 +1,252 @@
+"""
+Registered operators (torch.library) around the backends, with their shapes for tracing and their gradients.
+
+They are opaque to torch.compile, which therefore neither unrolls their loops nor breaks the graph, and run with
+autocast off: the type of the matrix products is an argument (`storage`), decided by the caller.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gcpo_kernels import torch_backend
+from gcpo_kernels.options import HeadOptions, LossOptions
+from gcpo_kernels.reference import TokenInputs, compute_dtype
+
+_NAMESPACE = "gcpo"
+
+
+def _without_autocast(x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, storage: torch.dtype, options: list[float]
+) -> torch_backend.Head:
+    temperature, logit_scale, softcap = options
+    head = HeadOptions(temperature, logit_scale, softcap if softcap > 0 else None)
+    return torch_backend.make_head(hidden, weight, bias, head, storage)
+
+
+def head_arguments(head: HeadOptions) -> list[float]:
+    """HeadOptions as the operators take it: operator schemas know lists of numbers, not dataclasses."""
+    return [head.temperature, head.logit_scale, 0.0 if head.logit_softcap is None else head.logit_softcap]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# linear_logprob
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::linear_logprob", mutates_args=())
+def linear_logprob(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    token_ids: Tensor,  # (N,)
+    storage: torch.dtype,
+    head: list[float],
+) -> tuple[Tensor, Tensor]:
+    with _without_autocast(hidden):
+        return torch_backend.linear_logprob_forward(hidden, _head(hidden, weight, bias, storage, head), token_ids)
+
+
+@linear_logprob.register_fake
+def _(hidden, weight, bias, token_ids, storage, head):
+    dtype = compute_dtype(hidden, weight)
+    return tuple(hidden.new_empty(token_ids.shape, dtype=dtype) for _ in range(2))
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::linear_logprob_backward", mutates_args=())
+def linear_logprob_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    g_logp: Tensor,  # (N,)
+    g_entropy: Tensor,  # (N,)
+    storage: torch.dtype,
+    head: list[float],
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    with _without_autocast(hidden):
+        return torch_backend.linear_logprob_backward(
+            hidden,
+            _head(hidden, weight, bias, storage, head),
+            token_ids,
+            g_logp,
+            g_entropy,
+            (need[0], need[1], need[2]),
+        )
+
+
+def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, need: list[bool]) -> tuple[Tensor, ...]:
+    def like(x: Tensor | None, needed: bool) -> Tensor:
+        if x is None or not needed:
+            return weight.new_empty(0)
+        return torch.empty(x.shape, dtype=torch_backend.gradient_dtype(x.dtype), device=x.device)
+
+    return like(hidden, need[0]), like(weight, need[1]), like(bias, need[2])
+
+
+@linear_logprob_backward.register_fake
+def _(hidden, weight, bias, token_ids, g_logp, g_entropy, storage, head, need):
+    return _fake_gradients(hidden, weight, bias, need)
+
+
+def _linear_logprob_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    hidden, weight, bias, token_ids, ctx.storage, ctx.head = inputs
+    ctx.save_for_backward(hidden, weight, bias, token_ids)
+    ctx.set_materialize_grads(True)
+
+
+def _linear_logprob_grad(ctx: Any, g_logp: Tensor, g_entropy: Tensor) -> tuple:
+    hidden, weight, bias, token_ids = ctx.saved_tensors
+    need = list(ctx.needs_input_grad[:3])
+    grads = linear_logprob_backward(hidden, weight, bias, token_ids, g_logp, g_entropy, ctx.storage, ctx.head, need)
+    inputs = (hidden, weight, bias)
+    return (*(g.to(x.dtype) if n else None for g, n, x in zip(grads, need, inputs, strict=True)), None, None, None)
+
+
+linear_logprob.register_autograd(_linear_logprob_grad, setup_context=_linear_logprob_setup)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# linear_gcpo_loss
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::linear_loss", mutates_args=())
+def linear_loss(
+    hidden: Tensor,  # (B * T, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    token_ids: Tensor,  # (B * T,)
+    mask: Tensor,  # (B, T) bool, and so on as in TokenInputs
+    advantages: Tensor,
+    weights: Tensor,  # (B, T)
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    query_logp: Tensor | None,
+    causal_logp: Tensor | None,
+    importance_sampling_ratio: Tensor | None,
+    context_logp: Tensor | None,
+    context_weights: Tensor | None,
+    storage: torch.dtype,
+    head: list[float],
+    loss: list[float],  # beta, kappa, epsilon_low, epsilon_high, delta (0: none), proj_floor
+    by_sequence: bool,
+    need: list[bool],  # gradients of hidden, weight, bias
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities, entropies, and the gradients of sum(weights * per-token loss): three matrix products."""
+    options = LossOptions(
+        beta=loss[0],
+        kappa=loss[1],
+        epsilon_low=loss[2],
+        epsilon_high=loss[3],
+        delta=loss[4] if loss[4] > 0 else None,
+        proj_floor=loss[5],
+        importance_sampling_level="sequence" if by_sequence else "token",
+    )
+    inputs = TokenInputs(
+        mask=mask,
+        advantages=advantages,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        query_logp=query_logp,
+        causal_logp=causal_logp,
+        importance_sampling_ratio=importance_sampling_ratio,
+        context_logp=context_logp,
+        context_weights=context_weights,
+    )
+    with _without_autocast(hidden):
+        return torch_backend.linear_loss(
+            hidden,
+            _head(hidden, weight, bias, storage, head),
+            token_ids,
+            inputs,
+            weights,
+            options,
+            (need[0], need[1], need[2]),
+        )
+
+
+@linear_loss.register_fake
+def _(hidden, weight, bias, token_ids, mask, *args):
+    need = args[-1]
+    dtype = compute_dtype(hidden, weight)
+    scores = (hidden.new_empty(mask.shape, dtype=dtype) for _ in range(2))
+    return (*scores, *_fake_gradients(hidden, weight, bias, need))
+
+
+class LossWithGradients(torch.autograd.Function):
+    """A scalar whose gradients are known already: the forward made them, the backward scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        value: Tensor,  # ()
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        d_hidden: Tensor,
+        d_weight: Tensor,
+        d_bias: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+        scaled = (
+            (d * grad).to(dtype) if needed else None
+            for d, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[1:4], strict=True)
+        )
+        return (grad, *scaled, None, None, None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# selective_logprob
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::selective_logprob", mutates_args=())
+def selective_logprob(logits: Tensor, token_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    with _without_autocast(logits):
+        return torch_backend.selective_forward(logits, token_ids, temperature)
+
+
+@selective_logprob.register_fake
+def _(logits, token_ids, temperature):
+    return tuple(logits.new_empty(token_ids.shape, dtype=compute_dtype(logits)) for _ in range(2))
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::selective_logprob_backward", mutates_args=())
+def selective_logprob_backward(
+    logits: Tensor, token_ids: Tensor, g_logp: Tensor, g_entropy: Tensor, temperature: float
+) -> Tensor:
+    with _without_autocast(logits):
+        d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        torch_backend.selective_forward(logits, token_ids, temperature, g_logp, g_entropy, d_logits)
+        return d_logits
+
+
+@selective_logprob_backward.register_fake
+def _(logits, token_ids, g_logp, g_entropy, temperature):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _selective_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    logits, token_ids, ctx.temperature = inputs
+    ctx.save_for_backward(logits, token_ids)
+    ctx.set_materialize_grads(True)
+
+
+def _selective_grad(ctx: Any, g_logp: Tensor, g_entropy: Tensor) -> tuple:
+    logits, token_ids = ctx.saved_tensors
+    return selective_logprob_backward(logits, token_ids, g_logp, g_entropy, ctx.temperature), None, None
+
+
+selective_logprob.register_autograd(_selective_grad, setup_context=_selective_setup)

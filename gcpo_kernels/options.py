@@ -1,0 +1,99 @@
+"""Options that travel whole from the public functions to the backends, checked once, where they are made."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence")
+BASELINES = ("mean", "loo")
+SIMILARITIES = ("cosine", "euclidean", "gaussian")
+ADVANTAGE_SCALES = ("group", "batch", "none")
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """Options of the GCPO objective (eq. 10). See `gcpo_kernels.gcpo_loss` for their meaning."""
+
+    beta: float = 0.0
+    kappa: float = 0.0
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.2
+    delta: float | None = None
+    importance_sampling_level: str = "token"
+    loss_type: str = "grpo"
+    max_completion_length: int | None = None
+    num_items_in_batch: float | torch.Tensor | None = None
+    proj_floor: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_number("beta", self.beta, low=0.0)
+        check_number("kappa", self.kappa, low=0.0)
+        check_number("epsilon_low", self.epsilon_low, low=0.0)
+        check_number("epsilon_high", self.epsilon_high, low=0.0)
+        if self.delta is not None:
+            check_number("delta", self.delta, above=0.0)
+        check_floor(self.proj_floor)
+        check_choice("importance_sampling_level", self.importance_sampling_level, IMPORTANCE_SAMPLING_LEVELS)
+        check_choice("loss_type", self.loss_type, LOSS_TYPES)
+        if self.max_completion_length is not None:
+            check_count("max_completion_length", self.max_completion_length)
+        elif self.loss_type == "dr_grpo":
+            raise ValueError("`loss_type='dr_grpo'` divides by `max_completion_length`, which must be given, got None.")
+        items = self.num_items_in_batch
+        if isinstance(items, torch.Tensor):
+            if items.numel() != 1:
+                raise ValueError(
+                    f"`num_items_in_batch` must be one number, got a tensor of shape {tuple(items.shape)}."
+                )
+        elif items is not None:
+            check_number("num_items_in_batch", items, low=0.0)
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """What happens between hidden @ weight.T and a logit: softcap(logit_scale * u) / temperature."""
+
+    temperature: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        check_number("temperature", self.temperature, above=0.0)
+        check_number("logit_scale", self.logit_scale)
+        if self.logit_softcap is not None:
+            check_number("logit_softcap", self.logit_softcap, above=0.0)
+
+
+def check_number(name: str, value: Any, low: float | None = None, above: float | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"`{name}` must be a number, got {type(value).__name__}.")
+    wanted = "finite"
+    if low is not None:
+        wanted += f" and at least {low:g}"
+    if above is not None:
+        wanted += f" and above {above:g}"
+    if not math.isfinite(value) or (low is not None and value < low) or (above is not None and value <= above):
+        raise ValueError(f"`{name}` must be {wanted}, got {value}.")
+
+
+def check_floor(value: Any) -> None:
+    check_number("proj_floor", value, above=0.0)
+    if value >= 1:
+        raise ValueError(f"`proj_floor` is a probability's lower bound and must be below 1, got {value}.")
+
+
+def check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an integer, got {type(value).__name__}.")
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {value}.")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {type(value).__name__}.")
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")

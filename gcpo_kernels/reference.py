@@ -1,0 +1,514 @@
+"""
+The maths of GCPO, once, in plain torch: what every backend must equal.
+
+Everything here is naive, differentiable and runs in float64 when given float64. The public functions of
+`gcpo_kernels.api` have the same names; they check their arguments and choose a backend, these do not. Equation numbers
+are the paper's (arXiv 2508.05428).
+
+Shapes: B sequences, T tokens, L contexts, V vocabulary, H hidden size, P prompts, n candidates per prompt, m samples.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from gcpo_kernels.options import HeadOptions, LossOptions
+
+COSINE_EPS = 1e-8
+
+
+def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
+    """float64 if any tensor is, else float32: the type that all arithmetic is done in."""
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The causal reference (eqs. 12, 13)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def project(
+    query_logp: torch.Tensor,  # (...)
+    context_logp: torch.Tensor,  # (..., L)
+    context_weights: torch.Tensor | None,  # broadcasts with context_logp
+    proj_floor: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    log p' and whether p' was clamped, each of shape (...), where p' = exp(a) - sum_l w_l exp(b_l) + exp(c) with
+    a = context_logp[..., 0], b_l = context_logp[..., l], c = query_logp, clamped to [proj_floor, 1].
+
+    All exponents are taken relative to the largest log-probability involved, so that nothing overflows and p' keeps
+    its relative precision however improbable the token is. A context of weight 0 does not matter, NaN included, except
+    that context 0 always serves as a.
+    """
+    first = context_logp[..., 0]
+    if context_weights is None:
+        weights = context_logp.new_full((), 1.0 / context_logp.shape[-1]).expand_as(context_logp)
+    else:
+        weights = context_weights.to(context_logp.dtype).expand_as(context_logp)
+    counted = weights != 0
+    inside = context_logp.masked_fill(~counted, -torch.inf)
+    top = torch.maximum(torch.maximum(first, query_logp), inside.amax(dim=-1))
+    top = top.masked_fill(top == -torch.inf, 0.0)  # every probability is 0: so is the sum
+    mean = torch.where(counted, weights * torch.exp(inside - top.unsqueeze(-1)), 0.0).sum(dim=-1)
+    # The difference first: with one context it is exactly 0, and p' exactly the query's probability.
+    total = torch.exp(first - top) - mean + torch.exp(query_logp - top)
+    # `total <= 0` is false for NaN, which therefore comes out as NaN.
+    log_proj = torch.where(total <= 0, -torch.inf, top + torch.log(total))
+    low = torch.log(torch.tensor(proj_floor, dtype=torch.float64)).item()
+    clamped = (log_proj < low) | (log_proj > 0.0)
+    return log_proj.clamp(min=low, max=0.0), clamped
+
+
+def causal_reference_logprob(
+    query_logp: torch.Tensor, context_logp: torch.Tensor, *, proj_floor: float = 1e-6
+) -> torch.Tensor:
+    """log p' of eq. 13 with a uniform mean over contexts: (B, T) from (B, T) and (B, T, L)."""
+    dtype = compute_dtype(query_logp, context_logp)
+    return project(query_logp.to(dtype), context_logp.to(dtype), None, proj_floor)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The per-token objective (eq. 10)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TokenInputs:
+    """
+    What the objective needs of each token beside the policy's log-probability: tensors of one leading shape, (B, T) or
+    (N,), of the compute dtype, with 0 at masked positions, so that garbage there reaches no arithmetic.
+    """
+
+    mask: torch.Tensor  # (...) bool
+    advantages: torch.Tensor  # (...)
+    old_logp: torch.Tensor | None = None  # (...); None: the policy itself, detached
+    ref_logp: torch.Tensor | None = None  # (...)
+    query_logp: torch.Tensor | None = None  # (...); None: old_logp
+    causal_logp: torch.Tensor | None = None  # (...); None: the policy itself
+    importance_sampling_ratio: torch.Tensor | None = None  # (...)
+    context_logp: torch.Tensor | None = None  # (..., L)
+    context_weights: torch.Tensor | None = None  # (..., L)
+
+    def take(self, index: Any) -> "TokenInputs":
+        """The same fields at `index` of the leading dimension."""
+        return replace(self, **{f.name: x[index] for f in fields(self) if (x := getattr(self, f.name)) is not None})
+
+    def flatten(self) -> "TokenInputs":
+        """(B, T, ...) -> (B * T, ...)."""
+        return replace(
+            self, **{f.name: x.flatten(0, 1) for f in fields(self) if (x := getattr(self, f.name)) is not None}
+        )
+
+
+def token_inputs(
+    mask: torch.Tensor,
+    advantages: torch.Tensor,
+    dtype: torch.dtype,
+    *,
+    old_logp: torch.Tensor | None = None,
+    ref_logp: torch.Tensor | None = None,
+    context_logp: torch.Tensor | None = None,
+    context_weights: torch.Tensor | None = None,
+    query_logp: torch.Tensor | None = None,
+    causal_logp: torch.Tensor | None = None,
+    importance_sampling_ratio: torch.Tensor | None = None,
+) -> TokenInputs:
+    """Broadcast the arguments of `gcpo_loss` to (B, T), cast them, and put 0 wherever the mask is 0."""
+    mask = mask != 0
+
+    def clean(x: torch.Tensor | None, gradient: bool = False) -> torch.Tensor | None:
+        if x is None:
+            return None
+        x = (x if gradient else x.detach()).to(dtype)
+        if x.dim() == 1:  # one value per sequence
+            x = x.unsqueeze(1)
+        return torch.where(mask, x, 0.0)
+
+    if context_logp is not None:
+        if context_weights is not None:
+            weights = context_weights.detach().to(dtype)
+            weights = weights[:, None, :] if weights.dim() == 2 else weights
+            context_weights = torch.where(mask.unsqueeze(-1), weights, 0.0)
+        context_logp = torch.where(mask.unsqueeze(-1), context_logp.detach().to(dtype), 0.0)
+    cleaned_advantages = clean(advantages)
+    assert cleaned_advantages is not None
+    return TokenInputs(
+        mask=mask,
+        advantages=cleaned_advantages,
+        old_logp=clean(old_logp),
+        ref_logp=clean(ref_logp),
+        query_logp=clean(query_logp),
+        causal_logp=clean(causal_logp, gradient=True),
+        importance_sampling_ratio=clean(importance_sampling_ratio),
+        context_logp=context_logp,
+        context_weights=context_weights if context_logp is not None else None,
+    )
+
+
+def k3(d: torch.Tensor) -> torch.Tensor:
+    """Schulman's estimator of KL(p || q) from a sample of p, with d = log q - log p: exp(d) - d - 1 >= 0."""
+    return torch.expm1(d) - d
+
+
+def token_weights(mask: torch.Tensor, options: LossOptions, dtype: torch.dtype) -> torch.Tensor:
+    """
+    (B, T) weights w, 0 where masked, such that the loss is sum(w * per-token loss): TRL's reductions.
+
+    grpo: mean over sequences of the mean over a sequence's tokens; bnpo: mean over tokens; dr_grpo: sum / (B *
+    max_completion_length); dapo: sum / num_items_in_batch. Denominators are at least 1.
+    """
+    ones = (mask != 0).to(dtype)
+    if options.loss_type == "grpo":
+        return ones / (ones.sum(dim=1, keepdim=True).clamp(min=1.0) * max(mask.shape[0], 1))
+    if options.loss_type == "dr_grpo":
+        assert options.max_completion_length is not None
+        return ones / (max(mask.shape[0], 1) * options.max_completion_length)
+    if options.loss_type == "dapo" and options.num_items_in_batch is not None:
+        items = torch.as_tensor(options.num_items_in_batch, dtype=dtype, device=mask.device)
+        return ones / items.clamp(min=1.0)
+    return ones / ones.sum().clamp(min=1.0)
+
+
+def log_ratio(logp: torch.Tensor, inputs: TokenInputs, level: str) -> torch.Tensor:
+    """log R of each token, (B, T): its own, or ("sequence") the mean of its sequence's, with the gradient of that."""
+    ratio = logp - (logp.detach() if inputs.old_logp is None else inputs.old_logp)
+    if level == "token":
+        return ratio
+    count = inputs.mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return (torch.where(inputs.mask, ratio, 0.0).sum(dim=1, keepdim=True) / count).expand_as(ratio)
+
+
+def causal_target(
+    logp: torch.Tensor, inputs: TokenInputs, options: LossOptions
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """log p' of each token and whether it was clamped; (None, None) without contexts."""
+    if inputs.context_logp is None:
+        return None, None
+    query = inputs.query_logp if inputs.query_logp is not None else inputs.old_logp
+    query = logp.detach() if query is None else query
+    return project(query, inputs.context_logp, inputs.context_weights, options.proj_floor)
+
+
+def token_objective(
+    logp: torch.Tensor,
+    log_ratio: torch.Tensor,
+    log_proj: torch.Tensor | None,
+    inputs: TokenInputs,
+    options: LossOptions,
+) -> torch.Tensor:
+    """
+    Loss of each token (eq. 10, to minimise), before the reduction; all arguments of one shape:
+
+        -min(R A, clip(R, 1 - eps_low, 1 + eps_high) A) w + beta k3(log pi_ref - log pi) + kappa k3(log p' - log pi)
+
+    `delta` caps the unclipped R from above, as in TRL. `token_objective_gradient` is its derivative.
+    """
+    ratio = torch.exp(log_ratio)
+    clipped = ratio.clamp(1.0 - options.epsilon_low, 1.0 + options.epsilon_high)
+    capped = ratio if options.delta is None else ratio.clamp(max=options.delta)
+    loss = -torch.minimum(capped * inputs.advantages, clipped * inputs.advantages)
+    if inputs.importance_sampling_ratio is not None:
+        loss = loss * inputs.importance_sampling_ratio
+    if options.beta != 0.0 and inputs.ref_logp is not None:
+        loss = loss + options.beta * k3(inputs.ref_logp - logp)
+    if options.kappa != 0.0 and log_proj is not None:
+        causal_logp = logp if inputs.causal_logp is None else inputs.causal_logp
+        loss = loss + options.kappa * k3(log_proj - causal_logp)
+    return loss
+
+
+def token_objective_gradient(
+    logp: torch.Tensor,
+    log_ratio: torch.Tensor,
+    log_proj: torch.Tensor | None,
+    inputs: TokenInputs,
+    options: LossOptions,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """
+    Derivatives of `token_objective` in log R, in logp at fixed R, and in causal_logp (None where there is none).
+
+    For backends that make gradients in the forward, where autograd does not reach. Ties are split as autograd's: half
+    to each side of the minimum.
+    """
+    ratio = torch.exp(log_ratio)
+    unclipped = (ratio >= 1.0 - options.epsilon_low) & (ratio <= 1.0 + options.epsilon_high)
+    clipped = ratio.clamp(1.0 - options.epsilon_low, 1.0 + options.epsilon_high)
+    capped, uncapped = ratio, torch.ones_like(unclipped)
+    if options.delta is not None:
+        capped, uncapped = ratio.clamp(max=options.delta), ratio <= options.delta
+    left, right = capped * inputs.advantages, clipped * inputs.advantages
+    passes = torch.where(left < right, uncapped.to(ratio), torch.where(left > right, unclipped.to(ratio), 0.0))
+    tie = 0.5 * (uncapped.to(ratio) + unclipped.to(ratio))
+    passes = torch.where(left == right, tie, passes)
+    d_ratio = -passes * ratio * inputs.advantages
+    if inputs.importance_sampling_ratio is not None:
+        d_ratio = d_ratio * inputs.importance_sampling_ratio
+    d_logp = torch.zeros_like(d_ratio)
+    d_causal = None
+    if options.beta != 0.0 and inputs.ref_logp is not None:
+        d_logp = d_logp - options.beta * torch.expm1(inputs.ref_logp - logp)
+    if options.kappa != 0.0 and log_proj is not None:
+        if inputs.causal_logp is None:
+            d_logp = d_logp - options.kappa * torch.expm1(log_proj - logp)
+        else:
+            d_causal = -options.kappa * torch.expm1(log_proj - inputs.causal_logp)
+    return d_ratio, d_logp, d_causal
+
+
+def objective(
+    logp: torch.Tensor, inputs: TokenInputs, options: LossOptions
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The reduced loss of eq. 10 and its metrics, from the policy's (B, T) log-probabilities."""
+    logp = torch.where(inputs.mask, logp, 0.0)
+    ratio = log_ratio(logp, inputs, options.importance_sampling_level)
+    log_proj, clamped = causal_target(logp, inputs, options)
+    per_token = token_objective(logp, ratio, log_proj, inputs, options)
+    weights = token_weights(inputs.mask, options, logp.dtype)
+    loss = torch.where(inputs.mask, per_token * weights, 0.0).sum()
+    with torch.no_grad():
+        metrics = objective_metrics(logp, ratio, log_proj, clamped, inputs, options)
+    return loss, metrics
+
+
+def objective_metrics(
+    logp: torch.Tensor,
+    log_ratio: torch.Tensor,
+    log_proj: torch.Tensor | None,
+    clamped: torch.Tensor | None,
+    inputs: TokenInputs,
+    options: LossOptions,
+) -> dict[str, torch.Tensor]:
+    """
+    Means over unmasked tokens, as float32 scalars: "kl" (k3 to the reference), "kl_causal" (k3 to p'), "proj_clamped"
+    (share of tokens whose p' left [proj_floor, 1]), "clip_low" and "clip_high" (share of tokens whose gradient a clip
+    side stopped, as TRL counts them). A term that was not given is 0.
+    """
+    count = inputs.mask.sum().clamp(min=1)
+
+    def mean(x: torch.Tensor) -> torch.Tensor:
+        return (torch.where(inputs.mask, x.to(logp.dtype), 0.0).sum() / count).to(torch.float32)
+
+    zero = torch.zeros((), dtype=torch.float32, device=logp.device)
+    ratio = torch.exp(log_ratio)
+    if options.delta is not None:
+        ratio = ratio.clamp(max=options.delta)
+    causal_logp = logp if inputs.causal_logp is None else inputs.causal_logp
+    return {
+        "kl": zero if inputs.ref_logp is None else mean(k3(inputs.ref_logp - logp)),
+        "kl_causal": zero if log_proj is None else mean(k3(log_proj - causal_logp)),
+        "proj_clamped": zero if clamped is None else mean(clamped),
+        "clip_low": mean((ratio < 1.0 - options.epsilon_low) & (inputs.advantages < 0)),
+        "clip_high": mean((ratio > 1.0 + options.epsilon_high) & (inputs.advantages > 0)),
+    }
+
+
+def gcpo_loss(
+    logp: torch.Tensor,  # (B, T)
+    advantages: torch.Tensor,  # (B,) or (B, T)
+    mask: torch.Tensor,  # (B, T)
+    *,
+    old_logp: torch.Tensor | None = None,
+    ref_logp: torch.Tensor | None = None,
+    context_logp: torch.Tensor | None = None,
+    context_weights: torch.Tensor | None = None,
+    query_logp: torch.Tensor | None = None,
+    causal_logp: torch.Tensor | None = None,
+    importance_sampling_ratio: torch.Tensor | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """`gcpo_kernels.gcpo_loss`, naively: eq. 10 from log-probabilities."""
+    dtype = compute_dtype(logp)
+    inputs = token_inputs(
+        mask,
+        advantages,
+        dtype,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        context_logp=context_logp,
+        context_weights=context_weights,
+        query_logp=query_logp,
+        causal_logp=causal_logp,
+        importance_sampling_ratio=importance_sampling_ratio,
+    )
+    return objective(logp.to(dtype), inputs, LossOptions(**options))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Log-probabilities
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def head_logits(u: torch.Tensor, head: HeadOptions) -> torch.Tensor:
+    """softcap(logit_scale * u) / temperature, softcap(x) = c tanh(x / c)."""
+    logits = u * head.logit_scale
+    if head.logit_softcap is not None:
+        logits = head.logit_softcap * torch.tanh(logits / head.logit_softcap)
+    return logits / head.temperature
+
+
+def selective_logprob(
+    logits: torch.Tensor,  # (..., V)
+    token_ids: torch.Tensor,  # (...)
+    *,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`gcpo_kernels.selective_logprob`, naively: log_softmax(logits / temperature) at token_ids, and its entropy."""
+    logprobs = torch.log_softmax(logits.to(compute_dtype(logits)) / temperature, dim=-1)
+    logp = logprobs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+    if not return_entropy:
+        return logp
+    # A token of probability 0 adds nothing: 0 * -inf would be NaN.
+    return logp, -torch.where(logprobs == -torch.inf, 0.0, logprobs.exp() * logprobs).sum(dim=-1)
+
+
+def linear_logprob(
+    hidden: torch.Tensor,  # (..., H)
+    weight: torch.Tensor,  # (V, H)
+    token_ids: torch.Tensor,  # (...)
+    *,
+    bias: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    return_entropy: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`gcpo_kernels.linear_logprob`, naively: holds all logits, (..., V)."""
+    dtype = compute_dtype(hidden, weight)
+    u = hidden.to(dtype) @ weight.to(dtype).T
+    if bias is not None:
+        u = u + bias.to(dtype)
+    logits = head_logits(u, HeadOptions(temperature, logit_scale, logit_softcap))
+    return selective_logprob(logits, token_ids, return_entropy=return_entropy)
+
+
+def linear_gcpo_loss(
+    hidden: torch.Tensor,  # (B, T, H)
+    weight: torch.Tensor,  # (V, H)
+    token_ids: torch.Tensor,  # (B, T)
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    **loss_arguments: Any,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """`gcpo_kernels.linear_gcpo_loss`, naively: `linear_logprob`, then `gcpo_loss`."""
+    keep = mask != 0
+    hidden = torch.where(keep.unsqueeze(-1), hidden.view(*mask.shape, hidden.shape[-1]), 0.0)
+    token_ids = torch.where(keep, token_ids.view(mask.shape), 0)
+    logp, entropy = linear_logprob(
+        hidden,
+        weight,
+        token_ids,
+        bias=bias,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        return_entropy=True,
+    )
+    loss, metrics = gcpo_loss(logp, advantages, mask, **loss_arguments)
+    metrics["entropy"] = masked_mean(entropy.detach(), keep)
+    return loss, metrics
+
+
+def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of x where mask is true (0 where it nowhere is), as a float32 scalar."""
+    return (torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)).to(torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Advantages and causal weights (eqs. 8, 11)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def group_advantages(
+    rewards: torch.Tensor,  # (B,)
+    group_size: int,
+    *,
+    scale: str = "group",
+    eps: float = 1e-4,
+) -> torch.Tensor:
+    """
+    A of eq. 8, (B,): (r - mean) / (std + eps) within each group of `group_size` consecutive rewards.
+
+    The std is the unbiased one. NaN rewards are left out of the statistics and get 0; so do groups of equal rewards.
+    """
+    grouped = rewards.to(compute_dtype(rewards)).view(-1, group_size)
+    scored = ~torch.isnan(grouped)
+    centred = torch.where(scored, grouped - grouped.nanmean(dim=1, keepdim=True), 0.0)
+    # Equal rewards can differ from their own rounded mean: the comparison is exact, a std is not.
+    high = torch.where(scored, grouped, -torch.inf).amax(dim=1, keepdim=True)
+    low = torch.where(scored, grouped, torch.inf).amin(dim=1, keepdim=True)
+    if scale == "group":
+        count = scored.sum(dim=1, keepdim=True)
+        std = (centred.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+        centred = centred / (std + eps)
+    elif scale == "batch":
+        every = torch.where(scored, grouped - grouped.nanmean(), 0.0)
+        std = (every.square().sum() / (scored.sum() - 1).clamp(min=1)).sqrt()
+        centred = centred / (std + eps)
+    return torch.where(high > low, centred, 0.0).reshape(-1)
+
+
+def leave_one_out_mean(z: torch.Tensor) -> torch.Tensor:  # (P, n, H) -> (P, n, H)
+    """mean_{k != i} z_k for every i. With n = 1 there is no other candidate and the mean is NaN."""
+    z = z.to(compute_dtype(z))
+    return (z.sum(dim=1, keepdim=True) - z) / (z.shape[1] - 1)
+
+
+def context_difference(context_z: torch.Tensor, context_mask: torch.Tensor | None) -> torch.Tensor:
+    """Zbar_i - Zprime_i of eq. 11, (P, n, H), from (P, n, L, m, H); 0 where context 0, or every context, is empty."""
+    dtype = compute_dtype(context_z)
+    if context_mask is None:
+        per_context = context_z.mean(dim=3, dtype=dtype)  # (P, n, L, H)
+        return per_context[:, :, 0] - per_context.mean(dim=2)
+    keep = context_mask.bool()
+    total = torch.where(keep.unsqueeze(-1), context_z, 0.0).sum(dim=3, dtype=dtype)  # (P, n, L, H)
+    count = keep.sum(dim=3)  # (P, n, L)
+    first = total[:, :, 0] / count[:, :, 0, None].clamp(min=1)
+    per_context = total / count.unsqueeze(-1).clamp(min=1)
+    filled = (count > 0).sum(dim=2)  # contexts that hold a sample: the mean over l is over those
+    average = per_context.sum(dim=2) / filled.unsqueeze(-1).clamp(min=1)
+    return torch.where((count[:, :, 0] > 0).unsqueeze(-1), first - average, 0.0)
+
+
+def _norm(x: torch.Tensor) -> torch.Tensor:
+    """|x| over the last dimension, with gradient 0 rather than NaN at 0."""
+    square = x.square().sum(dim=-1)
+    zero = square == 0
+    return torch.where(zero, 0.0, torch.sqrt(torch.where(zero, 1.0, square)))
+
+
+def similarity_of_cosine(cosine: torch.Tensor, similarity: str) -> torch.Tensor:
+    """s as a function of the cosine: on unit vectors the squared distance is 2 - 2 cosine."""
+    if similarity == "cosine":
+        return cosine
+    distance2 = (2.0 - 2.0 * cosine).clamp(min=0.0)
+    if similarity == "gaussian":
+        return torch.exp(-distance2 / 2.0)
+    zero = distance2 == 0
+    return 1.0 / (1.0 + torch.where(zero, 0.0, torch.sqrt(torch.where(zero, 1.0, distance2))))
+
+
+def causal_weights(
+    z: torch.Tensor,  # (P, n, H)
+    context_z: torch.Tensor,  # (P, n, L, m, H)
+    *,
+    alpha: float = 2.0,
+    baseline: str = "mean",
+    similarity: str = "cosine",
+    context_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Upsilon of eq. 11, (P, n): alpha * s(z_i, Zbar_i - Zprime_i + zbar)."""
+    dtype = compute_dtype(z, context_z)
+    z = z.to(dtype)
+    zbar = leave_one_out_mean(z) if baseline == "loo" else z.mean(dim=1, keepdim=True)
+    target = context_difference(context_z, context_mask).to(dtype) + zbar
+    dot = (z * target).sum(dim=-1)
+    cosine = dot / (_norm(z) * _norm(target)).clamp(min=COSINE_EPS)
+    return alpha * similarity_of_cosine(cosine.clamp(-1.0, 1.0), similarity)
