@@ -106,9 +106,7 @@ class GCPOConfig(GRPOConfig):
         default="cosine", metadata={"help": "Similarity of eq. 11: 'cosine', 'euclidean' or 'gaussian'."}
     )
     num_colliders: int = field(default=4, metadata={"help": "Integrated answers generated per prompt (L)."})
-    collider_max_completion_length: int = field(
-        default=256, metadata={"help": "Most tokens of an integrated answer."}
-    )
+    collider_max_completion_length: int = field(default=256, metadata={"help": "Most tokens of an integrated answer."})
     candidate_context_tokens: int | None = field(
         default=512,
         metadata={"help": "Tokens of each candidate that a prompt shows, from its end. None: all."},
@@ -206,9 +204,7 @@ class GCPOConfig(GRPOConfig):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
         _check_template("fusion_prompt_template", self.fusion_prompt_template, {"question", "candidates"})
-        _check_template(
-            "context_prompt_template", self.context_prompt_template, {"question", "candidates", "collider"}
-        )
+        _check_template("context_prompt_template", self.context_prompt_template, {"question", "candidates", "collider"})
         _check_template("candidate_template", self.candidate_template, {"candidate"}, optional={"index"})
         # Named by the interface, not built yet: refuse them rather than ignore them.
         for name, only in (
@@ -260,7 +256,8 @@ def _check_template(name: str, template: Any, required: set[str], optional: froz
     except ValueError as error:
         raise ValueError(f"`{name}` is not a valid format string ({error}); write a literal brace twice.") from error
     missing, unknown = required - fields, fields - required - optional
-    if missing or unknown:
+    repeated = name == "candidate_template" and template.count("{candidate}") != 1
+    if missing or unknown or repeated:
         named = ", ".join("{" + key + "}" for key in sorted(required))
         got = ", ".join("{" + key + "}" for key in sorted(fields)) or "none"
         raise ValueError(f"`{name}` must hold the placeholders {named}, got {got}.")
