@@ -58,12 +58,6 @@ class PromptBuilder:
         pieces = {"candidates": self._show(candidates), "collider": self.content(collider)}
         return self._build(prompt, self.config.context_prompt_template, pieces)
 
-    def query(self, prompt: Prompt) -> list[int]:
-        """Ids of q as the trainer shows it to the policy."""
-        if isinstance(prompt, str):
-            return self.tokenizer(prompt)["input_ids"]
-        return self._encode(self._render(prompt), False)
-
     def content(self, ids: list[int]) -> list[int]:
         """`ids` without special tokens."""
         return [token for token in ids if token not in self.special_ids]

@@ -148,10 +148,11 @@ class GCPOTrainer(GRPOTrainer):
                 return call(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        with self._account.phase("loss"):
+        account = self._accounts[True]  # the model may be in evaluation mode until TRL sets it to training
+        with account.phase("loss"):
             output = super().training_step(model, inputs, num_items_in_batch)
         if self._step % self.current_gradient_accumulation_steps == 0:
-            seconds, tokens = self._account.flush()
+            seconds, tokens = account.flush()
             total = torch.tensor(list(tokens.values()), dtype=torch.float64, device=self.accelerator.device)
             total = self.accelerator.reduce(total, reduction="sum").tolist()
             for name, value in seconds.items():
@@ -377,10 +378,11 @@ class GCPOTrainer(GRPOTrainer):
             scale = 1.0
         elif reduction == "bnpo":
             reduction = "dapo"  # over all unmasked tokens, those without a collider included
+        counted = mask * inputs["has_collider"].unsqueeze(1)
         loss, metrics = gcpo_loss(
             logp,
             torch.zeros_like(inputs["query_logps"][:, 0]),
-            mask * inputs["has_collider"].unsqueeze(1),
+            counted,
             old_logp=logp.detach(),
             query_logp=inputs["query_logps"],
             context_logp=inputs["context_logps"],
@@ -391,8 +393,12 @@ class GCPOTrainer(GRPOTrainer):
             max_completion_length=1 if reduction == "luspo" else self.max_completion_length,
             num_items_in_batch=items,
         )
-        for name in ("kl_causal", "proj_clamped"):
-            self._log(name, self.accelerator.gather(metrics[name]).mean())
+        # Means over the tokens of all processes, as TRL's own "kl".
+        count = counted.sum().float()
+        sums = torch.stack([metrics["kl_causal"] * count, metrics["proj_clamped"] * count, count])
+        kl_causal, clamped, count = self.accelerator.reduce(sums, reduction="sum")
+        self._log("kl_causal", kl_causal / count.clamp(min=1.0))
+        self._log("proj_clamped", clamped / count.clamp(min=1.0))
         return loss * scale
 
     def _log(self, name: str, value: torch.Tensor | float) -> None:

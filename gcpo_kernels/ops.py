@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gcpo_kernels import torch_backend
 from gcpo_kernels.options import HeadOptions, LossOptions
@@ -199,7 +200,8 @@ class LossWithGradients(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+    @once_differentiable  # a second derivative raises: these gradients do not know how they depend on the inputs
+    def backward(ctx: Any, grad: Tensor) -> tuple:
         scaled = (
             (d * grad).to(dtype) if needed else None
             for d, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[1:4], strict=True)

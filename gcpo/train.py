@@ -1,0 +1,277 @@
+"""`gcpo train`: GCPO with the flags and YAML files of `trl grpo`, and those of GCPOConfig."""
+
+import difflib
+import math
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import torch
+from trl import DatasetMixtureConfig, ModelConfig, TrlParser, get_dataset, get_peft_config, get_quantization_config
+from trl.scripts.grpo import GRPOScriptArguments
+
+from gcpo.config import GCPOConfig
+from gcpo.inputs import (
+    TASK_PREFIX,
+    TASK_REWARD,
+    TRL_REWARDS,
+    TaskArguments,
+    argument_errors,
+    check_chat_template,
+    check_model,
+    is_task,
+    load_named,
+    load_rewards,
+    load_task,
+    take_split,
+)
+
+_LAUNCHED = "GCPO_LAUNCHED"
+
+
+@dataclass
+class GCPOScriptArguments(TaskArguments, GRPOScriptArguments):
+    """What to train on and for: TRL's arguments, and generated tasks as `--dataset_name reasoning_gym:NAME`."""
+
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": f"Reward functions: {', '.join(TRL_REWARDS)} (TRL's), {TASK_REWARD} (the task's own scorer; the "
+            "default for reasoning_gym:NAME), or a dotted path such as my_package.rewards.my_reward."
+        },
+    )
+    task_eval_size: int = field(
+        default=100, metadata={"help": "reasoning_gym: items held out when evaluation is on, as in `gcpo eval`."}
+    )
+
+
+class TrainParser(TrlParser):
+    """TRL's parser: one line per error instead of all the flags, and no flag that nobody reads."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message}\n`{self.prog} --help` lists every flag.", file=sys.stderr)
+        raise SystemExit(2)
+
+    def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
+        return self._for_accelerate(super().set_defaults_with_config(**kwargs))
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        namespace, rest = super().parse_known_args(args, namespace)
+        return namespace, self._for_accelerate(rest)
+
+    def _for_accelerate(self, rest: list[str]) -> list[str]:
+        if not rest:
+            return rest
+        from accelerate.commands.launch import launch_command_parser
+
+        known = {"--accelerate_config", *launch_command_parser()._option_string_actions}
+        if not rest[0].startswith("-"):
+            self.error(f"unexpected argument {rest[0]!r}")
+        for name in (arg.split("=", 1)[0] for arg in rest if arg.startswith("--")):
+            if name not in known:
+                close = difflib.get_close_matches(name, [*self._option_string_actions, *known], n=1)
+                self.error(f"unknown flag {name}" + (f" (did you mean {close[0]}?)" if close else ""))
+        return rest
+
+
+def make_parser(prog: str = "gcpo train") -> TrainParser:
+    """The flags of `trl grpo`, with GCPOConfig in place of GRPOConfig."""
+    groups: Any = (GCPOScriptArguments, GCPOConfig, ModelConfig, DatasetMixtureConfig)
+    parser = TrainParser(groups, prog=prog)
+    # TRL's parser cannot write None for an optional integer, and None is a value here (all of it).
+    optional = {name for name, hint in GCPOConfig.__annotations__.items() if hint == int | None}
+    for action in parser._actions:
+        if action.dest in optional:
+            action.type = int_or_none
+    # TRL's defaults ask for bfloat16 on an accelerator; without one, a run needs no flag to start on the CPU.
+    if not torch.accelerator.is_available():
+        parser.set_defaults(use_cpu=True, bf16=False)
+    return parser
+
+
+def int_or_none(value: str) -> int | None:
+    """An integer, or None written `none`."""
+    return None if value.lower() in ("none", "null") else int(value)
+
+
+def parse(argv: list[str]) -> tuple[GCPOScriptArguments, GCPOConfig, ModelConfig, DatasetMixtureConfig, list[str]]:
+    """
+    Read flags and the YAML file of `--config`.
+
+    Returns:
+        The four groups of arguments, and what is meant for `accelerate launch` (as with `trl grpo`, any of its flags
+        may stand among the others). A flag that neither knows is an error.
+    """
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    if "--config" in argv:
+        value = argv[argv.index("--config") + 1 :][:1]
+        if not value or not Path(value[0]).is_file():
+            raise FileNotFoundError(f"`--config` must be a YAML file, got {value[0] if value else 'nothing'!r}.")
+    script_args, config, model_args, mixture, launch_args = make_parser().parse_args_and_config(
+        argv, return_remaining_strings=True
+    )
+    if isinstance(script_args.reward_funcs, str):  # a YAML file may name one without a list
+        script_args.reward_funcs = [script_args.reward_funcs]
+    return script_args, config, model_args, mixture, launch_args
+
+
+def load_splits(args: GCPOScriptArguments, mixture: DatasetMixtureConfig, with_eval: bool) -> tuple[Any, Any | None]:
+    """The training split and, with evaluation on, the held-out one."""
+    if is_task(args.dataset_name) and not mixture.datasets:
+        return load_task(str(args.dataset_name), args, args.task_eval_size if with_eval else 0)
+    splits: Mapping[str, Any]
+    if mixture.datasets:
+        splits = get_dataset(mixture)
+    elif args.dataset_name is None:
+        raise ValueError(f"`--dataset_name` is missing: a dataset's name or path, or {TASK_PREFIX}NAME.")
+    else:
+        splits = load_named(args.dataset_name, args.dataset_config, args.dataset_streaming)
+    train = take_split(splits, "dataset_train_split", args.dataset_train_split)
+    return train, take_split(splits, "dataset_test_split", args.dataset_test_split) if with_eval else None
+
+
+def resolve_checkpoint(config: GCPOConfig) -> str | None:
+    """`--resume_from_checkpoint` as a folder; `last` and `true` name the newest one in `--output_dir`."""
+    value = config.resume_from_checkpoint
+    if value is None or str(value).lower() in ("false", "none"):
+        return None
+    if str(value).lower() not in ("true", "last"):
+        if not Path(value).is_dir():
+            raise FileNotFoundError(f"`--resume_from_checkpoint` must be a checkpoint folder or 'last', got {value!r}.")
+        return str(value)
+    found = last_checkpoint(str(config.output_dir))
+    if found is None:
+        raise FileNotFoundError(f"`--resume_from_checkpoint {value}`: no checkpoint in {config.output_dir!r}.")
+    return found
+
+
+def last_checkpoint(folder: str) -> str | None:
+    """The newest checkpoint in a folder."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    return get_last_checkpoint(folder) if Path(folder).is_dir() else None
+
+
+def count_steps(config: GCPOConfig, num_prompts: int | None) -> int | None:
+    """Optimizer steps of a run; None where the dataset's length is unknown."""
+    if config.max_steps > 0:
+        return config.max_steps
+    if num_prompts is None:
+        return None
+    rollouts = num_prompts // (int(config.generation_batch_size or 1) // int(config.num_generations or 1))
+    batches = rollouts * int(config.steps_per_generation or 1) * config.num_iterations
+    return math.ceil(config.num_train_epochs * math.ceil(batches / config.gradient_accumulation_steps))
+
+
+def summary(config: GCPOConfig, model: str, task: str, steps: int | None) -> str:
+    """One line on what is about to run."""
+    colliders = config.num_colliders if config.is_causal else 0
+    return (
+        f"gcpo train: model={model} task={task} n={config.num_generations} L={colliders} "
+        f"estimator={config.estimator} kappa={config.kappa} steps={'unknown' if steps is None else steps} "
+        f"output_dir={config.output_dir}"
+    )
+
+
+def launch(argv: list[str], launch_args: list[str]) -> int:
+    """Start the same command again under `accelerate launch`, as `trl grpo` does."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    command = [*resolve_accelerate_config_argument(launch_args), "--module", "gcpo.cli", "train", *argv]
+    os.environ[_LAUNCHED] = "1"
+    try:
+        launch_command(launch_command_parser().parse_args(command))
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    finally:
+        del os.environ[_LAUNCHED]
+    return 0
+
+
+def wants_launch(config: GCPOConfig, launch_args: list[str]) -> bool:
+    """Whether this process is to start others instead of training itself."""
+    from accelerate.commands.config.config_args import default_config_file
+
+    if any(name in os.environ for name in (_LAUNCHED, "LOCAL_RANK", "WORLD_SIZE")):
+        return False
+    several = not config.use_cpu and torch.accelerator.device_count() > 1
+    return bool(launch_args) or several or Path(default_config_file).is_file()
+
+
+def prepare(argv: list[str]) -> int | tuple[Any, str | None, str]:
+    """
+    Check the arguments and build the trainer.
+
+    Returns:
+        The trainer, the checkpoint to continue from and the line that says what will run; or an exit code, where
+        `accelerate launch` has done the work in other processes.
+    """
+    # TRL's own default trips it; nothing that the user could change.
+    warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
+    with argument_errors():
+        script_args, config, model_args, mixture, launch_args = parse(argv)
+        starts_others = wants_launch(config, launch_args)
+    if starts_others:
+        return launch(argv, launch_args)
+    with argument_errors():
+        model = check_model(model_args.model_name_or_path)
+        checkpoint = resolve_checkpoint(config)
+        if mixture.datasets and script_args.dataset_name:
+            print("gcpo train: warning: `datasets` is given, so --dataset_name is not read", file=sys.stderr)
+            script_args.dataset_name = None
+        train_dataset, eval_dataset = load_splits(script_args, mixture, config.eval_strategy != "no")
+        rewards: list[Any] = load_rewards(
+            script_args.reward_funcs, script_args.dataset_name, train_dataset.column_names
+        )
+        if script_args.reward_model_name_or_path:
+            rewards = [script_args.reward_model_name_or_path, *rewards]
+        if not rewards:
+            raise ValueError("`--reward_funcs` or `--reward_model_name_or_path` is missing.")
+        init_kwargs = {
+            "revision": model_args.model_revision,
+            "trust_remote_code": config.trust_remote_code,
+            "attn_implementation": model_args.attn_implementation,
+            "dtype": model_args.dtype,
+        }
+        config.model_init_kwargs = init_kwargs | cast(dict[str, Any], config.model_init_kwargs or {})
+
+        from gcpo.trainer import GCPOTrainer
+
+        trainer = GCPOTrainer(
+            model=model,
+            reward_funcs=rewards,
+            args=config,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
+        check_chat_template(trainer.processing_class, train_dataset, model)
+    steps = count_steps(config, len(train_dataset) if hasattr(train_dataset, "__len__") else None)
+    return trainer, checkpoint, summary(config, model, script_args.dataset_name or "a mixture of datasets", steps)
+
+
+def train(trainer: Any, checkpoint: str | None, announcement: str) -> int:
+    """Train, save, and return the exit code."""
+    say, config = trainer.accelerator.print, trainer.args
+    say(announcement, flush=True)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        kept = last_checkpoint(config.output_dir)
+        where = f"continue with --resume_from_checkpoint {kept}" if kept else "no checkpoint was saved"
+        print(f"gcpo train: interrupted at step {trainer.state.global_step}; {where}", file=sys.stderr)
+        return 130
+    trainer.save_model(config.output_dir)
+    say(f"gcpo train: saved to {config.output_dir}")
+    if config.push_to_hub:
+        trainer.push_to_hub()
+        say(f"gcpo train: pushed to {trainer.hub_model_id}")
+    trainer.end()
+    return 0

@@ -1,0 +1,333 @@
+"""The command line: what it refuses and how it says so, and training, evaluation and doctor end to end."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from gcpo import cli, doctor, inputs
+from gcpo import train as training
+from gcpo.cli import main
+
+TASK = "reasoning_gym:chain_sum"
+
+
+def run(*argv: str) -> int:
+    """The exit code of a command, however it leaves."""
+    try:
+        return main([str(arg) for arg in argv])
+    except SystemExit as error:
+        return int(error.code or 0)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A random Llama of one layer, with a chat template and without."""
+    from gcpo.tiny import save_tiny, tiny_model, tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = tiny_tokenizer(["a"])
+    model = tiny_model(tokenizer, hidden_size=16, num_layers=1)
+    save_tiny(model, tokenizer, folder / "chat")
+    tokenizer.chat_template = None
+    save_tiny(model, tokenizer, folder / "plain")
+    return {"plain": folder / "plain", "chat": folder / "chat"}
+
+
+@pytest.fixture
+def config(tmp_path: Path, models: dict[str, Path]) -> Path:
+    """A YAML file for two steps; one value is text that only the parser turns into a number."""
+    settings = {
+        "model_name_or_path": str(models["chat"]),
+        "dataset_name": TASK,
+        "task_size": 8,
+        "task_config": '{"max_terms": 2, "max_digits": 1}',
+        "reward_funcs": "reasoning_gym",
+        "output_dir": str(tmp_path / "out"),
+        "num_generations": 2,
+        "num_colliders": 2,
+        "collider_max_completion_length": 4,
+        "max_completion_length": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": "1e-3",
+        "max_steps": 2,
+        "save_steps": 1,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def test_help_lists_every_command_without_heavy_imports() -> None:
+    code = (
+        "import sys; from gcpo.cli import main; main(['--help']); print('torch' in sys.modules, 'trl' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert all(f"\n  {name} " in out for name in cli.COMMANDS)
+    assert out.splitlines()[-1] == "False False"
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_of_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command, "--help") == 0
+    assert f"gcpo {command}" in capsys.readouterr().out
+
+
+def test_train_help_has_the_options_of_trl_and_of_gcpo(capsys: pytest.CaptureFixture[str]) -> None:
+    run("train", "--help")
+    text = capsys.readouterr().out
+    for flag in ("--kappa", "--estimator", "--num_generations", "--use_peft", "--dataset_name", "--task_config"):
+        assert flag in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "wanted"),
+    [
+        (["trian"], "unknown command 'trian' (did you mean train?)"),
+        (["train", "--kappa", "high"], "--kappa: invalid float value: 'high'"),
+        (["train", "--kappa", "-1"], "`kappa` must be"),
+        (["train", "--estimator", "magic"], "`estimator` must be one of"),
+        (["train", "--kapa", "1"], "unknown flag --kapa (did you mean --kappa?)"),
+        (["train", "stray"], "unexpected argument 'stray'"),
+        (["train", "--config"], "`--config` must be a YAML file"),
+        (["train", "--config=nowhere.yaml"], "`--config` must be a YAML file, got 'nowhere.yaml'"),
+        (["train", "--max_steps", "1"], "`--model_name_or_path` is missing"),
+        (
+            ["train", "--model_name_or_path", "./nowhere"],
+            "`--model_name_or_path` must be a name on the hub or a folder",
+        ),
+        (["eval", "--dataset_name", TASK], "--model_name_or_path"),
+        (["eval", "--dataset_name", TASK, "--model_name_or_path", "m", "--batch_size", "two"], "--batch_size"),
+        (["doctor", "--fast"], "--fast"),
+    ],
+)
+def test_wrong_arguments_name_what_is_wrong(argv: list[str], wanted: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*argv) == 2
+    error = capsys.readouterr().err
+    assert wanted in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (["--dataset_name", "reasoning_gym:chain_sun"], "Did you mean 'chain_sum'"),
+        (["--task_config", "[1]"], "`--task_config` must be a JSON object"),
+        (["--task_config", '{"terms": 1}'], "has no option terms"),
+        (["--task_config", '{"seed": 1}'], "use `--task_seed`"),
+        (["--reward_funcs", "accuracy"], "`--reward_funcs` must be one of accuracy_reward"),
+        (["--reward_funcs", "no_such_module.reward"], "cannot import 'no_such_module.reward'"),
+        (["--reward_funcs", "gcpo.tasks.nothing"], "cannot import 'gcpo.tasks.nothing'"),
+        (["--reward_funcs", "gcpo.tasks.SYSTEM_PROMPT"], "must be a function, got str"),
+        (["--reward_funcs", "accuracy_reward"], "accuracy_reward needs the dataset's column solution"),
+        (["--resume_from_checkpoint", "last"], "no checkpoint in"),
+        (["--resume_from_checkpoint", "./nowhere"], "`--resume_from_checkpoint` must be a checkpoint folder"),
+    ],
+)
+def test_wrong_dataset_reward_or_checkpoint(
+    flags: list[str], wanted: str, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("train", "--config", config, *flags) == 2
+    assert wanted in capsys.readouterr().err
+
+
+def test_a_yaml_file_with_an_unknown_key_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("kapa: 1\n")
+    assert run("train", "--config", path) == 2
+    assert "unknown flag --kapa" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GCPO_DEBUG", "1")
+    with pytest.raises(inputs.ArgumentsError):
+        run("train", "--model_name_or_path", "./nowhere")
+
+
+def test_files_and_saved_datasets_are_read_and_their_splits_checked(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    rows = Dataset.from_list([{"prompt": "1 + 1", "solution": "2"}])
+    rows.to_json(tmp_path / "rows.jsonl")
+    rows.save_to_disk(str(tmp_path / "one"))
+    DatasetDict({"train": rows, "test": rows}).save_to_disk(str(tmp_path / "two"))
+    for name, splits in (("rows.jsonl", {"train"}), ("one", {"train"}), ("two", {"train", "test"})):
+        loaded = inputs.load_named(str(tmp_path / name))
+        assert set(loaded) == splits
+        assert loaded["train"][0] == {"prompt": "1 + 1", "solution": "2"}
+    with pytest.raises(ValueError, match="`--dataset_test_split` must be one of 'train', got 'test'"):
+        inputs.take_split({"train": rows}, "dataset_test_split", "test")
+    (tmp_path / "rows.xml").write_text("")
+    with pytest.raises(ValueError, match="`--dataset_name` must end in one of"):
+        inputs.load_named(str(tmp_path / "rows.xml"))
+
+
+def test_held_out_items_are_those_of_eval_and_not_trained_on() -> None:
+    train, held_out = inputs.load_task(TASK, inputs.TaskArguments(task_size=50), 20)
+    other = inputs.load_task(TASK, inputs.TaskArguments(task_size=1), 20)[1]
+    assert held_out["entry"] == other["entry"]
+    questions = [row[-1]["content"] for row in train["prompt"]]
+    assert not set(questions) & {row[-1]["content"] for row in held_out["prompt"]}
+
+
+def test_rewards_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine_for_cli.py").write_text(
+        "def length(completions, **kwargs):\n    return [1.0] * len(completions)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    names = [*inputs.TRL_REWARDS, "reasoning_gym", "mine_for_cli.length"]
+    rewards = inputs.load_rewards(names, None, ["solution", "task", "entry"])
+    assert len(rewards) == len(names)
+    assert rewards[-1](["a", "b"]) == [1.0, 1.0]
+    assert inputs.load_rewards(None, TASK, None) == inputs.load_rewards(["reasoning_gym"], None, None)
+
+
+def test_none_can_be_written_for_an_optional_integer(tmp_path: Path) -> None:
+    flags = ["--candidate_context_tokens", "none", "--output_dir", str(tmp_path), "--bf16", "false"]
+    config = training.parse(flags)[1]
+    assert config.candidate_context_tokens is None
+    assert training.parse([*flags[2:], "--candidate_context_tokens", "7"])[1].candidate_context_tokens == 7
+
+
+def test_flags_of_accelerate_launch_are_passed_on(monkeypatch: pytest.MonkeyPatch, config: Path) -> None:
+    import accelerate.commands.launch as accelerate_launch
+
+    seen = []
+    monkeypatch.setattr(accelerate_launch, "launch_command", seen.append)
+    assert run("train", "--config", config, "--accelerate_config", "zero2", "--num_processes", "2") == 0
+    (args,) = seen
+    assert args.config_file.endswith("zero2.yaml")
+    assert args.num_processes == 2
+    assert args.module
+    assert args.training_script == "gcpo.cli"
+    assert args.training_script_args[:2] == ["train", "--config"]
+
+
+def test_a_model_without_a_chat_template_is_refused_for_messages(
+    config: Path, models: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("train", "--config", config, "--model_name_or_path", models["plain"]) == 2
+    assert "has no chat template" in capsys.readouterr().err
+
+
+def test_train_resume_and_eval(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "--config", config) == 0
+    out = capsys.readouterr().out
+    first = next(line for line in out.splitlines() if line.startswith("gcpo train: model="))
+    for part in ("task=reasoning_gym:chain_sum", "n=2", "L=2", "estimator=loo", "kappa=0.06", "steps=2"):
+        assert part in first
+    folder = tmp_path / "out"
+    assert (folder / "model.safetensors").is_file()
+
+    # Two prompts per epoch and one epoch more; the number of steps is worked out, not given.
+    more = [
+        "--max_steps",
+        "-1",
+        "--num_train_epochs",
+        "0.5",
+        "--num_iterations",
+        "2",
+        "--gradient_accumulation_steps",
+        2,
+    ]
+    assert run("train", "--config", config, *more, "--resume_from_checkpoint", "last") == 0
+    state = json.loads((max(folder.glob("checkpoint-*"), key=_step) / "trainer_state.json").read_text())
+    assert f"steps={state['max_steps']} " in capsys.readouterr().out
+    assert state["global_step"] == state["max_steps"] > 2
+
+    result = tmp_path / "result.json"
+    flags = ["--dataset_name", TASK, "--task_size", "3", "--max_new_tokens", "4", "--num_samples", "2"]
+    assert run("eval", "--model_name_or_path", folder, *flags, "--output", result) == 0
+    written = json.loads(result.read_text())
+    assert written["result"]["num_prompts"] == 3
+    assert written["settings"]["dataset_name"] == TASK
+    assert f"pass@1             {written['result']['pass_at_1']:.4f} ±" in capsys.readouterr().out
+
+
+def test_evaluation_while_training_a_base_model_with_an_adapter(
+    config: Path, models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--no_task_conversational", "--use_peft", "--eval_strategy", "steps", "--eval_steps", "2"]
+    flags += ["--task_eval_size", "2", "--per_device_eval_batch_size", "2"]
+    assert run("train", "--config", config, "--model_name_or_path", models["plain"], *flags) == 0
+    assert "eval_reward" in capsys.readouterr().out
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_ctrl_c_names_the_last_checkpoint(
+    config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import TrainerCallback
+
+    import gcpo.trainer
+
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                raise KeyboardInterrupt
+
+    original = gcpo.trainer.GCPOTrainer
+    monkeypatch.setattr(gcpo.trainer, "GCPOTrainer", lambda **kwargs: original(callbacks=[Interrupt()], **kwargs))
+    assert run("train", "--config", config) == 130
+    error = capsys.readouterr().err
+    assert f"interrupted at step 1; continue with --resume_from_checkpoint {tmp_path / 'out' / 'checkpoint-1'}" in error
+
+
+def test_doctor_passes_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("doctor") == 0
+    out = capsys.readouterr().out
+    for name in ("torch", "triton", "vllm", "device", "backend", *(case.name for case in doctor.cases())):
+        assert f"\n{name} " in out
+    assert "FAIL" not in out
+
+
+def test_doctor_covers_every_differentiable_function() -> None:
+    import gcpo_kernels
+
+    without_gradient = {"available_backends", "group_advantages", "causal_reference_logprob"}
+    assert {case.name for case in doctor.cases()} == set(gcpo_kernels.__all__) - without_gradient
+
+
+@pytest.mark.parametrize("fault", ["value", "gradient", "nan", "raises"])
+def test_doctor_finds_a_wrong_kernel(
+    fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import gcpo_kernels
+
+    right = gcpo_kernels.leave_one_out_mean
+
+    def wrong(z: torch.Tensor) -> torch.Tensor:
+        out = right(z)
+        if fault == "raises":
+            raise RuntimeError("does not compile")
+        if fault == "gradient":
+            return out.detach() + 0 * z
+        return out * (float("nan") if fault == "nan" else 1.001)
+
+    monkeypatch.setattr(gcpo_kernels, "leave_one_out_mean", wrong)
+    assert run("doctor") == 1
+    out = capsys.readouterr().out
+    assert "1 of 6 functions are wrong here: leave_one_out_mean" in out
+    assert out.count("FAIL") == 1
+
+
+def test_doctor_warns_of_another_trl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    installed = doctor.installed
+    monkeypatch.setattr(doctor, "cases", lambda: iter(()))
+    for version, wanted in (("1.17.0", "warning: trl 1.17.0 is not 1.16.x"), (None, "need trl")):
+        monkeypatch.setattr(doctor, "installed", lambda name, v=version: v if name == "trl" else installed(name))
+        assert run("doctor") == 0
+        assert wanted in capsys.readouterr().out
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.rsplit("-", 1)[1])

@@ -1,0 +1,87 @@
+"""GCPOConfig: bad values raise one clear error that names the option, before anything runs."""
+
+import math
+
+import pytest
+from tiny_policy import options
+
+from gcpo import GCPOConfig
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("alpha", NAN, ValueError),
+        ("alpha", INF, ValueError),
+        ("alpha", "2", TypeError),
+        ("kappa", -0.1, ValueError),
+        ("kappa", NAN, ValueError),
+        ("kappa", True, TypeError),
+        ("proj_floor", 0.0, ValueError),
+        ("proj_floor", 1.0, ValueError),
+        ("proj_floor", NAN, ValueError),
+        ("estimator", "exact", ValueError),
+        ("representation", "first", ValueError),
+        ("baseline", "median", ValueError),
+        ("similarity", "dot", ValueError),
+        ("num_colliders", 0, ValueError),
+        ("num_colliders", 1.5, TypeError),
+        ("collider_max_completion_length", 0, ValueError),
+        ("candidate_context_tokens", 0, ValueError),
+        ("context_batch_size", 0, ValueError),
+        ("fusion_prompt_template", "{question}", ValueError),
+        ("fusion_prompt_template", "{question} {candidates} {other}", ValueError),
+        ("fusion_prompt_template", "{question} {candidates", ValueError),
+        ("fusion_prompt_template", None, TypeError),
+        ("context_prompt_template", "{question} {candidates}", ValueError),
+        ("candidate_template", "{index}", ValueError),
+        ("candidate_template", "{candidate}{candidate}", ValueError),
+        ("context_attention", "parallel", ValueError),
+        ("num_kl_contexts", 2, ValueError),
+        ("kl_fraction", 0.5, ValueError),
+        ("causal_policy_context", "context", ValueError),
+        ("share_prefix", True, ValueError),
+        ("num_estimator_samples", 2, ValueError),
+    ],
+)
+def test_bad_value_names_the_option(name, value, error, tmp_path):
+    with pytest.raises(error, match=f"`{name}`"):
+        GCPOConfig(**options(tmp_path), **{name: value})
+
+
+def test_one_candidate_is_not_a_group(tmp_path):
+    with pytest.raises(ValueError, match="at least 2 generations"):
+        GCPOConfig(**options(tmp_path, num_generations=1))
+
+
+def test_group_size_must_divide_the_batch(tmp_path):
+    with pytest.raises(ValueError, match="divisible by num_generations"):
+        GCPOConfig(**options(tmp_path, num_generations=3))
+
+
+def test_baseline_follows_the_estimator(tmp_path):
+    assert GCPOConfig(**options(tmp_path)).baseline == "loo"
+    assert GCPOConfig(**options(tmp_path), estimator="scored").baseline == "mean"
+    assert GCPOConfig(**options(tmp_path), baseline="mean").baseline == "mean"
+
+
+def test_paper_settings(tmp_path):
+    config = GCPOConfig.paper(**{k: v for k, v in options(tmp_path).items() if k != "learning_rate"})
+    assert (config.alpha, config.kappa, config.num_colliders) == (2.0, 0.06, config.num_generations)
+    assert (config.learning_rate, config.weight_decay, config.baseline) == (1e-6, 0.01, "mean")
+    assert GCPOConfig.paper(**options(tmp_path), num_colliders=2, alpha=1.0).alpha == 1.0
+    assert GCPOConfig.paper(**options(tmp_path), num_colliders=2).num_colliders == 2
+
+
+def test_what_a_step_does(tmp_path):
+    def parts(**overrides):
+        config = GCPOConfig(**options(tmp_path), **overrides)
+        return config.uses_weights, config.uses_contexts, config.is_causal
+
+    assert parts() == (True, True, True)
+    assert parts(kappa=0.0) == (True, False, True)
+    assert parts(kappa=0.0, estimator="scored") == (True, True, True)
+    assert parts(estimator="none") == (False, True, True)
+    assert parts(kappa=0.0, estimator="none") == (False, False, False)

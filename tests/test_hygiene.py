@@ -1,0 +1,212 @@
+"""What the repository says about itself is true: imports, paths, make targets and commands that its texts name."""
+
+import ast
+import importlib.util
+import io
+import re
+import shlex
+import subprocess
+import sys
+import tokenize
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gcpo import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+ENDINGS = (".py", ".md", ".toml", ".txt", ".yaml", ".yml")
+CODE_SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+FENCE = re.compile(r"^[ \t]*```[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\((?!https?://|#|mailto:)([^)\s#]+)")
+MACHINE_PATH = re.compile(r"(?<![\w.~/-])/(?:work|tmp|root|home|Users)/")
+CONFLICT = re.compile(r"^(?:<{7}|>{7}) ", re.MULTILINE)
+
+
+def repository_files() -> list[Path]:
+    """Files that git tracks, and new ones that it does not ignore."""
+    command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
+    try:
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    return [path for name in listing.splitlines() if (path := ROOT / name).is_file()]
+
+
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="ignore")
+
+
+def documents() -> list[Path]:
+    return [
+        path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")) if path.exists()
+    ]
+
+
+def code_in(markdown: str) -> list[str]:
+    """Code spans and the lines of fenced blocks, continued lines joined."""
+    fences = FENCE.findall(markdown)
+    lines = [line.strip() for block in fences for line in block.replace("\\\n", " ").splitlines()]
+    return CODE_SPAN.findall(FENCE.sub("", markdown)) + lines
+
+
+def comments_and_docstrings(source: str) -> Iterator[str]:
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.string
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield ast.get_docstring(node) or ""
+
+
+def missing_paths(spans: list[str], folders: set[str]) -> list[str]:
+    """Of what looks like a path: those that neither this repository nor an installed package has."""
+    missing = []
+    for span in spans:
+        name = span.split("::")[0].rstrip("/:")
+        first = name.split("/")[0]
+        if "/" not in span or not re.fullmatch(r"[\w./*-]+", name) or span.startswith("/") or first == "runs":
+            continue
+        if not (name.endswith(ENDINGS) or first in folders):
+            continue
+        if any(ROOT.glob(name)):
+            continue
+        spec = importlib.util.find_spec(first) if first.isidentifier() and first not in folders else None
+        bases = [Path(place).parent for place in (spec.submodule_search_locations or ())] if spec else []
+        if not any((base / name).exists() for base in bases):
+            missing.append(span)
+    return missing
+
+
+def unknown_flags(command: str) -> list[str]:
+    """What is not a subcommand of `gcpo`, or not a flag of that one, in a command line."""
+    words = shlex.split(command.split("#")[0])
+    while words and re.fullmatch(r"\w+=.*|\$", words[0]):
+        words = words[1:]
+    if not words or words[0].rsplit("/", 1)[-1] != "gcpo" or len(words) == 1:
+        return []
+    name = words[1]
+    if name.startswith("-"):
+        return [] if name in ("--help", "-h", "--version") else [name]
+    if name not in cli.COMMANDS:
+        return [name]
+    known = known_flags(name)
+    given = [word.split("=")[0] for word in words[2:] if word.startswith("--")]
+    return [flag for flag in given if flag not in known]
+
+
+def known_flags(command: str) -> set[str]:
+    if command == "train":
+        from accelerate.commands.launch import launch_command_parser
+
+        from gcpo.train import make_parser
+
+        launch = set(launch_command_parser()._option_string_actions) | {"--accelerate_config", "--config"}
+        return launch | set(make_parser()._option_string_actions)
+    if command == "eval":
+        return set(cli.eval_parser()._option_string_actions)
+    shown = subprocess.run([sys.executable, "-m", "gcpo.cli", command, "--help"], capture_output=True, text=True)
+    return set(re.findall(r"--[\w-]+", shown.stdout))
+
+
+def test_kernels_import_nothing_but_torch_and_triton() -> None:
+    allowed = set(sys.stdlib_module_names) | {"torch", "triton", "gcpo_kernels"}
+    for path in ROOT.glob("gcpo_kernels/**/*.py"):
+        for node in ast.walk(ast.parse(read(path))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names.append(node.module or "")
+            wrong = [name for name in names if name.split(".")[0] not in allowed]
+            assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+
+
+def test_kernels_import_without_triton_transformers_or_trl() -> None:
+    code = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("triton", "transformers", "trl", "gcpo"):
+            raise ModuleNotFoundError(f"blocked: {name}", name=name)
+sys.meta_path.insert(0, Block())
+import torch, gcpo_kernels
+x = torch.randn(2, 3, requires_grad=True)
+loss, _ = gcpo_kernels.gcpo_loss(-x.abs(), torch.ones(2), torch.ones(2, 3))
+loss.backward()
+print(gcpo_kernels.available_backends("cpu"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "('torch',)"
+
+
+def test_paths_named_in_texts_exist() -> None:
+    files = repository_files()
+    folders = {path.relative_to(ROOT).parts[0] for path in files if path.parent != ROOT}
+    bare = re.compile(rf"(?<![\w./-])(?:{'|'.join(map(re.escape, folders))})/[\w./-]*\w")
+    wrong = []
+    for path in documents():
+        text = read(path)
+        wrong += [(path.name, span) for span in missing_paths(CODE_SPAN.findall(text) + bare.findall(text), folders)]
+        wrong += [(path.name, link) for link in LINK.findall(text) if not (path.parent / link).exists()]
+    for path in files:
+        if path.suffix == ".py":
+            spans = [span for text in comments_and_docstrings(read(path)) for span in CODE_SPAN.findall(text)]
+            wrong += [(path.name, span) for span in missing_paths(spans, folders)]
+    assert not wrong
+
+
+def test_make_targets_named_in_texts_exist() -> None:
+    targets = set(re.findall(r"^([\w-]+):(?!=)", read(ROOT / "Makefile"), re.MULTILINE))
+    assert "test" in targets
+    texts = [(path.name, line) for path in documents() for line in code_in(read(path))]
+    texts += [("run", line) for line in read(ROOT / ".ci" / "run").splitlines()]
+    named = [(where, target) for where, line in texts for target in re.findall(r"^(?:\$ )?make ([a-z][\w-]*)", line)]
+    assert [pair for pair in named if pair[1] not in targets] == []
+
+
+def test_commands_named_in_texts_exist() -> None:
+    wrong = []
+    for path in documents():
+        for line in code_in(read(path)):
+            if re.match(r"(?:\$ )?(?:\w+=\S+ )*(?:[\w.]+/)*gcpo ", line):
+                wrong += [(path.name, line, unknown) for unknown in unknown_flags(line)]
+    assert not wrong
+
+
+def test_no_machine_paths_and_no_conflict_markers() -> None:
+    wrong = []
+    for path in repository_files():
+        name, text = path.relative_to(ROOT), read(path)
+        if name.parts[0] != "tests" and MACHINE_PATH.search(text):
+            wrong.append(f"{name}: {MACHINE_PATH.search(text)}")
+        if CONFLICT.search(text):
+            wrong.append(f"{name}: conflict marker")
+    assert not wrong
+
+
+def test_every_package_is_installed() -> None:
+    listed = set(tomllib.loads(read(ROOT / "pyproject.toml"))["tool"]["setuptools"]["packages"])
+    found = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for top in ("gcpo", "gcpo_kernels")
+        for path in (ROOT / top).glob("**/__init__.py")
+    }
+    assert listed == found
+
+
+def test_the_checks_find_what_they_look_for() -> None:
+    folders = {"gcpo", "tests", "docs"}
+    named = ["gcpo/cli.py", "gcpo/nowhere.py", "tests/", "docs/nowhere", "bench/run_nowhere.py", "trl/scripts/grpo.py"]
+    named += ["tests/*.py", "tests/test_hygiene.py::test", "a/b", "read/write", "n*L/m"]
+    assert missing_paths(named, folders) == ["gcpo/nowhere.py", "docs/nowhere", "bench/run_nowhere.py"]
+    assert code_in("`make x` and\n```bash\ngcpo train \\\n  --a\n```\n") == ["make x", "gcpo train    --a"]
+    assert unknown_flags("$ GCPO_DEBUG=1 gcpo train --kappa 0 --kapa=1 --num_processes 2  # --no") == ["--kapa"]
+    assert unknown_flags("gcpo eval --task_size 3 --size 3") == ["--size"]
+    assert unknown_flags(".venv/bin/gcpo tune") == ["tune"]
+    assert unknown_flags("gcpo doctor") == []
+    assert list(comments_and_docstrings('"""a"""\nx = "b"  # c\n')) == ["# c", "a"]
+    assert MACHINE_PATH.search("see /tmp/x")
+    assert not MACHINE_PATH.search("~/work/x https://a.b/tmp/x")
+    assert CONFLICT.search("a\n" + "<" * 7 + " HEAD\n")

@@ -1,0 +1,254 @@
+"""What GCPOTrainer adds to a step, against the same computed plainly from the model."""
+
+import pytest
+import torch
+from tiny_policy import SHORT_TEMPLATES, count_low, options, parameters, prompts, save_policy, worst_difference
+
+from gcpo import GCPOConfig, GCPOTrainer
+from gcpo_kernels import reference
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    return save_policy(tmp_path_factory.mktemp("policy"))
+
+
+def make_trainer(policy, tmp_path, trainer_class=GCPOTrainer, conversational=False, **overrides):
+    settings = {
+        "num_colliders": 3,
+        "collider_max_completion_length": 6,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-3,
+        **SHORT_TEMPLATES,
+        **overrides,
+    }
+    trainer_kwargs = {k: settings.pop(k) for k in ("reward_funcs", "eval_dataset", "peft_config") if k in settings}
+    return trainer_class(
+        model=policy,
+        args=GCPOConfig(**options(tmp_path, **settings)),
+        train_dataset=prompts(conversational=conversational),
+        **{"reward_funcs": count_low, **trainer_kwargs},
+    )
+
+
+def first_batch(trainer):
+    """One generation batch before TRL shuffles it, with the groups it was made of."""
+    captured = {}
+    make_groups = trainer._make_groups
+
+    def keep(rollout):
+        captured["groups"] = make_groups(rollout)
+        return captured["groups"]
+
+    trainer._make_groups = keep
+    trainer.model.train()
+    rows = [trainer.train_dataset[k // trainer.num_generations] for k in range(8)]
+    # The advantages TRL computes, seen before the weights reach them.
+    weigh = trainer._weigh
+
+    def keep_advantages(output, *args):
+        captured["advantages"] = output["advantages"].clone()
+        captured["upsilon"] = weigh(output, *args)
+        return captured["upsilon"]
+
+    trainer._weigh = keep_advantages
+    output = trainer._generate_and_score_completions(rows)
+    return output, captured
+
+
+@torch.no_grad()
+def plain_scores(trainer, prompt, completion):
+    """log pi of a completion's tokens and the hidden states that its tokens end in, from one unpadded row."""
+    ids = torch.tensor([[*prompt, *completion]])
+    trainer.model.eval()
+    hidden = trainer.model.model(input_ids=ids).last_hidden_state[0]
+    trainer.model.train()
+    logits = trainer.model.lm_head(hidden) / trainer.temperature
+    start = len(prompt)
+    logp = torch.log_softmax(logits[start - 1 : -1], dim=-1)
+    return logp.gather(-1, ids[0, start:, None])[:, 0], hidden[start:]
+
+
+def represent(hidden, representation):
+    return hidden[-1] if representation == "last" else hidden.mean(dim=0)
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+@pytest.mark.parametrize("num_iterations", [1, 2])  # 2: TRL scores the rollout itself and its pass is shared
+@pytest.mark.parametrize("representation", ["last", "mean"])
+@pytest.mark.parametrize("estimator", ["loo", "scored"])
+def test_weights_and_scores(estimator, representation, num_iterations, conversational, policy, tmp_path):
+    trainer = make_trainer(
+        policy,
+        tmp_path,
+        estimator=estimator,
+        representation=representation,
+        num_iterations=num_iterations,
+        conversational=conversational,
+        temperature=0.7,
+    )
+    output, captured = first_batch(trainer)
+    groups, n, colliders = captured["groups"], 4, 3
+    assert ("old_per_token_logps" in output) == (num_iterations == 2)
+    z, context_z, collider_z = [], [], []
+    for row in range(8):
+        p, i = divmod(row, n)
+        group = groups[p]
+        y = group.candidates[i]
+        logp, hidden = plain_scores(trainer, group.prompt_ids, y)
+        torch.testing.assert_close(output["query_logps"][row, : len(y)], logp, atol=1e-5, rtol=1e-5)
+        z.append(represent(hidden, representation))
+        others = [candidate for k, candidate in enumerate(group.candidates) if k != i]
+        for l in range(colliders):
+            context = trainer._builder.context(group.prompt, others, group.colliders[l])
+            logp, hidden = plain_scores(trainer, context, y)
+            torch.testing.assert_close(output["context_logps"][row, : len(y), l], logp, atol=1e-5, rtol=1e-5)
+            context_z.append(represent(hidden, representation))
+    for group in groups:
+        for collider in group.colliders:
+            _, hidden = plain_scores(trainer, group.prompt_ids, collider)
+            collider_z.append(represent(hidden, representation))
+    z = torch.stack(z).view(2, n, -1)
+    if estimator == "loo":
+        collider_z = torch.stack(collider_z).view(2, colliders, -1)
+        # The mean of what the context shows, with c_0 and with the colliders averaged: the closed form's meaning.
+        others = z.sum(dim=1, keepdim=True) - z
+        difference = (others + collider_z[:, :1]) / n - (others + collider_z.mean(dim=1, keepdim=True)) / n
+        target = difference + others / (n - 1)
+    else:
+        context_z = torch.stack(context_z).view(2, n, colliders, -1)
+        target = context_z[:, :, 0] - context_z.mean(dim=2) + z.mean(dim=1, keepdim=True)
+    expected = 2.0 * torch.cosine_similarity(z, target, dim=-1).flatten()
+    torch.testing.assert_close(captured["upsilon"], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output["advantages"], captured["advantages"] * expected, atol=1e-5, rtol=1e-5)
+    assert captured["advantages"].abs().max() > 0.1
+    assert list(trainer._logs["advantages"]) == pytest.approx(output["advantages"].tolist(), abs=1e-5)
+
+
+REDUCTIONS = {
+    "grpo": {},
+    "bnpo": {},
+    "dr_grpo": {},
+    "dapo": {},
+    "sapo": {},
+    "luspo": {},
+    "cispo": {"epsilon_high": 5.0},
+}
+
+
+@pytest.mark.parametrize("loss_type", REDUCTIONS)
+def test_second_kl_term_is_added_to_trls_loss(loss_type, policy, tmp_path):
+    trainer = make_trainer(policy, tmp_path, loss_type=loss_type, kappa=0.5, **REDUCTIONS[loss_type])
+    output, _ = first_batch(trainer)
+    trainer.current_gradient_accumulation_steps = 1
+    with_term = trainer._compute_loss(trainer.model, output)
+    grads = torch.autograd.grad(with_term, list(trainer.model.parameters()))
+    plain_inputs = {k: v for k, v in output.items() if k != "context_logps"}
+    without = trainer._compute_loss(trainer.model, plain_inputs)
+    grads_without = torch.autograd.grad(without, list(trainer.model.parameters()))
+    mask = output["completion_mask"].bool()
+    ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+    attention = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+    logp, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, attention, mask.size(1))
+    log_p = reference.causal_reference_logprob(output["query_logps"], output["context_logps"])
+    per_token = torch.where(mask, 0.5 * reference.k3(log_p - logp), 0.0)
+    lengths = mask.sum(dim=1).clamp(min=1)
+    expected = {
+        "grpo": (per_token.sum(dim=1) / lengths).mean(),
+        "sapo": (per_token.sum(dim=1) / lengths).mean(),
+        "bnpo": per_token.sum() / mask.sum(),
+        "dapo": per_token.sum() / mask.sum(),
+        "cispo": per_token.sum() / mask.sum(),
+        "dr_grpo": per_token.sum() / (8 * 10),
+        "luspo": per_token.sum(dim=1).mean(),
+    }[loss_type]
+    assert expected > 1e-6
+    torch.testing.assert_close(with_term - without, expected, atol=1e-7, rtol=1e-4)
+    expected_grads = torch.autograd.grad(expected, list(trainer.model.parameters()))
+    for ours, base, term in zip(grads, grads_without, expected_grads, strict=True):
+        torch.testing.assert_close(ours - base, term, atol=1e-6, rtol=1e-3)
+    assert max(term.abs().max() for term in expected_grads) > 1e-5
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"conversational": True},
+        {"reward_funcs": [count_low, lambda completions, **kwargs: [0.5] * len(completions)]},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "num_iterations": 2},
+        {"mask_truncated_completions": True},
+        {"num_colliders": 1},
+        {"estimator": "scored", "kappa": 0.0},
+        {"estimator": "none", "kappa": 0.1},
+        {"similarity": "gaussian", "baseline": "mean"},
+        {"candidate_context_tokens": 2},
+        {"gradient_checkpointing": True},
+        {"pad_to_multiple_of": 8},
+        {"beta": 0.04, "num_iterations": 2},
+        {"num_generations": 2},
+        {"log_completions": True},
+    ],
+    ids=lambda changed: "-".join(changed),
+)
+def test_trains_with(changed, policy, tmp_path):
+    trainer = make_trainer(policy, tmp_path, **changed)
+    before = parameters(trainer.model)
+    trainer.train()
+    after = parameters(trainer.model)
+    assert worst_difference(before, after) > 0
+    assert all(value.isfinite().all() for value in after.values())
+    logged = trainer.state.log_history[0]
+    for phase in ("rollout", "rewards", "scoring", "colliders", "contexts", "loss"):
+        assert logged[f"gcpo/seconds/{phase}"] >= 0
+    assert logged["gcpo/tokens/generated_colliders"] > 0
+    causal = trainer.args
+    if causal.uses_weights:
+        assert logged["gcpo/upsilon/fallback"] == 0
+        assert abs(logged["gcpo/upsilon/max"]) <= 2.0001
+        assert {"gcpo/projection/cosine", "gcpo/projection/norm_ratio", "gcpo/upsilon/near_zero"} <= logged.keys()
+    if causal.kappa > 0:
+        assert logged["gcpo/tokens/scored_contexts"] > 0
+        kl = [entry["gcpo/kl_causal"] for entry in trainer.state.log_history if "gcpo/kl_causal" in entry]
+        assert kl and all(value >= 0 for value in kl)
+        # With one collider p' is the old policy's probability, and on-policy the term is 0.
+        assert max(kl) > 0 or causal.num_colliders == 1
+    else:
+        assert "gcpo/kl_causal" not in logged
+
+
+def test_peft_reference_is_the_disabled_adapter(policy, tmp_path):
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = make_trainer(policy, tmp_path, peft_config=lora, beta=0.1, learning_rate=1e-2, num_iterations=2)
+    before = parameters(trainer.model)
+    trainer.train()
+    changed = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
+    assert changed and all("lora_" in name for name in changed)
+    assert max(entry.get("kl", 0.0) for entry in trainer.state.log_history) > 0
+    assert trainer.state.log_history[0]["gcpo/upsilon/fallback"] == 0
+
+
+def test_evaluation_is_grpos(policy, tmp_path):
+    """Evaluation costs what GRPO's does: no colliders, no contexts, and nothing added to training's counters."""
+    trainer = make_trainer(
+        policy, tmp_path, eval_dataset=prompts(2), per_device_eval_batch_size=8, eval_strategy="steps", eval_steps=1
+    )
+    trainer.train()
+    evaluation = next(entry for entry in trainer.state.log_history if "eval_reward" in entry)
+    assert "eval_gcpo/upsilon/mean" not in evaluation
+    tokens = [e["gcpo/tokens/generated"] for e in trainer.state.log_history if "gcpo/tokens/generated" in e]
+    assert len(tokens) == 2 and max(tokens) <= 8 * 10
+
+
+def test_account_adds_up(policy, tmp_path):
+    trainer = make_trainer(policy, tmp_path, max_steps=1)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    phases = [value for name, value in logged.items() if name.startswith("gcpo/seconds/")]
+    assert sum(phases) == pytest.approx(logged["step_time"], rel=0.05, abs=0.003)
+    assert min(phases) > 0
+    # 8 candidates, 4 at a time per prompt; each is scored once under q and 3 times under contexts.
+    assert logged["gcpo/tokens/trained"] == logged["gcpo/tokens/scored_query"]
+    assert logged["gcpo/tokens/scored_contexts"] > 3 * logged["gcpo/tokens/scored_query"]

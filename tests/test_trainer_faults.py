@@ -1,0 +1,167 @@
+"""What happens when something in a training step is wrong: a clear stop, or that sample counted and left out."""
+
+import math
+
+import pytest
+import torch
+from test_trainer_causal import first_batch, make_trainer
+from tiny_policy import count_low, options, parameters, prompts, save_policy, worst_difference
+from transformers import TrainerCallback
+
+from gcpo import GCPOConfig, GCPOTrainer
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    return save_policy(tmp_path_factory.mktemp("policy"))
+
+
+def assert_finite(trainer):
+    assert all(value.isfinite().all() for value in parameters(trainer.model).values())
+
+
+def test_wrong_number_of_rewards_names_the_function(policy, tmp_path):
+    def short(completions, **kwargs):
+        return [1.0]
+
+    with pytest.raises(ValueError, match="'short' returned 1 rewards, but 8 were expected"):
+        make_trainer(policy, tmp_path, reward_funcs=short).train()
+
+
+@pytest.mark.parametrize("bad", [math.nan, None, math.inf, -math.inf])
+@pytest.mark.parametrize("rows", [slice(0, 4), slice(0, 1), slice(0, 8)], ids=["group", "sample", "all"])
+def test_rewards_that_are_no_numbers(bad, rows, policy, tmp_path):
+    """They count as missing: advantage 0 for that sample, and a metric for groups without any reward."""
+
+    def broken(completions, **kwargs):
+        rewards = count_low(completions)
+        rewards[rows] = [bad] * len(rewards[rows])
+        return rewards
+
+    trainer = make_trainer(policy, tmp_path, reward_funcs=broken, beta=0.01)
+    output, _ = first_batch(trainer)
+    assert (output["advantages"][rows] == 0).all() and output["advantages"].isfinite().all()
+    rest = torch.ones(8, dtype=torch.bool)
+    rest[rows] = False
+    assert rest.sum() == 0 or output["advantages"][rest].abs().max() > 0
+    expected = {4: 0.5, 1: 0.0, 8: 1.0}[rows.stop - rows.start]
+    assert trainer._metrics["train"]["gcpo/groups_without_reward"] == [expected]
+    trainer._metrics["train"].clear()
+    trainer.train()
+    assert_finite(trainer)
+
+
+def test_equal_rewards_leave_only_the_kl_terms(policy, tmp_path):
+    def equal(completions, **kwargs):
+        return [0.1] * len(completions)
+
+    trainer = make_trainer(policy, tmp_path, reward_funcs=equal)
+    output, _ = first_batch(trainer)
+    assert output["advantages"].abs().max() < 1e-3
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer._compute_loss(trainer.model, output)
+    assert loss.isfinite() and loss >= 0
+
+
+def fixed(candidates, colliders):
+    """A trainer class whose rollouts are given."""
+
+    class Fixed(GCPOTrainer):
+        def _generate_single_turn(self, prompt_ids, images, fields, num_generations, **kwargs):
+            rows = colliders if num_generations == 1 else candidates
+            return [list(rows[k % len(rows)]) for k in range(len(prompt_ids))], None
+
+    return Fixed
+
+
+EOS = 1
+
+
+@pytest.mark.parametrize("estimator", ["loo", "scored"])
+def test_identical_candidates(estimator, policy, tmp_path):
+    """Every z is the same, so is zbar, and Upsilon is near alpha; rewards are equal and nothing is learned of it."""
+    trainer = make_trainer(policy, tmp_path, fixed([[20, 21, EOS]], [[30, EOS], [31, EOS], [32, 33, EOS]]))
+    output, captured = first_batch(trainer)
+    assert captured["upsilon"].isfinite().all() and captured["upsilon"].max() > 1.5
+    assert output["advantages"].abs().max() < 1e-3
+
+
+def test_empty_colliders_are_masked(policy, tmp_path):
+    """One that says nothing is put last and left out of every mean."""
+    candidates = [[20, 21, EOS], [22, EOS], [23, 24, 25, EOS], [26, 27]]
+    some = make_trainer(policy, tmp_path, fixed(candidates, [[EOS], [30, EOS], [31, 32, EOS]]))
+    output, captured = first_batch(some)
+    assert captured["groups"][0].has_content == [True, True, False]
+    assert output["context_weights"][0].tolist() == [0.5, 0.5, 0.0]
+    assert output["has_collider"].all()
+    without = make_trainer(policy, tmp_path, fixed(candidates, [[30, EOS], [31, 32, EOS]]), num_colliders=2)
+    expected = first_batch(without)[1]["upsilon"]
+    torch.testing.assert_close(captured["upsilon"], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_without_any_collider_the_second_kl_is_left_out(policy, tmp_path):
+    candidates = [[20, 21, EOS], [22, EOS], [23, 24, 25, EOS], [26, 27]]
+    trainer = make_trainer(policy, tmp_path, fixed(candidates, [[EOS]]))
+    output, captured = first_batch(trainer)
+    assert not output["has_collider"].any() and captured["upsilon"].isfinite().all()
+    assert trainer._metrics["train"]["gcpo/colliders/empty"] == [1.0]
+    trainer.current_gradient_accumulation_steps = 1
+    with_inputs = trainer._compute_loss(trainer.model, output)
+    plain = {k: v for k, v in output.items() if k != "context_logps"}
+    assert with_inputs == trainer._compute_loss(trainer.model, plain)
+
+
+def test_undefined_weights_fall_back_to_grpo(policy, tmp_path):
+    """NaN hidden states in one candidate: its group is weighted by 1 and counted, the other group as ever."""
+
+    class Broken(GCPOTrainer):
+        def _weigh(self, output, groups, z, *args):
+            z[1] = torch.nan
+            return super()._weigh(output, groups, z, *args)
+
+    trainer = make_trainer(policy, tmp_path, Broken)
+    output, captured = first_batch(trainer)
+    assert (captured["upsilon"][:4] == 1).all() and (captured["upsilon"][4:] != 1).all()
+    assert trainer._metrics["train"]["gcpo/upsilon/fallback"] == [0.5]
+    assert output["advantages"].isfinite().all()
+
+
+def test_context_longer_than_the_model_is_refused_before_training(policy, tmp_path):
+    short = save_policy(tmp_path / "short", max_positions=40)
+    with pytest.raises(ValueError, match=r"46 tokens, more than the model's 40 positions.*`candidate_context_tokens`"):
+        make_trainer(short, tmp_path)
+    # Short enough without the prompt: refused with the first prompt that is too long, before the forward.
+    almost = save_policy(tmp_path / "almost", max_positions=48)
+    with pytest.raises(ValueError, match=r"more than the model's 48 positions.*`candidate_context_tokens`"):
+        make_trainer(
+            almost,
+            tmp_path,
+            max_completion_length=10,
+            context_prompt_template="{question}{candidates}{collider}" + "x" * 20,
+        ).train()
+
+
+@pytest.mark.parametrize("exception", [KeyboardInterrupt, RuntimeError])
+def test_interrupted_training_leaves_its_checkpoint_loadable(exception, policy, tmp_path):
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise exception
+
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+    trainer = make_trainer(policy, tmp_path, **settings)
+    trainer.add_callback(Interrupt())
+    with pytest.raises(exception):
+        trainer.train()
+    at_two = parameters(trainer.model)
+    resumed = make_trainer(policy, tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    assert_finite(resumed)
+    again = GCPOTrainer(
+        model=str(tmp_path / "out" / "checkpoint-2"),
+        reward_funcs=count_low,
+        args=GCPOConfig(**options(tmp_path)),
+        train_dataset=prompts(),
+    )
+    assert worst_difference(at_two, parameters(again.model)) == 0
