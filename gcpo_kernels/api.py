@@ -25,22 +25,51 @@ from gcpo_kernels.options import (
     check_number,
 )
 
+try:
+    import triton
+
+    from gcpo_kernels.triton import ops as triton_ops
+    from gcpo_kernels.triton.token_loss import METRICS
+
+    _INTERPRETED = bool(triton.knobs.runtime.interpret)
+except ImportError:  # no Triton on this platform: the torch backend does everything
+    triton_ops = None  # type: ignore[assignment]
+    _INTERPRETED = False
+
 Metrics = dict[str, torch.Tensor]
 
 
 def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
-    """Backends that run on tensors of `device`, the one that `backend=None` chooses first."""
-    torch.device(device)
+    """
+    Backends that run on tensors of `device`, the one that `backend=None` chooses first.
+
+    "triton" runs on CUDA, ROCm and XPU tensors, and on CPU tensors where `TRITON_INTERPRET=1` was set before the
+    import (for tests: it is slow, and never chosen by itself).
+    """
+    kind = torch.device(device).type
+    if triton_ops is not None and kind in ("cuda", "xpu"):
+        return ("triton", "torch")
+    if triton_ops is not None and kind == "cpu" and _INTERPRETED:
+        return ("torch", "triton")
     return ("torch",)
 
 
-def _check_backend(backend: str | None, x: torch.Tensor) -> None:
+def _use_triton(backend: str | None, *tensors: torch.Tensor | None) -> bool:
+    """Whether the Triton backend runs this call. One that was asked for by name runs it or raises."""
+    given = [x for x in tensors if x is not None]
     if backend is None:
-        return
+        return available_backends(given[0].device)[0] == "triton" and all(x.dtype != torch.float64 for x in given)
     check_choice("backend", backend, ("triton", "torch"))
-    available = available_backends(x.device)
+    available = available_backends(given[0].device)
     if backend not in available:
-        raise ValueError(f"`backend` {backend!r} does not run on {x.device} tensors here; available: {available}.")
+        raise ValueError(
+            f"`backend` {backend!r} does not run on {given[0].device} tensors here; available: {available}."
+        )
+    if backend == "triton" and any(x.dtype == torch.float64 for x in given):
+        raise TypeError("`backend` 'triton' takes float32, bfloat16 and float16, got float64: use 'torch'.")
+    if backend == "triton" and given[0].device.type == "cpu" and any(x.dtype == torch.bfloat16 for x in given):
+        raise TypeError("`backend` 'triton' takes no bfloat16 on a CPU: Triton's interpreter computes it wrongly.")
+    return backend == "triton"
 
 
 def gcpo_loss(
@@ -124,23 +153,47 @@ def gcpo_loss(
         proj_floor=proj_floor,
     )
     check_rank("logp", logp, (2,), "(B, T)")
-    _check_backend(backend, logp)
-    inputs = _token_inputs(
-        tuple(logp.shape),
+    tensors = {
+        "old_logp": old_logp,
+        "ref_logp": ref_logp,
+        "context_logp": context_logp,
+        "context_weights": context_weights,
+        "query_logp": query_logp,
+        "causal_logp": causal_logp,
+        "importance_sampling_ratio": importance_sampling_ratio,
+    }
+    _check_token_arguments(tuple(logp.shape), logp, advantages, mask, options, tensors)
+    if _use_triton(backend, logp, advantages, *tensors.values()):
+        return _triton_loss(logp, advantages, mask, options, tensors)
+    dtype = reference.compute_dtype(logp)
+    return reference.objective(logp.to(dtype), reference.token_inputs(mask, advantages, dtype, **tensors), options)
+
+
+def _triton_loss(
+    logp: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    options: LossOptions,
+    tensors: dict[str, torch.Tensor | None],
+) -> tuple[torch.Tensor, Metrics]:
+    items = options.num_items_in_batch
+    constants = {name: x if x is None or name == "causal_logp" else x.detach() for name, x in tensors.items()}
+    out = triton_ops.triton_token_loss(
         logp,
-        advantages,
         mask,
-        options,
-        reference.compute_dtype(logp),
-        old_logp=old_logp,
-        ref_logp=ref_logp,
-        context_logp=context_logp,
-        context_weights=context_weights,
-        query_logp=query_logp,
-        causal_logp=causal_logp,
-        importance_sampling_ratio=importance_sampling_ratio,
-    )
-    return reference.objective(logp.to(reference.compute_dtype(logp)), inputs, options)
+        advantages.detach(),
+        constants["old_logp"],
+        constants["ref_logp"],
+        constants["query_logp"],
+        constants["causal_logp"],
+        constants["importance_sampling_ratio"],
+        constants["context_logp"],
+        constants["context_weights"],
+        items.to(logp.device) if isinstance(items, torch.Tensor) else None,
+        triton_ops.loss_numbers(options),
+    )[0]
+    metrics = out.detach()
+    return out[0], {name: metrics[1 + k] for k, name in enumerate(METRICS)}
 
 
 def linear_gcpo_loss(
@@ -206,7 +259,6 @@ def linear_gcpo_loss(
     )
     head = HeadOptions(temperature, logit_scale, logit_softcap)
     check_rank("hidden", hidden, (2, 3), "(B, T, H) or (B * T, H)")
-    _check_backend(backend, hidden)
     check_tensor("mask", mask, floating=False, like=hidden)
     if mask.dim() != 2:
         raise ValueError(f"`mask` must have shape (B, T), got {tuple(mask.shape)}.")
@@ -219,21 +271,18 @@ def linear_gcpo_loss(
     token_ids = check_ids("token_ids", token_ids, lead, "(B, T)", hidden)
     _check_head(hidden, weight, bias)
     dtype = reference.compute_dtype(hidden, weight)
-    inputs = _token_inputs(
-        shape,
-        hidden,
-        advantages,
-        mask,
-        options,
-        dtype,
-        old_logp=old_logp,
-        ref_logp=ref_logp,
-        context_logp=context_logp,
-        context_weights=context_weights,
-        query_logp=query_logp,
-        causal_logp=causal_logp,
-        importance_sampling_ratio=importance_sampling_ratio,
-    )
+    tensors = {
+        "old_logp": old_logp,
+        "ref_logp": ref_logp,
+        "context_logp": context_logp,
+        "context_weights": context_weights,
+        "query_logp": query_logp,
+        "causal_logp": causal_logp,
+        "importance_sampling_ratio": importance_sampling_ratio,
+    }
+    _check_token_arguments(shape, hidden, advantages, mask, options, tensors)
+    use_triton = _use_triton(backend, hidden, weight, bias, advantages, *tensors.values())
+    inputs = reference.token_inputs(mask, advantages, dtype, **tensors)
     grad = torch.is_grad_enabled()
     logp, entropy, *gradients = ops.linear_loss(
         hidden.detach().flatten(0, -2),
@@ -378,7 +427,6 @@ def causal_weights(
     check_choice("baseline", baseline, BASELINES)
     check_choice("similarity", similarity, SIMILARITIES)
     check_rank("z", z, (3,), "(P, n, H)")
-    _check_backend(backend, z)
     check_rank("context_z", context_z, (5,), "(P, n, L, m, H)")
     check_tensor("context_z", context_z, like=z)
     p, n, hidden = z.shape
@@ -390,6 +438,10 @@ def causal_weights(
         raise ValueError(f"`context_z` must hold at least one context and sample, got {tuple(context_z.shape)}.")
     if context_mask is not None:
         check_mask("context_mask", context_mask, tuple(context_z.shape[:4]), "(P, n, L, m)", z)
+    if _use_triton(backend, z, context_z):
+        return triton_ops.triton_causal_weights(
+            z, None, context_z, context_mask, float(alpha), baseline, similarity
+        )[0]
     return reference.causal_weights(
         z, context_z, alpha=alpha, baseline=baseline, similarity=similarity, context_mask=context_mask
     )
@@ -398,7 +450,8 @@ def causal_weights(
 def leave_one_out_mean(z: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
     """mean_{k != i} z_k for each i: (P, n, H) from (P, n, H) float; NaN for n = 1. Carries gradient."""
     check_rank("z", z, (3,), "(P, n, H)")
-    _check_backend(backend, z)
+    if _use_triton(backend, z):
+        return triton_ops.triton_leave_one_out(z, torch.float32)
     return reference.leave_one_out_mean(z)
 
 
@@ -475,16 +528,15 @@ def _storage_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
     return promoted
 
 
-def _token_inputs(
+def _check_token_arguments(
     shape: tuple[int, ...],
     like: torch.Tensor,
     advantages: Any,
     mask: Any,
     options: LossOptions,
-    dtype: torch.dtype,
-    **tensors: Any,
-) -> reference.TokenInputs:
-    """Check every per-token argument of the losses against (B, T) = shape, then clean and cast them."""
+    tensors: dict[str, Any],
+) -> None:
+    """Check every per-token argument of the losses against (B, T) = shape."""
     b, t = shape
     check_mask("mask", mask, shape, "(B, T)", like)
     per_row = ((b,), shape)
@@ -511,4 +563,3 @@ def _token_inputs(
         raise ValueError(f"`beta` = {options.beta} needs `ref_logp`, got None.")
     if options.kappa > 0 and context_logp is None:
         raise ValueError(f"`kappa` = {options.kappa} needs `context_logp`, got None.")
-    return reference.token_inputs(mask, advantages, dtype, **tensors)
