@@ -28,8 +28,8 @@ from gcpo_kernels.options import (
 try:
     import triton
 
-    from gcpo_kernels.triton import ops as triton_ops
-    from gcpo_kernels.triton.token_loss import METRICS
+    from gcpo_kernels.triton_backend import ops as triton_ops
+    from gcpo_kernels.triton_backend.token_loss import METRICS
 
     _INTERPRETED = bool(triton.knobs.runtime.interpret)
 except ImportError:  # no Triton on this platform: the torch backend does everything
@@ -310,7 +310,10 @@ def linear_gcpo_loss(
         ],
     )
     # The value again from the log-probabilities, on (B, T): it also carries the gradient in causal_logp.
-    value, metrics = reference.objective(logp, inputs, options)
+    if use_triton:
+        value, metrics = _triton_loss(logp, advantages, mask, options, tensors)
+    else:
+        value, metrics = reference.objective(logp, inputs, options)
     metrics["entropy"] = reference.masked_mean(entropy, inputs.mask)
     loss = ops.LossWithGradients.apply(value, hidden.flatten(0, -2), weight, bias, *gradients)
     return loss, metrics
@@ -349,7 +352,6 @@ def linear_logprob(
     """
     head = HeadOptions(temperature, logit_scale, logit_softcap)
     check_rank("hidden", hidden, (2, 3), "(B, T, H) or (N, H)")
-    _check_backend(backend, hidden)
     token_ids = check_ids("token_ids", token_ids, tuple(hidden.shape[:-1]), "of hidden without H", hidden)
     _check_head(hidden, weight, bias)
     logp, entropy = ops.linear_logprob(
@@ -359,6 +361,7 @@ def linear_logprob(
         token_ids.flatten(),
         _storage_dtype(hidden, weight),
         ops.head_arguments(head),
+        "triton" if _use_triton(backend, hidden, weight, bias) else "torch",
     )
     logp, entropy = logp.view(token_ids.shape), entropy.view(token_ids.shape)
     return (logp, entropy) if return_entropy else logp
@@ -388,9 +391,9 @@ def selective_logprob(
     """
     HeadOptions(temperature)
     check_rank("logits", logits, (2, 3), "(B, T, V) or (N, V)")
-    _check_backend(backend, logits)
     token_ids = check_ids("token_ids", token_ids, tuple(logits.shape[:-1]), "of logits without V", logits)
-    logp, entropy = ops.selective_logprob(logits, token_ids, float(temperature))
+    name = "triton" if _use_triton(backend, logits) else "torch"
+    logp, entropy, *_ = ops.selective_logprob(logits, token_ids, float(temperature), name)
     return (logp, entropy) if return_entropy else logp
 
 
@@ -439,9 +442,7 @@ def causal_weights(
     if context_mask is not None:
         check_mask("context_mask", context_mask, tuple(context_z.shape[:4]), "(P, n, L, m)", z)
     if _use_triton(backend, z, context_z):
-        return triton_ops.triton_causal_weights(
-            z, None, context_z, context_mask, float(alpha), baseline, similarity
-        )[0]
+        return triton_ops.triton_causal_weights(z, None, context_z, context_mask, float(alpha), baseline, similarity)[0]
     return reference.causal_weights(
         z, context_z, alpha=alpha, baseline=baseline, similarity=similarity, context_mask=context_mask
     )
@@ -537,7 +538,7 @@ def _check_token_arguments(
     tensors: dict[str, Any],
 ) -> None:
     """Check every per-token argument of the losses against (B, T) = shape."""
-    b, t = shape
+    b = shape[0]
     check_mask("mask", mask, shape, "(B, T)", like)
     per_row = ((b,), shape)
     check_tensor("advantages", advantages, shapes=per_row, wanted=f"(B,) or (B, T) = ({b},) or {shape}", like=like)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gcpo_kernels import torch_backend
+from gcpo_kernels import linear, torch_backend
 from gcpo_kernels.options import HeadOptions, LossOptions
 from gcpo_kernels.reference import TokenInputs, compute_dtype
 
@@ -22,12 +22,17 @@ def _without_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def _head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, storage: torch.dtype, options: list[float]
-) -> torch_backend.Head:
+def _tiles(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, storage: torch.dtype, options: list[float], backend: str
+) -> linear.Tiles:
     temperature, logit_scale, softcap = options
     head = HeadOptions(temperature, logit_scale, softcap if softcap > 0 else None)
-    return torch_backend.make_head(hidden, weight, bias, head, storage)
+    dtype = compute_dtype(hidden, weight)
+    if backend == "triton":
+        from gcpo_kernels.triton_backend.linear import TritonTiles
+
+        return TritonTiles(weight, bias, head, dtype, storage)
+    return torch_backend.TorchTiles(weight, bias, head, dtype, storage)
 
 
 def head_arguments(head: HeadOptions) -> list[float]:
@@ -48,13 +53,15 @@ def linear_logprob(
     token_ids: Tensor,  # (N,)
     storage: torch.dtype,
     head: list[float],
+    backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
     with _without_autocast(hidden):
-        return torch_backend.linear_logprob_forward(hidden, _head(hidden, weight, bias, storage, head), token_ids)
+        tiles = _tiles(hidden, weight, bias, storage, head, backend)
+        return linear.linear_logprob_forward(hidden, tiles, token_ids)
 
 
 @linear_logprob.register_fake
-def _(hidden, weight, bias, token_ids, storage, head):
+def _(hidden, weight, bias, token_ids, storage, head, backend="torch"):
     dtype = compute_dtype(hidden, weight)
     return tuple(hidden.new_empty(token_ids.shape, dtype=dtype) for _ in range(2))
 
@@ -70,34 +77,30 @@ def linear_logprob_backward(
     storage: torch.dtype,
     head: list[float],
     need: list[bool],
+    backend: str = "torch",
 ) -> tuple[Tensor, Tensor, Tensor]:
     with _without_autocast(hidden):
-        return torch_backend.linear_logprob_backward(
-            hidden,
-            _head(hidden, weight, bias, storage, head),
-            token_ids,
-            g_logp,
-            g_entropy,
-            (need[0], need[1], need[2]),
-        )
+        tiles = _tiles(hidden, weight, bias, storage, head, backend)
+        needed = (need[0], need[1], need[2])
+        return linear.linear_logprob_backward(hidden, tiles, token_ids, g_logp, g_entropy, needed)
 
 
 def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, need: list[bool]) -> tuple[Tensor, ...]:
     def like(x: Tensor | None, needed: bool) -> Tensor:
         if x is None or not needed:
             return weight.new_empty(0)
-        return torch.empty(x.shape, dtype=torch_backend.gradient_dtype(x.dtype), device=x.device)
+        return torch.empty(x.shape, dtype=linear.gradient_dtype(x.dtype), device=x.device)
 
     return like(hidden, need[0]), like(weight, need[1]), like(bias, need[2])
 
 
 @linear_logprob_backward.register_fake
-def _(hidden, weight, bias, token_ids, g_logp, g_entropy, storage, head, need):
+def _(hidden, weight, bias, token_ids, g_logp, g_entropy, storage, head, need, backend="torch"):
     return _fake_gradients(hidden, weight, bias, need)
 
 
 def _linear_logprob_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    hidden, weight, bias, token_ids, ctx.storage, ctx.head = inputs
+    hidden, weight, bias, token_ids, *ctx.options = inputs
     ctx.save_for_backward(hidden, weight, bias, token_ids)
     ctx.set_materialize_grads(True)
 
@@ -105,9 +108,11 @@ def _linear_logprob_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _linear_logprob_grad(ctx: Any, g_logp: Tensor, g_entropy: Tensor) -> tuple:
     hidden, weight, bias, token_ids = ctx.saved_tensors
     need = list(ctx.needs_input_grad[:3])
-    grads = linear_logprob_backward(hidden, weight, bias, token_ids, g_logp, g_entropy, ctx.storage, ctx.head, need)
+    storage, head, backend = ctx.options
+    grads = linear_logprob_backward(hidden, weight, bias, token_ids, g_logp, g_entropy, storage, head, need, backend)
     inputs = (hidden, weight, bias)
-    return (*(g.to(x.dtype) if n else None for g, n, x in zip(grads, need, inputs, strict=True)), None, None, None)
+    found = (g.to(x.dtype) if n else None for g, n, x in zip(grads, need, inputs, strict=True))
+    return (*found, None, None, None, None)
 
 
 linear_logprob.register_autograd(_linear_logprob_grad, setup_context=_linear_logprob_setup)
@@ -139,6 +144,7 @@ def linear_loss(
     loss: list[float],  # beta, kappa, epsilon_low, epsilon_high, delta (0: none), proj_floor
     by_sequence: bool,
     need: list[bool],  # gradients of hidden, weight, bias
+    backend: str = "torch",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities, entropies, and the gradients of sum(weights * per-token loss): three matrix products."""
     options = LossOptions(
@@ -162,20 +168,15 @@ def linear_loss(
         context_weights=context_weights,
     )
     with _without_autocast(hidden):
-        return torch_backend.linear_loss(
-            hidden,
-            _head(hidden, weight, bias, storage, head),
-            token_ids,
-            inputs,
-            weights,
-            options,
-            (need[0], need[1], need[2]),
-        )
+        tiles = _tiles(hidden, weight, bias, storage, head, backend)
+        needed = (need[0], need[1], need[2])
+        return linear.linear_loss(hidden, tiles, token_ids, inputs, weights, options, needed)
 
 
 @linear_loss.register_fake
-def _(hidden, weight, bias, token_ids, mask, *args):
-    need = args[-1]
+def _(hidden, weight, bias, token_ids, mask, *rest):
+    # `need` is followed by `backend` only where that was given.
+    need: Any = next(x for x in reversed(rest) if isinstance(x, list | tuple))
     dtype = compute_dtype(hidden, weight)
     scores = (hidden.new_empty(mask.shape, dtype=dtype) for _ in range(2))
     return (*scores, *_fake_gradients(hidden, weight, bias, need))
@@ -215,40 +216,74 @@ class LossWithGradients(torch.autograd.Function):
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::selective_logprob", mutates_args=())
-def selective_logprob(logits: Tensor, token_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def selective_logprob(
+    logits: Tensor,  # (N, V) or (B, T, V)
+    token_ids: Tensor,  # (N,) or (B, T)
+    temperature: float,
+    backend: str = "torch",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities, entropies, and two tensors that the Triton backend's backward goes on from (else empty)."""
     with _without_autocast(logits):
-        return torch_backend.selective_forward(logits, token_ids, temperature)
+        if backend == "triton":
+            from gcpo_kernels.triton_backend.logprob import logprob_forward
+
+            linear.check_token_ids(token_ids, logits.shape[-1])
+            return tuple(logprob_forward(logits, token_ids, HeadOptions(temperature)))  # type: ignore[return-value]
+        scores = torch_backend.selective_forward(logits, token_ids, temperature)
+        return (*scores, logits.new_empty(0), logits.new_empty(0))
 
 
 @selective_logprob.register_fake
-def _(logits, token_ids, temperature):
-    return tuple(logits.new_empty(token_ids.shape, dtype=compute_dtype(logits)) for _ in range(2))
+def _(logits, token_ids, temperature, backend="torch"):
+    def like() -> Tensor:
+        return logits.new_empty(token_ids.shape, dtype=compute_dtype(logits))
+
+    if backend == "triton":
+        return like(), like(), like(), like()
+    return like(), like(), logits.new_empty(0), logits.new_empty(0)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::selective_logprob_backward", mutates_args=())
 def selective_logprob_backward(
-    logits: Tensor, token_ids: Tensor, g_logp: Tensor, g_entropy: Tensor, temperature: float
+    logits: Tensor,
+    token_ids: Tensor,
+    g_logp: Tensor,
+    g_entropy: Tensor,
+    temperature: float,
+    logp: Tensor | None = None,  # these four: the forward's outputs, for the Triton backend
+    entropy: Tensor | None = None,
+    peak: Tensor | None = None,
+    total: Tensor | None = None,
+    backend: str = "torch",
 ) -> Tensor:
     with _without_autocast(logits):
         d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        torch_backend.selective_forward(logits, token_ids, temperature, g_logp, g_entropy, d_logits)
+        if backend == "triton":
+            from gcpo_kernels.triton_backend.logprob import RowScores, logprob_backward
+
+            given = [x for x in (logp, entropy, peak, total) if x is not None]
+            scores = RowScores(*given)
+            logprob_backward(logits, token_ids, HeadOptions(temperature), scores, g_logp, g_entropy, d_logits)
+        else:
+            torch_backend.selective_forward(logits, token_ids, temperature, g_logp, g_entropy, d_logits)
         return d_logits
 
 
 @selective_logprob_backward.register_fake
-def _(logits, token_ids, g_logp, g_entropy, temperature):
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+def _(logits, token_ids, g_logp, g_entropy, temperature, *rest, **named):
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
 def _selective_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    logits, token_ids, ctx.temperature = inputs
-    ctx.save_for_backward(logits, token_ids)
+    logits, token_ids, ctx.temperature, ctx.backend = inputs
+    ctx.save_for_backward(logits, token_ids, *output)
     ctx.set_materialize_grads(True)
 
 
-def _selective_grad(ctx: Any, g_logp: Tensor, g_entropy: Tensor) -> tuple:
-    logits, token_ids = ctx.saved_tensors
-    return selective_logprob_backward(logits, token_ids, g_logp, g_entropy, ctx.temperature), None, None
+def _selective_grad(ctx: Any, g_logp: Tensor, g_entropy: Tensor, *unused: Any) -> tuple:
+    logits, token_ids, *scores = ctx.saved_tensors
+    grad = selective_logprob_backward(logits, token_ids, g_logp, g_entropy, ctx.temperature, *scores, ctx.backend)
+    return grad, None, None, None
 
 
 selective_logprob.register_autograd(_selective_grad, setup_context=_selective_setup)

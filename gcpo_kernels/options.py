@@ -75,7 +75,9 @@ def check_number(name: str, value: Any, low: float | None = None, above: float |
         wanted += f" and at least {low:g}"
     if above is not None:
         wanted += f" and above {above:g}"
-    if not math.isfinite(value) or (low is not None and value < low) or (above is not None and value <= above):
+    # Comparisons, not math.isfinite: torch.compile traces them for a number that changes between calls.
+    finite = -math.inf < value < math.inf
+    if not finite or (low is not None and value < low) or (above is not None and value <= above):
         raise ValueError(f"`{name}` must be {wanted}, got {value}.")
 
 

@@ -360,8 +360,8 @@ def selective_logprob(
     logp = logprobs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
     if not return_entropy:
         return logp
-    # A token of probability 0 adds nothing: 0 * -inf would be NaN.
-    return logp, -torch.where(logprobs == -torch.inf, 0.0, logprobs.exp() * logprobs).sum(dim=-1)
+    # A token of probability 0 adds nothing, neither here nor in the gradient: 0 * -inf would be NaN.
+    return logp, -(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0.0)).sum(dim=-1)
 
 
 def linear_logprob(

@@ -26,9 +26,7 @@ def _z_row(z_ptr, index_ptr, p, k, n, stride_p, stride_n, stride_t, HAS_INDEX: t
 
 
 @triton.jit
-def _group_sum(
-    z_ptr, index_ptr, p, h, inside, n, stride_p, stride_n, stride_t, stride_h, HAS_INDEX: tl.constexpr
-):
+def _group_sum(z_ptr, index_ptr, p, h, inside, n, stride_p, stride_n, stride_t, stride_h, HAS_INDEX: tl.constexpr):
     """Sum over a prompt's candidates of one block of the hidden dimension."""
     total = tl.zeros(h.shape, tl.float32)
     for k in range(0, n):
@@ -133,9 +131,7 @@ def causal_weights_kernel(
     for h0 in range(0, H, BLOCK_H):
         h = h0 + tl.arange(0, BLOCK_H).to(tl.int64)  # [BLOCK_H]
         inside = h < H
-        group = _group_sum(
-            z_ptr, index_ptr, p, h, inside, n, stride_z_p, stride_z_n, stride_z_t, stride_z_h, HAS_INDEX
-        )
+        group = _group_sum(z_ptr, index_ptr, p, h, inside, n, stride_z_p, stride_z_n, stride_z_t, stride_z_h, HAS_INDEX)
         z = tl.load(own + h * stride_z_h, mask=inside, other=0.0).to(tl.float32)
         t = _target(
             z,
@@ -203,7 +199,7 @@ def causal_weights_backward_kernel(
     BLOCK_H: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
-    n, L, m = n.to(tl.int64), L.to(tl.int64), m.to(tl.int64)
+    n, L, m, rows = n.to(tl.int64), L.to(tl.int64), m.to(tl.int64), rows.to(tl.int64)
     blocks = tl.cdiv(H, BLOCK_H)
     p = pid // blocks
     h = (pid % blocks) * BLOCK_H + tl.arange(0, BLOCK_H)  # [BLOCK_H]
@@ -294,7 +290,7 @@ def leave_one_out_kernel(
         tl.store(out_ptr + (p * n + i) * H + h, mean.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def _block_h(hidden: int) -> int:
+def block_h(hidden: int) -> int:
     return min(512, max(16, triton.next_power_of_2(hidden)))
 
 
@@ -312,7 +308,7 @@ def coefficients(context_mask: torch.Tensor) -> torch.Tensor:
 
 class CausalArguments(NamedTuple):
     z: torch.Tensor  # (P, n, H), or (P, n, T, H) with an index
-    index: torch.Tensor | None  # (P, n) int64, which of the T rows
+    row_index: torch.Tensor | None  # (P, n) int64, which of the T rows
     context_z: torch.Tensor  # (P, n, L, m, H)
     context_mask: torch.Tensor | None  # (P, n, L, m)
     alpha: float
@@ -321,22 +317,24 @@ class CausalArguments(NamedTuple):
 
 
 def _arguments(x: CausalArguments) -> tuple[list, dict]:
-    p, n, l, m, hidden = x.context_z.shape
+    n, l, m, hidden = x.context_z.shape[1:]
     strides = x.z.stride()
-    z_strides = (strides[0], strides[1], strides[2], strides[3]) if x.index is not None else (*strides[:2], 0, strides[2])
+    z_strides = (
+        (strides[0], strides[1], strides[2], strides[3]) if x.row_index is not None else (*strides[:2], 0, strides[2])
+    )
     pointers = [
         x.z,
-        x.z if x.index is None else x.index.contiguous(),
+        x.z if x.row_index is None else x.row_index.contiguous(),
         x.context_z,
         x.z if x.context_mask is None else coefficients(x.context_mask),
     ]
     flags = {
-        "HAS_INDEX": x.index is not None,
+        "HAS_INDEX": x.row_index is not None,
         "HAS_MASK": x.context_mask is not None,
         "LEAVE_ONE_OUT": x.baseline == "loo",
         "SIMILARITY": _SIMILARITY[x.similarity],
         "H": hidden,
-        "BLOCK_H": _block_h(hidden),
+        "BLOCK_H": block_h(hidden),
     }
     return [pointers, [*z_strides, *x.context_z.stride(), n, l, m]], flags
 
@@ -383,7 +381,7 @@ def leave_one_out(z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     p, n, hidden = z.shape
     out = torch.empty(z.shape, dtype=dtype, device=z.device)
     if out.numel():
-        block = _block_h(hidden)
+        block = block_h(hidden)
         leave_one_out_kernel[(p * triton.cdiv(hidden, block),)](
             z, out, *z.stride(), n, H=hidden, BLOCK_H=block, num_warps=4
         )

@@ -1,8 +1,9 @@
 """
 Log-probability, entropy and their gradients from a tile of logits, (M, V): one program per token, vocabulary by blocks.
 
-The forward reads the tile once, with a running maximum; the backward reads it once more and writes the gradient, in
-place or elsewhere. Between raw logits u and the softmax stand softcap(scale * u) / temperature.
+The forward reads the tile once, with a running maximum, and may go on from another tile of the same tokens, so that a
+vocabulary can be scored slice by slice; the backward reads it once more and writes the gradient, in place or elsewhere.
+Between raw logits u and the softmax stand softcap(scale * u) / temperature.
 """
 
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 
 from gcpo_kernels.options import HeadOptions
-from gcpo_kernels.triton.common import expm1
+from gcpo_kernels.triton_backend.common import expm1
 
 # Stands for -inf in the running maximum, so that a block of -inf logits does not make NaN.
 _LOWEST = tl.constexpr(-1.0e30)
@@ -38,7 +39,7 @@ def _logit(u, scale, softcap, inverse_temperature, HAS_SOFTCAP: tl.constexpr):
     return z * inverse_temperature, slope
 
 
-@triton.jit(do_not_specialize=["rows_per_batch"])
+@triton.jit(do_not_specialize=["rows_per_batch", "first_v", "whole_v"])
 def logprob_forward_kernel(
     u_ptr,  # (B, T, V) logits; row r is [r // rows_per_batch, r % rows_per_batch]
     ids_ptr,  # (B * T,) int64, contiguous
@@ -53,7 +54,11 @@ def logprob_forward_kernel(
     scale,
     softcap,
     inverse_temperature,
+    first_v,  # which of the whole vocabulary the tile's first column is
+    whole_v,  # size of the whole vocabulary
     HAS_SOFTCAP: tl.constexpr,
+    FIRST: tl.constexpr,  # no tile came before: nothing to go on from
+    LAST: tl.constexpr,  # no tile comes after: finish
     V: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -75,20 +80,33 @@ def logprob_forward_kernel(
         total = total * keep + e
         top = new_top
     peak = tl.max(top, axis=0)
+    if not FIRST:
+        before = tl.load(peak_ptr + row)
+        peak = tl.where(before > peak, before, peak)
     lane = tl.exp(top - peak)
     s = tl.sum(total * lane, axis=0)
-    log_s = tl.log(s)
-    entropy = log_s - tl.sum((dot + total * (top - peak)) * lane, axis=0) / s
+    weighted = tl.sum((dot + total * (top - peak)) * lane, axis=0)
     token = tl.load(ids_ptr + row)
-    valid = (token >= 0) & (token < V)
-    u = tl.load(u_ptr + token * stride_u_v, mask=valid, other=0.0).to(tl.float32)
-    z, _ = _logit(u, scale, softcap, inverse_temperature, HAS_SOFTCAP)
-    # Never through log-sum-exp = peak + log(s): next to a large peak it would lose the digits of log(s).
-    logp = (z - peak) - log_s
-    tl.store(logp_ptr + row, tl.where(valid, logp, float("nan")))
-    tl.store(entropy_ptr + row, entropy)
+    valid = (token >= 0) & (token < whole_v)
+    here = (token >= first_v) & (token < first_v + V)
+    u = tl.load(u_ptr + (token - first_v) * stride_u_v, mask=here, other=0.0).to(tl.float32)
+    target, _ = _logit(u, scale, softcap, inverse_temperature, HAS_SOFTCAP)
+    if not FIRST:
+        before_total = tl.load(total_ptr + row)
+        shift = tl.exp(before - peak)
+        weighted += (tl.load(entropy_ptr + row) + before_total * (before - peak)) * shift
+        s += before_total * shift
+        target = tl.where(here, target, tl.load(logp_ptr + row))
     tl.store(peak_ptr + row, peak)
     tl.store(total_ptr + row, s)
+    if LAST:
+        log_s = tl.log(s)
+        # Never through log-sum-exp = peak + log(s): next to a large peak it would lose the digits of log(s).
+        tl.store(logp_ptr + row, tl.where(valid, (target - peak) - log_s, float("nan")))
+        tl.store(entropy_ptr + row, log_s - weighted / s)
+    else:
+        tl.store(logp_ptr + row, target)
+        tl.store(entropy_ptr + row, weighted)
 
 
 @triton.jit(do_not_specialize=["rows_per_batch"])
@@ -142,7 +160,7 @@ def logprob_backward_kernel(
         tl.store(d_ptr + v, d.to(d_ptr.dtype.element_ty), mask=v < V)
 
 
-def _block_v(vocab: int) -> int:
+def block_v(vocab: int) -> int:
     return min(4096, max(128, triton.next_power_of_2(vocab)))
 
 
@@ -170,9 +188,16 @@ def logprob_forward(
     u: torch.Tensor,  # (M, V) or (B, T, V), any strides
     token_ids: torch.Tensor,  # (M,) or (B, T) int64
     head: HeadOptions,
+    so_far: RowScores | None = None,  # of the slices before this one: taken over, and updated in place
+    first_v: int = 0,  # where in the vocabulary this slice begins
+    whole_v: int | None = None,  # size of the vocabulary; None: this is all of it
 ) -> RowScores:
+    """Scores of each row. Between slices of a vocabulary they are unfinished; those of the last one are final."""
     rows, per_batch, strides = _rows(u)
-    scores = RowScores(*(torch.empty(token_ids.shape, dtype=torch.float32, device=u.device) for _ in range(4)))
+    whole_v = u.shape[-1] if whole_v is None else whole_v
+    scores = so_far
+    if scores is None:
+        scores = RowScores(*(torch.empty(token_ids.shape, dtype=torch.float32, device=u.device) for _ in range(4)))
     if rows:
         logprob_forward_kernel[(rows,)](
             u,
@@ -181,9 +206,13 @@ def logprob_forward(
             *strides,
             per_batch,
             *_head(head),
+            first_v,
+            whole_v,
             HAS_SOFTCAP=head.logit_softcap is not None,
+            FIRST=so_far is None,
+            LAST=first_v + u.shape[-1] == whole_v,
             V=u.shape[-1],
-            BLOCK_V=_block_v(u.shape[-1]),
+            BLOCK_V=block_v(u.shape[-1]),
             num_warps=8,
         )
     return scores
@@ -213,6 +242,6 @@ def logprob_backward(
             HAS_SOFTCAP=head.logit_softcap is not None,
             HAS_ENTROPY=g_entropy is not None,
             V=u.shape[-1],
-            BLOCK_V=_block_v(u.shape[-1]),
+            BLOCK_V=block_v(u.shape[-1]),
             num_warps=8,
         )

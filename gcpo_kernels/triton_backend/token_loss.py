@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 from gcpo_kernels.options import LossOptions
-from gcpo_kernels.triton.common import token_objective
+from gcpo_kernels.reference import TokenInputs
+from gcpo_kernels.triton_backend.common import token_objective
 
 # Partial sums of a block of tokens, then what the finishing kernel writes.
 N_SUMS = tl.constexpr(7)  # count, loss, kl, kl_causal, proj_clamped, clip_low, clip_high
@@ -251,7 +252,7 @@ def token_loss_finish_kernel(
 ):
     step = B.to(tl.int64) * BLOCKS
     rows = tl.arange(0, BLOCK_B)
-    parts = tl.arange(0, BLOCKS)
+    parts = tl.arange(0, BLOCKS).to(tl.int64)
     loss = tl.zeros([BLOCK_B], tl.float32)
     total = tl.zeros([BLOCK_B], tl.float32)
     kl = tl.zeros([BLOCK_B], tl.float32)
@@ -363,10 +364,14 @@ class TokenResult(NamedTuple):
 
 def blocking(b: int, t: int, by_sequence: bool) -> tuple[int, int]:
     """(BLOCKS, BLOCK_T): programs per sequence and tokens at a time. Few values, so that few kernels are compiled."""
-    block = 128 if t <= 128 else 512  # with 1,024 the forward needs 217 registers a thread, and half the warps fit
-    if by_sequence or t <= block:
-        return 1, block
-    return (8 if t <= 16 * block or b >= 512 else 64), block
+    if t <= 128:
+        return 1, 128
+    if by_sequence:
+        return 1, 256  # with 512, sm_100 spills
+    # With 1,024 tokens at a time the forward needs 217 registers a thread on sm_90, and half the warps fit.
+    if t <= 512:
+        return 1, 512
+    return (8 if t <= 16 * 512 or b >= 512 else 64), 512
 
 
 def _rows_strides(x: torch.Tensor | None, shape: tuple[int, int]) -> tuple[int, int]:
@@ -388,8 +393,8 @@ def _divide_by(options: LossOptions, b: int) -> tuple[int, float, torch.Tensor |
     return (GIVEN, 0.0, items) if isinstance(items, torch.Tensor) else (GIVEN, float(items), None)
 
 
-def token_loss_forward(x: TokenTensors, options: LossOptions) -> TokenResult:
-    """Loss, metrics and unreduced derivatives: two launches, no sync."""
+def _launch(x: TokenTensors, options: LossOptions) -> TokenResult:
+    """The pass over the tokens; `out` is left unwritten."""
     b, t = x.logp.shape
     device = x.logp.device
     by_sequence = options.importance_sampling_level == "sequence"
@@ -406,55 +411,62 @@ def token_loss_forward(x: TokenTensors, options: LossOptions) -> TokenResult:
         sequence=empty(b) if by_sequence else empty(0),
         sums=empty(N_SUMS.value, b, blocks),
     )
-    divide_by, divisor, items = _divide_by(options, b)
+    if b * t == 0:
+        result.sums.zero_()
+        return result
     mask = x.mask.view(torch.uint8) if x.mask.dtype == torch.bool else x.mask
     contexts = x.context_logp
     weights_strides = (0, 0)
     if x.context_weights is not None:
-        strides = x.context_weights.stride()
-        weights_strides = (0, strides[0]) if x.context_weights.dim() == 1 else (strides[0], strides[1])
+        given = x.context_weights.stride()
+        weights_strides = (0, given[0]) if x.context_weights.dim() == 1 else (given[0], given[1])
     rows = (x.old_logp, x.ref_logp, x.query_logp, x.causal_logp, x.importance_sampling_ratio)
     strides = [s for y in (x.logp, mask, x.advantages, *rows) for s in _rows_strides(y, (b, t))]
     anything = x.logp  # stands in for pointers that a flag keeps from being read
-    if b * t:
-        token_loss_kernel[(b * blocks,)](
-            x.logp,
-            mask,
-            x.advantages,
-            *(anything if y is None else y for y in rows),
-            anything if contexts is None else contexts,
-            anything if x.context_weights is None else x.context_weights,
-            result.d_logp,
-            result.d_causal if has_causal else result.d_logp,
-            result.sequence if by_sequence else result.d_logp,
-            result.sums,
-            *strides,
-            *((0, 0, 0) if contexts is None else contexts.stride()),
-            *weights_strides,
-            b,
-            t,
-            1 if contexts is None else contexts.shape[2],
-            options.beta,
-            options.kappa,
-            options.epsilon_low,
-            options.epsilon_high,
-            options.delta or 0.0,
-            math.log(options.proj_floor),
-            HAS_OLD=x.old_logp is not None,
-            HAS_REF=x.ref_logp is not None,
-            HAS_QUERY=x.query_logp is not None,
-            HAS_CAUSAL=has_causal,
-            HAS_IS=x.importance_sampling_ratio is not None,
-            HAS_CONTEXT=contexts is not None,
-            HAS_WEIGHTS=x.context_weights is not None,
-            HAS_DELTA=options.delta is not None,
-            BY_SEQUENCE=by_sequence,
-            BLOCKS=blocks,
-            BLOCK_T=block_t,
-            num_warps=4,
-        )
-    else:
-        result.sums.zero_()
+    token_loss_kernel[(b * blocks,)](
+        x.logp,
+        mask,
+        x.advantages,
+        *(anything if y is None else y for y in rows),
+        anything if contexts is None else contexts,
+        anything if x.context_weights is None else x.context_weights,
+        result.d_logp,
+        result.d_causal if has_causal else result.d_logp,
+        result.sequence if by_sequence else result.d_logp,
+        result.sums,
+        *strides,
+        *((0, 0, 0) if contexts is None else contexts.stride()),
+        *weights_strides,
+        b,
+        t,
+        1 if contexts is None else contexts.shape[2],
+        options.beta,
+        options.kappa,
+        options.epsilon_low,
+        options.epsilon_high,
+        options.delta or 0.0,
+        math.log(options.proj_floor),
+        HAS_OLD=x.old_logp is not None,
+        HAS_REF=x.ref_logp is not None,
+        HAS_QUERY=x.query_logp is not None,
+        HAS_CAUSAL=has_causal,
+        HAS_IS=x.importance_sampling_ratio is not None,
+        HAS_CONTEXT=contexts is not None,
+        HAS_WEIGHTS=x.context_weights is not None,
+        HAS_DELTA=options.delta is not None,
+        BY_SEQUENCE=by_sequence,
+        BLOCKS=blocks,
+        BLOCK_T=block_t,
+        num_warps=4,
+    )
+    return result
+
+
+def token_loss_forward(x: TokenTensors, options: LossOptions) -> TokenResult:
+    """Loss, metrics and unreduced derivatives: two launches, no sync."""
+    result = _launch(x, options)
+    divide_by, divisor, items = _divide_by(options, x.logp.shape[0])
+    blocks = result.sums.shape[2]
     token_loss_finish_kernel[(1,)](
         result.sums,
         result.sums if items is None else items,
@@ -468,6 +480,45 @@ def token_loss_forward(x: TokenTensors, options: LossOptions) -> TokenResult:
         num_warps=4,
     )
     return result
+
+
+def token_derivatives(logp: torch.Tensor, inputs: TokenInputs, options: LossOptions) -> torch.Tensor:
+    """
+    d per-token loss / d logp before the reduction's weights, of tokens (N,) or whole sequences (B, T): one launch.
+
+    With a ratio per sequence, what every token adds to its sequence's ratio is in it.
+    """
+    if logp.dim() == 1:
+        # Tokens of any sequences. Weights of contexts are per row of the kernel: then every token is a row.
+        shape = (1, -1) if inputs.context_weights is None else (-1, 1)
+    else:
+        shape = (logp.shape[0], logp.shape[1])
+
+    def rows(x: torch.Tensor | None) -> torch.Tensor | None:
+        return None if x is None else x.reshape(*shape, *x.shape[logp.dim() :])
+
+    weights = inputs.context_weights
+    if weights is not None and logp.dim() == 2:
+        weights = weights.amax(dim=1)  # constant along a sequence, but 0 where masked
+    result = _launch(
+        TokenTensors(
+            logp=logp.reshape(shape),
+            mask=inputs.mask.reshape(shape),
+            advantages=inputs.advantages.reshape(shape),
+            old_logp=rows(inputs.old_logp),
+            ref_logp=rows(inputs.ref_logp),
+            query_logp=rows(inputs.query_logp),
+            causal_logp=rows(inputs.causal_logp),
+            importance_sampling_ratio=rows(inputs.importance_sampling_ratio),
+            context_logp=rows(inputs.context_logp),
+            context_weights=weights,
+        ),
+        options,
+    )
+    d = result.d_logp
+    if options.importance_sampling_level == "sequence":
+        d = torch.where(inputs.mask, d + result.sequence.unsqueeze(1), 0.0)
+    return d.reshape(logp.shape)
 
 
 def token_loss_backward(
@@ -507,4 +558,3 @@ def token_loss_backward(
         num_warps=4,
     )
     return grad_logp, grad_causal
-

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gcpo_kernels.options import LOSS_TYPES, LossOptions
-from gcpo_kernels.triton import causal, token_loss
+from gcpo_kernels.triton_backend import causal, token_loss
 
 
 def loss_numbers(options: LossOptions) -> list[float]:
@@ -76,7 +76,9 @@ def triton_token_loss(
 
 
 @triton_token_loss.register_fake
-def _(logp, mask, advantages, old_logp, ref_logp, query_logp, causal_logp, ratio, context_logp, weights, items, numbers):
+def _(
+    logp, mask, advantages, old_logp, ref_logp, query_logp, causal_logp, ratio, context_logp, weights, items, numbers
+):
     b, t = logp.shape
     by_sequence = bool(numbers[7])
     blocks, _ = token_loss.blocking(b, t, by_sequence)

@@ -1,0 +1,273 @@
+"""
+From hidden states and the output layer to log-probabilities and losses, tile by tile: no (N, V) tensor, ever.
+
+A tile is (M, V): M tokens against the whole vocabulary, one matrix product. Where the objective is known in the forward
+(`linear_loss`), the tile turns into the gradient of its logits and two more products finish the step: three in all, two
+with a frozen head. `linear_logprob` must wait for its upstream gradient and makes the logits again: four.
+
+The loops are here; what happens to a tile is a backend's, a subclass of `Tiles`.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from gcpo_kernels import reference
+from gcpo_kernels.options import HeadOptions, LossOptions
+from gcpo_kernels.reference import TokenInputs
+
+Need = tuple[bool, bool, bool]  # gradients of hidden, weight, bias
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float16 gradients made in the forward wait for the loss scale in float32: without it they would underflow."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def check_token_ids(token_ids: torch.Tensor, vocab: int) -> torch.Tensor:
+    """
+    On a CPU, an id outside [0, vocab) raises. Elsewhere that would force a sync: such a token scores NaN instead.
+    """
+    if token_ids.device.type == "cpu" and token_ids.numel():
+        low, high = token_ids.aminmax()
+        if low < 0 or high >= vocab:
+            raise ValueError(f"`token_ids` must be in [0, {vocab}) where they count, got values from {low} to {high}.")
+    return token_ids
+
+
+class Scores(NamedTuple):
+    """Of the rows of a tile."""
+
+    logp: torch.Tensor  # (M,)
+    entropy: torch.Tensor  # (M,)
+    state: tuple[torch.Tensor, ...]  # what the backend needs to make the gradient
+
+
+class TileGradient(NamedTuple):
+    """d loss / d raw logits = row_scale * tile."""
+
+    tile: torch.Tensor  # (M, V)
+    row_scale: torch.Tensor | None  # (M,); None: 1
+
+
+@dataclass
+class Tiles(ABC):
+    """What a backend does with a tile of logits."""
+
+    weight: torch.Tensor  # (V, H)
+    bias: torch.Tensor | None  # (V,)
+    head: HeadOptions
+    dtype: torch.dtype  # of all arithmetic but the products'
+    storage: torch.dtype  # operands of the products are rounded to this: what autocast or promotion asks for
+
+    @property
+    def vocab(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def chain(self) -> float:
+        """d logit / d raw logit, but for the softcap's slope."""
+        return self.head.logit_scale / self.head.temperature
+
+    @abstractmethod
+    def rows(self) -> int:
+        """Tokens per tile."""
+
+    @abstractmethod
+    def operand(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` (M, H) as the products take it."""
+
+    @abstractmethod
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Raw logits x @ weight.T + bias, (M, V)."""
+
+    @abstractmethod
+    def score_only(self, x: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities and entropies of operands x, (M,) each, where no gradient will follow."""
+
+    @abstractmethod
+    def score(self, tile: torch.Tensor, token_ids: torch.Tensor) -> Scores:
+        """Scores of a tile that `gradient` will be asked of; may use up the tile."""
+
+    @abstractmethod
+    def gradient(
+        self,
+        tile: torch.Tensor,
+        token_ids: torch.Tensor,
+        scores: Scores,
+        g_logp: torch.Tensor,  # (M,)
+    ) -> TileGradient:
+        """The gradient of the raw logits for a loss with d loss / d logp = g_logp."""
+
+    @abstractmethod
+    def gradient_with_entropy(
+        self, tile: torch.Tensor, token_ids: torch.Tensor, g_logp: torch.Tensor, g_entropy: torch.Tensor
+    ) -> TileGradient:
+        """The same from an unscored tile, for a loss that depends on the entropies too."""
+
+    @abstractmethod
+    def to_hidden(self, gradient: TileGradient) -> torch.Tensor:
+        """d loss / d hidden = d loss / d logits @ weight, (M, H)."""
+
+    @abstractmethod
+    def add_to_weight(self, total: torch.Tensor, gradient: TileGradient, x: torch.Tensor) -> None:
+        """total (V, H) += d loss / d logits.T @ x."""
+
+    @abstractmethod
+    def add_to_bias(self, total: torch.Tensor, gradient: TileGradient) -> None:
+        """total (V,) += d loss / d logits, summed over rows."""
+
+    def loss_gradient(
+        self, logp: torch.Tensor, inputs: TokenInputs, weights: torch.Tensor, options: LossOptions
+    ) -> torch.Tensor:
+        """d sum(weights * per-token loss) / d logp, of tokens (N,), or of whole sequences (B, T)."""
+        ratio = reference.log_ratio(logp, inputs, options.importance_sampling_level)
+        log_proj, _ = reference.causal_target(logp, inputs, options)
+        d_ratio, d_logp, _ = reference.token_objective_gradient(logp, ratio, log_proj, inputs, options)
+        if options.importance_sampling_level == "token":
+            return (d_ratio + d_logp) * weights
+        per_sequence = torch.where(inputs.mask, d_ratio * weights, 0.0).sum(dim=1, keepdim=True)
+        count = inputs.mask.sum(dim=1, keepdim=True).clamp(min=1)
+        return torch.where(inputs.mask, per_sequence / count + d_logp * weights, 0.0)
+
+
+class _Gradients:
+    """Accumulates d hidden, d weight and d bias over tiles; the latter two in the arithmetic type."""
+
+    def __init__(self, hidden: torch.Tensor, tiles: Tiles, need: Need):
+        self.tiles = tiles
+        weight = tiles.weight
+
+        def zeros(shape: tuple[int, ...], dtype: torch.dtype, needed: bool) -> torch.Tensor | None:
+            return torch.zeros(shape, dtype=dtype, device=weight.device) if needed else None
+
+        self.hidden = zeros(tuple(hidden.shape), gradient_dtype(hidden.dtype), need[0])
+        self.weight = zeros(tuple(weight.shape), tiles.dtype, need[1])
+        self.bias = zeros((weight.shape[0],), tiles.dtype, need[2])
+
+    def add(self, index: torch.Tensor, gradient: TileGradient, x: torch.Tensor) -> None:
+        """Add those of tokens `index`, whose operands are x."""
+        if self.hidden is not None:
+            self.hidden.index_copy_(0, index, self.tiles.to_hidden(gradient).to(self.hidden.dtype))
+        if self.weight is not None:
+            self.tiles.add_to_weight(self.weight, gradient, x)
+        if self.bias is not None:
+            self.tiles.add_to_bias(self.bias, gradient)
+
+    def results(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        weight, bias = self.tiles.weight, self.tiles.bias
+        bias_dtype = bias.dtype if bias is not None else self.tiles.dtype
+        # A tensor of its own for each gradient that is not needed: an operator's outputs may not alias each other.
+        empty = weight.new_empty
+        return (
+            empty(0) if self.hidden is None else self.hidden,
+            empty(0) if self.weight is None else self.weight.to(gradient_dtype(weight.dtype)),
+            empty(0) if self.bias is None else self.bias.to(gradient_dtype(bias_dtype)),
+        )
+
+
+def linear_logprob_forward(
+    hidden: torch.Tensor,  # (N, H)
+    tiles: Tiles,
+    token_ids: torch.Tensor,  # (N,)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability and entropy of each token, (N,)."""
+    logp, entropy = (torch.zeros(len(hidden), dtype=tiles.dtype, device=hidden.device) for _ in range(2))
+    ids = check_token_ids(token_ids, tiles.vocab)
+    for start in range(0, len(hidden), step := tiles.rows()):
+        block = slice(start, start + step)
+        logp[block], entropy[block] = tiles.score_only(tiles.operand(hidden[block]), ids[block])
+    return logp, entropy
+
+
+def linear_logprob_backward(
+    hidden: torch.Tensor,  # (N, H)
+    tiles: Tiles,
+    token_ids: torch.Tensor,  # (N,)
+    g_logp: torch.Tensor,  # (N,)
+    g_entropy: torch.Tensor,  # (N,)
+    need: Need,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients in hidden, weight and bias; the logits are made again, for the tokens that have a gradient."""
+    grads = _Gradients(hidden, tiles, need)
+    index = ((g_logp != 0) | (g_entropy != 0)).nonzero().squeeze(1)
+    ids = check_token_ids(token_ids, tiles.vocab)
+    g_logp, g_entropy = g_logp.to(tiles.dtype), g_entropy.to(tiles.dtype)
+    for part in index.split(tiles.rows()) if index.numel() else ():
+        x = tiles.operand(hidden[part])
+        gradient = tiles.gradient_with_entropy(tiles.logits(x), ids[part], g_logp[part], g_entropy[part])
+        grads.add(part, gradient, x)
+    return grads.results()
+
+
+def _split(mask: torch.Tensor, whole_sequences: bool, step: int) -> tuple[list[torch.Tensor], list[int]]:
+    """
+    Flat indices of the unmasked tokens, in parts of at most `step`. With `whole_sequences`, no part divides a sequence
+    that fits into one, and the sequences that do not fit are returned too.
+    """
+    index = mask.flatten().nonzero().squeeze(1)
+    if not whole_sequences:
+        return list(index.split(step)) if index.numel() else [], []
+    parts: list[torch.Tensor] = []
+    long: list[int] = []
+    start = end = 0
+    for row, count in enumerate(mask.sum(dim=1).tolist()):
+        if end - start + count > step and end > start:
+            parts.append(index[start:end])
+            start = end
+        end += count
+        if count > step:
+            long.append(row)
+            parts.extend(index[start:end].split(step))
+            start = end
+    if end > start:
+        parts.append(index[start:end])
+    return parts, long
+
+
+def linear_loss(
+    hidden: torch.Tensor,  # (B * T, H)
+    tiles: Tiles,
+    token_ids: torch.Tensor,  # (B * T,)
+    inputs: TokenInputs,  # (B, T)
+    weights: torch.Tensor,  # (B, T): the loss is sum(weights * per-token loss)
+    options: LossOptions,
+    need: Need,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    (B, T) log-probabilities and entropies (0 where masked), and the gradients of the loss in hidden, weight and bias.
+
+    Masked tokens are left out of every product; finding them costs one sync where the mask is on a GPU. With a ratio
+    per sequence, a token's gradient depends on its whole sequence: tiles hold whole sequences, and one that is longer
+    than a tile is scored first.
+    """
+    shape = inputs.mask.shape
+    logp, entropy = (torch.zeros(shape, dtype=tiles.dtype, device=hidden.device) for _ in range(2))
+    flat_logp, flat_entropy = logp.view(-1), entropy.view(-1)
+    flat_inputs, flat_weights = inputs.flatten(), weights.flatten()
+    grads = _Gradients(hidden, tiles, need)
+    by_sequence = options.importance_sampling_level == "sequence"
+    parts, long = _split(inputs.mask, by_sequence, tiles.rows())
+    if any(need):
+        for row in long:
+            index = inputs.mask[row].nonzero().squeeze(1) + row * shape[1]
+            flat_logp[index] = linear_logprob_forward(hidden[index], tiles, token_ids[index])[0]
+    for index in parts:
+        x = tiles.operand(hidden[index])
+        ids = check_token_ids(token_ids[index], tiles.vocab)
+        if not any(need):
+            flat_logp[index], flat_entropy[index] = tiles.score_only(x, ids)
+            continue
+        tile = tiles.logits(x)
+        scores = tiles.score(tile, ids)
+        flat_logp[index], flat_entropy[index] = scores.logp, scores.entropy
+        if by_sequence:
+            rows = slice(int(index[0]) // shape[1], int(index[-1]) // shape[1] + 1)
+            g = tiles.loss_gradient(logp[rows], inputs.take(rows), weights[rows], options)
+            g = g.flatten()[index - rows.start * shape[1]]
+        else:
+            g = tiles.loss_gradient(scores.logp, flat_inputs.take(index), flat_weights[index], options)
+        grads.add(index, tiles.gradient(tile, ids, scores, g), x)
+    return logp, entropy, *grads.results()

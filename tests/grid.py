@@ -1,0 +1,95 @@
+"""The grid of loss options, and calls that run one case on the public functions and on their references."""
+
+from itertools import product
+from typing import Any
+
+import torch
+
+import gcpo_kernels
+from gcpo_kernels import reference
+from gcpo_kernels.testing import with_gradients
+
+LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")
+HEADS: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 0.7},
+    {"logit_scale": 0.6, "bias": None},
+    {"temperature": 1.3, "logit_scale": 1.5, "logit_softcap": 2.0},
+    {"logit_softcap": 3.0, "bias": None},
+)
+
+
+def cases() -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """
+    (options, changes to the tensors) over loss_type x level x beta x kappa x delta, in full; the forms of the other
+    arguments cycle with periods that share no factor, so that each meets every option.
+    """
+    out = []
+    grid = product(LOSSES, ("token", "sequence"), (0.0, 0.04), (0.0, 0.06), (None, 1.35))
+    for index, (kind, level, beta, kappa, delta) in enumerate(grid):
+        options = {"loss_type": kind, "importance_sampling_level": level, "beta": beta, "kappa": kappa, "delta": delta}
+        if kind == "dr_grpo":
+            options["max_completion_length"] = 9
+        if kind == "dapo":
+            options["num_items_in_batch"] = (None, 11, 0.5, torch.tensor(23))[index % 4]
+        if delta and index % 3 == 0:
+            options["delta"] = 1.1  # below the clip range's upper end
+        if index % 7 == 3:
+            options |= {"epsilon_low": 0.1, "epsilon_high": 0.28, "proj_floor": 0.02}
+        changes = {
+            "importance_sampling_ratio": (None, "(B, T)", "(B, 1)", "(B,)", "(B, T)")[index % 5],
+            "advantages": ("(B,)", "(B, T)", "(B,)")[index % 3],
+            "context_weights": (None, "(B, L)", "(L,)", "one is 0", None, "drawn", "(L,)")[index % 7],
+            "causal_logp": (True, False, False, True, False)[index % 5],
+            "query_logp": index % 3 != 1,
+            "old_logp": index % 11 != 0,
+            "mask": (torch.bool, torch.int64, torch.float32)[index % 3],
+        }
+        out.append((options, changes))
+    return out
+
+
+def name(case: Any) -> str:
+    options, _ = case
+    words = [options["loss_type"], options["importance_sampling_level"]]
+    words += [key for key in ("beta", "kappa", "delta") if options[key]]
+    return "-".join(words)
+
+
+def change(inputs: dict[str, Any], changes: dict[str, Any], seed: int = 0) -> dict[str, Any]:
+    """`inputs` in the forms that `changes` asks for."""
+    out = dict(inputs)
+    generator = torch.Generator().manual_seed(seed)
+    batch, tokens = inputs["mask"].shape
+    out["mask"] = inputs["mask"].to(changes["mask"])
+    if changes["advantages"] == "(B, T)":
+        noise = torch.rand(batch, tokens, generator=generator, dtype=torch.float64).to(inputs["advantages"])
+        out["advantages"] = inputs["advantages"].unsqueeze(1) * (0.5 + noise)
+    ratio = inputs["importance_sampling_ratio"]
+    shapes = {None: None, "(B, T)": ratio, "(B, 1)": ratio[:, :1], "(B,)": ratio[:, 0]}
+    out["importance_sampling_ratio"] = shapes[changes["importance_sampling_ratio"]]
+    weights = inputs["context_weights"]
+    holed = weights.clone()
+    holed[::2, -1] = 0.0
+    holed[1::2, 0] = 0.0  # context 0 still serves as the context x_i
+    uniform = torch.full_like(weights[0], 1.0 / weights.shape[1])
+    forms = {None: None, "(B, L)": weights, "(L,)": weights[0], "one is 0": holed, "drawn": uniform}
+    out["context_weights"] = forms[changes["context_weights"]]
+    for key in ("causal_logp", "query_logp", "old_logp"):
+        if not changes[key]:
+            out[key] = None
+    return out
+
+
+def run(
+    function: str, arguments: dict[str, Any], options: dict[str, Any], backend: str | None = "torch"
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor | None]]:
+    """Loss, metrics and gradients of the function named, on copies; `backend=None` is the reference."""
+    leaves = ("logp", "hidden", "weight", "bias", "causal_logp")
+    copies = with_gradients(arguments, *leaves)
+    if backend is None:
+        loss, metrics = getattr(reference, function)(**copies, **options)
+    else:
+        loss, metrics = getattr(gcpo_kernels, function)(**copies, **options, backend=backend)
+    (1.7 * loss).backward()
+    return loss.detach(), metrics, {key: copies[key].grad for key in leaves if copies.get(key) is not None}

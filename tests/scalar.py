@@ -1,0 +1,148 @@
+"""
+The method in plain Python: floats, lists and loops, written from the equations and from nothing else in the package.
+
+Slow and unstable (it exponentiates what it is given), but short enough to be checked by eye against the paper.
+"""
+
+from itertools import pairwise
+from math import exp, log, nan, sqrt, tanh
+from typing import Any
+
+
+def projected(a: float, bs: list[float], weights: list[float], c: float, floor: float) -> tuple[float, bool]:
+    """log p' of eq. 13 and whether p' was clamped."""
+    p = exp(a) - sum(w * exp(b) for w, b in zip(weights, bs, strict=True) if w != 0) + exp(c)
+    return log(min(max(p, floor), 1.0)), not floor <= p <= 1.0
+
+
+def k3(d: float) -> float:
+    return exp(d) - d - 1.0
+
+
+def clip(x: float, low: float, high: float) -> float:
+    return min(max(x, low), high)
+
+
+def loss(arguments: dict[str, Any], options: dict[str, Any]) -> tuple[float, dict[str, float]]:
+    """Eq. 10, token by token, from nested lists: every argument is (B, T), or (B, T, L), or None."""
+    logp, mask = arguments["logp"], arguments["mask"]
+    batch, tokens = len(logp), len(logp[0]) if logp else 0
+    beta, kappa = options.get("beta", 0.0), options.get("kappa", 0.0)
+    low, high = 1.0 - options.get("epsilon_low", 0.2), 1.0 + options.get("epsilon_high", 0.2)
+    delta, kind = options.get("delta"), options.get("loss_type", "grpo")
+
+    def get(name: str, default: Any = None) -> Any:
+        return default if arguments.get(name) is None else arguments[name]
+
+    old = get("old_logp", logp)
+    query, causal = get("query_logp", old), get("causal_logp", logp)
+    sums = dict.fromkeys(("kl", "kl_causal", "proj_clamped", "clip_low", "clip_high"), 0.0)
+    per_sequence, counts = [], []
+    for i in range(batch):
+        real = [t for t in range(tokens) if mask[i][t]]
+        counts.append(len(real))
+        mean_log_ratio = sum(logp[i][t] - old[i][t] for t in real) / max(len(real), 1)
+        total = 0.0
+        for t in real:
+            by_sequence = options.get("importance_sampling_level", "token") == "sequence"
+            ratio = exp(mean_log_ratio if by_sequence else logp[i][t] - old[i][t])
+            capped = ratio if delta is None else min(ratio, delta)
+            a = arguments["advantages"][i][t]
+            w = 1.0 if get("importance_sampling_ratio") is None else arguments["importance_sampling_ratio"][i][t]
+            value = -min(capped * a, clip(ratio, low, high) * a) * w
+            if get("ref_logp") is not None:
+                kl = k3(arguments["ref_logp"][i][t] - logp[i][t])
+                sums["kl"] += kl
+                value += beta * kl
+            if get("context_logp") is not None:
+                bs = arguments["context_logp"][i][t]
+                weights = get("context_weights", [[1.0 / len(bs)] * len(bs)] * batch)[i]
+                log_p, clamped = projected(bs[0], bs, weights, query[i][t], options.get("proj_floor", 1e-6))
+                sums["kl_causal"] += k3(log_p - causal[i][t])
+                sums["proj_clamped"] += clamped
+                value += kappa * k3(log_p - causal[i][t])
+            sums["clip_low"] += capped < low and a < 0
+            sums["clip_high"] += capped > high and a > 0
+            total += value
+        per_sequence.append(total)
+    count = max(sum(counts), 1)
+    items = options.get("num_items_in_batch")
+    reduced = {
+        "grpo": sum(s / max(n, 1) for s, n in zip(per_sequence, counts, strict=True)) / max(batch, 1),
+        "bnpo": sum(per_sequence) / count,
+        "dr_grpo": sum(per_sequence) / (max(batch, 1) * (options.get("max_completion_length") or 1)),
+        "dapo": sum(per_sequence) / (count if items is None else max(items, 1)),
+    }
+    return reduced[kind], {name: s / count for name, s in sums.items()}
+
+
+def token_logprob(
+    hidden: list[float],
+    weight: list[list[float]],
+    bias: list[float] | None,
+    token: int,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+) -> tuple[float, float]:
+    """Log-probability of one token, and the entropy of its distribution."""
+    logits = []
+    for v, row in enumerate(weight):
+        u = logit_scale * (sum(h * w for h, w in zip(hidden, row, strict=True)) + (bias[v] if bias else 0.0))
+        if logit_softcap is not None:
+            u = logit_softcap * tanh(u / logit_softcap)
+        logits.append(u / temperature)
+    total = sum(exp(x) for x in logits)
+    probabilities = [exp(x) / total for x in logits]
+    return log(probabilities[token]), -sum(p * log(p) for p in probabilities if p > 0)
+
+
+def advantages(rewards: list[float], group: int, scale: str, eps: float) -> list[float]:
+    """Eq. 8, with the unbiased std."""
+
+    def statistics(values: list[float]) -> tuple[float, float]:
+        mean = sum(values) / len(values)
+        return mean, sqrt(sum((r - mean) ** 2 for r in values) / (len(values) - 1))
+
+    out = []
+    for start in range(0, len(rewards), group):
+        rows = rewards[start : start + group]
+        mean, std = statistics(rows)
+        if scale == "batch":
+            std = statistics(rewards)[1]
+        equal = all(x == y for x, y in pairwise(rows))
+        out += [0.0 if equal else (r - mean) if scale == "none" else (r - mean) / (std + eps) for r in rows]
+    return out
+
+
+def upsilon(
+    z: list[list[float]],  # (n, H): one prompt
+    context_z: list[list[list[list[float]]]],  # (n, L, m, H)
+    keep: list[list[list[bool]]],  # (n, L, m)
+    alpha: float,
+    baseline: str,
+    similarity: str,
+) -> list[float]:
+    """Eq. 11 for one prompt."""
+    n, width = len(z), len(z[0])
+    out = []
+    for i in range(n):
+        means = []  # of each context that holds a sample
+        for l, samples in enumerate(context_z[i]):
+            held = [s for j, s in enumerate(samples) if keep[i][l][j]]
+            means.append([sum(s[h] for s in held) / len(held) for h in range(width)] if held else None)
+        filled = [m for m in means if m is not None]
+        others = [k for k in range(n) if baseline == "mean" or k != i]
+        target = []
+        for h in range(width):
+            difference = means[0][h] - sum(m[h] for m in filled) / len(filled) if means[0] is not None else 0.0
+            target.append(difference + (sum(z[k][h] for k in others) / len(others) if others else nan))
+        dot = sum(x * y for x, y in zip(z[i], target, strict=True))
+        cosine = dot / max(sqrt(sum(x * x for x in z[i])) * sqrt(sum(x * x for x in target)), 1e-8)
+        s = {
+            "cosine": cosine,
+            "euclidean": 1.0 / (1.0 + sqrt(max(2.0 - 2.0 * cosine, 0.0))),
+            "gaussian": exp(-(2.0 - 2.0 * cosine) / 2.0),
+        }
+        out.append(alpha * s[similarity])
+    return out

@@ -1,0 +1,285 @@
+"""Extremes: certain and impossible tokens, huge logits, padded vocabularies, p' at both ends, exact limits."""
+
+from math import log
+from typing import Any
+
+import grid
+import pytest
+import torch
+
+import gcpo_kernels
+from gcpo_kernels import reference
+from gcpo_kernels.testing import assert_close_to_truth, assert_gradient, make_linear_inputs, make_token_inputs
+
+INF, NAN = float("inf"), float("nan")
+
+
+def logits_of(kind: str, dtype: torch.dtype = torch.float32, rows: int = 6, vocab: int = 1000) -> torch.Tensor:
+    x = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(0))
+    if kind == "confident":  # p of token 0 from 0.9 to 1 - 1e-12
+        x[:, 0] = x[:, 1:].logsumexp(dim=1) + torch.linspace(2.0, 28.0, rows)
+    if kind == "certain":
+        x[:, 0] += 200.0
+    if kind == "large":
+        x += 1e4
+    if kind == "negative":
+        x -= 1e4
+    if kind == "spread":
+        x *= 1e3
+    if kind == "equal":
+        x[:] = -7.0
+    if kind == "padded":
+        x[:, 900:] = -INF
+    if kind == "one left":
+        x[:, 1:] = -INF
+    return x.to(dtype)
+
+
+KINDS = ("confident", "certain", "large", "negative", "spread", "equal", "padded", "one left")
+
+
+@pytest.mark.parametrize("token", [0, 1, 899])
+@pytest.mark.parametrize("kind", KINDS)
+def test_selective_logprob(kind: str, token: int) -> None:
+    """Finite where the truth is, never above 0, and the truth to float32 rounding; so are the gradients."""
+    logits, ids = logits_of(kind), torch.full((6,), token)
+    leaves = [logits.clone().requires_grad_(), logits.double().requires_grad_(), logits.clone().requires_grad_()]
+    outs = [
+        function(x, ids, return_entropy=True)
+        for function, x in zip(
+            (gcpo_kernels.selective_logprob, reference.selective_logprob, reference.selective_logprob),
+            leaves,
+            strict=True,
+        )
+    ]
+    (ours, entropy), (truth, true_entropy), (plain, plain_entropy) = outs
+    assert (ours <= 0).all()
+    assert (entropy >= -1e-6).all()
+    finite = torch.isfinite(truth)
+    assert torch.equal(torch.isfinite(ours), finite)
+    assert_close_to_truth(ours[finite], truth[finite], plain[finite])
+    assert_close_to_truth(entropy, true_entropy, plain_entropy)
+    if not finite.all():  # an impossible token: -inf, and a gradient that pulls on it alone
+        assert kind == "one left"
+        return
+    weights = torch.linspace(0.5, 2.0, 6)
+    for out in outs:
+        ((out[0] - 0.3 * out[1]) * weights).sum().backward()
+    assert torch.isfinite(leaves[0].grad).all()
+    assert_close_to_truth(leaves[0].grad, leaves[1].grad, leaves[2].grad)
+    if kind == "padded":
+        assert not leaves[0].grad[:, 900:].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_linear_logprob(kind: str, softcap: float | None, small_tiles: None) -> None:
+    """The same through the output layer: the offsets come with the bias, padding is a bias of -inf."""
+    row = logits_of(kind, rows=1, vocab=60)[0]
+    row[-4:] = -INF if kind == "padded" else row[-4:]
+    hidden = torch.randn(9, 5, generator=torch.Generator().manual_seed(1)) * 0.1
+    weight = torch.randn(60, 5, generator=torch.Generator().manual_seed(2)) * 0.1
+    ids = torch.zeros(9, dtype=torch.int64)
+    results = []
+    for dtype, function in ((torch.float32, gcpo_kernels.linear_logprob), (torch.float64, reference.linear_logprob)):
+        leaves = [x.detach().clone().to(dtype).requires_grad_() for x in (hidden, weight, row)]
+        logp, entropy = function(*leaves[:2], ids, bias=leaves[2], return_entropy=True, logit_softcap=softcap)
+        (logp * torch.linspace(0.5, 2, 9) + 0.1 * entropy).sum().backward()
+        results.append((logp.detach(), entropy.detach(), *(x.grad for x in leaves)))
+    assert (results[0][0] <= 0).all()
+    for ours, truth in zip(*results, strict=True):
+        assert torch.isfinite(ours).all()
+        # A logit of 1e4 is known to 1e-3 in float32, whoever computes it; without such offsets, rounding remains.
+        absolute = 2e-2 if kind in ("large", "negative", "spread") else 0.0
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=absolute or 1e-6)
+
+
+@pytest.mark.parametrize("gap", [10.0, 14.0, 17.0, 20.0, 24.0])
+def test_confident_tokens_keep_a_gradient(gap: float) -> None:
+    """As p -> 1 the gradients in the other logits keep their relative precision, the token's own a few roundings."""
+    logits = torch.zeros(1, 8)
+    logits[0, 0] = gap
+    ours, truth = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    for function, x in ((gcpo_kernels.selective_logprob, ours), (reference.selective_logprob, truth)):
+        function(x, torch.tensor([0])).sum().backward()
+    torch.testing.assert_close(ours.grad[0, 1:].double(), truth.grad[0, 1:], rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours.grad[0, 0].double(), truth.grad[0, 0], rtol=1e-5, atol=5e-7)
+
+
+def test_error_does_not_grow_with_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weight gradients accumulate in float32: 400 tiles of bfloat16 operands end as exact as one."""
+    from gcpo_kernels import torch_backend
+
+    inputs = make_linear_inputs(20, 20, 1, 8, 50, dtype=torch.bfloat16, masked="none")
+    truth = grid.run("linear_gcpo_loss", {k: x.double() if x.is_floating_point() else x for k, x in inputs.items()}, {})
+    for rows in (400, 1):
+        monkeypatch.setattr(torch_backend, "_TILE_BYTES", {"cpu": 0})
+        monkeypatch.setattr(torch_backend, "_MIN_TILE_ROWS", {"cpu": rows})
+        grads = grid.run("linear_gcpo_loss", inputs, {})[2]
+        for key in ("hidden", "weight", "bias"):
+            assert_gradient(grads[key], truth[2][key], what=f"{key}, tiles of {rows}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# p'
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def project(query: float, contexts: list[float], floor: float = 1e-6, dtype: torch.dtype = torch.float32) -> float:
+    q, c = torch.tensor([[query]], dtype=dtype), torch.tensor([[contexts]], dtype=dtype)
+    return gcpo_kernels.causal_reference_logprob(q, c, proj_floor=floor).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_projection_at_extremes(dtype: torch.dtype) -> None:
+    floor = log(1e-6)
+    tiny = 1e-30
+
+    def check(got: float, want: float) -> None:
+        assert got == pytest.approx(want, rel=1e-6, abs=1e-7)
+
+    check(project(-INF, [-INF, -INF], dtype=dtype), floor)
+    check(project(-1e4, [-1e4, -1e4], dtype=dtype), floor)
+    check(project(-50.0, [-50.0, -51.0], tiny, dtype), -50.0 + log(2 - (1 + 2.718281828459045**-1) / 2))
+    check(project(-60.0, [-INF, -INF], tiny, dtype), -60.0)
+    check(project(-1.0, [-INF, -INF, -INF], dtype=dtype), -1.0)
+    check(project(0.0, [0.0, -INF], dtype=dtype), 0.0)  # 1 - 1/2 + 1, clamped to 1
+    check(project(-1e-3, [-20.0, 0.0], dtype=dtype), log(2.718281828459045**-1e-3 - 0.5 + 0.5 * 2.0611536e-09))
+    check(project(-20.0, [-20.0, 0.0], dtype=dtype), floor)  # below 0
+    assert project(NAN, [-1.0, -1.0], dtype=dtype) != project(NAN, [-1.0, -1.0], dtype=dtype)
+    assert project(-1.0, [-1.0, NAN], dtype=dtype) != project(-1.0, [-1.0, NAN], dtype=dtype)
+
+
+@pytest.mark.parametrize("scale", [1.0, 5.0, 13.0])
+def test_projection_keeps_relative_precision(scale: float) -> None:
+    """float32 log p' against float64, down to probabilities of 1e-20."""
+    generator = torch.Generator().manual_seed(0)
+    query = -scale * torch.rand(64, 64, generator=generator).neg().exp().mul(3)
+    contexts = (query.unsqueeze(-1) + 0.5 * torch.randn(64, 64, 4, generator=generator)).clamp(max=-1e-4)
+    ours = gcpo_kernels.causal_reference_logprob(query, contexts, proj_floor=1e-30)
+    truth = gcpo_kernels.causal_reference_logprob(query.double(), contexts.double(), proj_floor=1e-30)
+    kept = (truth - query > -1.0) & (truth < 0)  # not where the terms cancel
+    assert kept.float().mean() > 0.5
+    torch.testing.assert_close(ours[kept].double(), truth[kept], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_one_context_is_the_query(dtype: torch.dtype) -> None:
+    """With L = 1 the first two terms cancel: log p' is query_logp."""
+    query = -torch.linspace(0.0, 13.0, 200).view(4, 50).to(dtype)
+    for contexts in (query.flip(0), torch.zeros_like(query), torch.full_like(query, -INF)):
+        ours = gcpo_kernels.causal_reference_logprob(query, contexts.unsqueeze(-1))
+        assert ours.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        torch.testing.assert_close(ours, query.to(ours.dtype), rtol=1e-6, atol=1e-6)
+    # Exactly, where no other probability is larger.
+    assert torch.equal(gcpo_kernels.causal_reference_logprob(query, query.unsqueeze(-1) - 1), query.to(ours.dtype))
+
+
+def test_clamped_share() -> None:
+    """Of four tokens one falls below the floor, one rises above 1, one is masked."""
+    query = torch.tensor([[-1.0, -20.0, -0.01, -20.0]])
+    context = torch.tensor([[[-1.0, -1.0], [-20.0, -0.1], [-0.01, -5.0], [-20.0, -0.1]]])
+    mask = torch.tensor([[1, 1, 1, 0]])
+    for floor, share in ((1e-6, 2 / 3), (0.5, 1.0)):
+        _, metrics = gcpo_kernels.gcpo_loss(
+            query.clone(), torch.ones(1), mask, query_logp=query, context_logp=context, kappa=0.1, proj_floor=floor
+        )
+        assert metrics["proj_clamped"].item() == pytest.approx(share)
+
+
+def test_k3_is_not_negative() -> None:
+    d = torch.cat([s * torch.logspace(-12, 1.9, 20001, dtype=torch.float64) for s in (-1, 1)])
+    d = torch.cat([d, torch.zeros(1, dtype=torch.float64)])
+    for dtype in (torch.float32, torch.float64):
+        ours = reference.k3(d.to(dtype))
+        assert (ours >= 0).all(), f"{dtype}: {ours.min()}"
+    torch.testing.assert_close(reference.k3(d.float()).double(), reference.k3(d.float().double()), rtol=1e-3, atol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Limits that hold exactly
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def same(*pairs: Any) -> None:
+    (loss, _, grads), (other, _, other_grads) = pairs
+    assert torch.equal(loss, other)
+    for key in grads.keys() & other_grads.keys():
+        assert torch.equal(grads[key], other_grads[key]), key
+
+
+@pytest.mark.parametrize("loss_type", grid.LOSSES)
+@pytest.mark.parametrize("function", ["gcpo_loss", "linear_gcpo_loss"])
+def test_limits(function: str, loss_type: str) -> None:
+    """Options at their neutral value give, bit for bit, the loss without them."""
+    inputs = {"gcpo_loss": make_token_inputs, "linear_gcpo_loss": make_linear_inputs}[function]()
+    inputs["causal_logp"] = None
+    options = {"loss_type": loss_type, "max_completion_length": 8}
+    grpo = {key: None if key.startswith(("context", "query")) else x for key, x in inputs.items()}
+    plain = grid.run(function, grpo, options)
+    same(grid.run(function, inputs, options | {"kappa": 0.0}), plain)
+    same(grid.run(function, grpo | {"ref_logp": None}, options), plain)
+    same(grid.run(function, inputs, options | {"delta": 1e30}), plain)
+    ones = torch.ones_like(inputs["importance_sampling_ratio"])
+    none = {"importance_sampling_ratio": None}
+    same(
+        grid.run(function, grpo | {"importance_sampling_ratio": ones}, options),
+        grid.run(function, grpo | none, options),
+    )
+    same(grid.run(function, grpo | {"advantages": inputs["advantages"].unsqueeze(1).expand(5, 7)}, options), plain)
+    same(
+        grid.run(function, inputs | {"context_weights": None}, options | {"kappa": 0.1}),
+        grid.run(function, inputs | {"context_weights": torch.full((3,), 1 / 3)}, options | {"kappa": 0.1}),
+    )
+    query = inputs | {"query_logp": inputs["old_logp"]}
+    same(
+        grid.run(function, query, options | {"kappa": 0.1}),
+        grid.run(function, inputs | {"query_logp": None}, options | {"kappa": 0.1}),
+    )
+    if loss_type == "dapo":
+        same(grid.run(function, grpo, options | {"num_items_in_batch": int(inputs["mask"].sum())}), plain)
+        same(plain, grid.run(function, grpo, {"loss_type": "bnpo"}))
+
+
+def test_on_policy_loss_is_minus_the_advantage() -> None:
+    inputs = make_token_inputs(masked="none")
+    loss, metrics = gcpo_kernels.gcpo_loss(inputs["logp"], inputs["advantages"], inputs["mask"])
+    torch.testing.assert_close(loss, -inputs["advantages"].mean())
+    assert set(metrics) == {"kl", "kl_causal", "clip_low", "clip_high", "proj_clamped"}
+    assert not any(metrics.values())
+
+
+@pytest.mark.parametrize("name", ["z", "context_z"])
+def test_causal_weights_hide_nothing(name: str) -> None:
+    """NaN and inf come out as NaN for the prompt they are in, and for no other; a zero vector gives 0."""
+    for value in (NAN, INF, -INF):
+        inputs = {"z": torch.randn(2, 3, 4), "context_z": torch.randn(2, 3, 2, 2, 4)}
+        inputs[name][1, 0] = value
+        out = gcpo_kernels.causal_weights(**inputs)
+        assert torch.isfinite(out[0]).all()
+        assert out[1, 0].isnan()
+    z = torch.randn(2, 3, 4)
+    z[0, 1] = 0
+    out = gcpo_kernels.causal_weights(z.requires_grad_(), torch.randn(2, 3, 2, 2, 4))
+    assert out[0, 1] == 0
+    out.sum().backward()
+    assert torch.isfinite(z.grad).all()
+    assert gcpo_kernels.causal_weights(torch.zeros(1, 2, 4), torch.zeros(1, 2, 1, 1, 4)).eq(0).all()
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "euclidean", "gaussian"])
+def test_equal_candidates(similarity: str) -> None:
+    """The cosine of a vector with itself rounds to more than 1: the weight never does."""
+    z = torch.randn(500, 1, 17, generator=torch.Generator().manual_seed(0)).expand(-1, 3, -1)
+    out = gcpo_kernels.causal_weights(z, torch.zeros(500, 3, 1, 1, 17), alpha=1.0, similarity=similarity)
+    assert (out <= 1).all()
+    torch.testing.assert_close(out, torch.ones(500, 3), rtol=0, atol=2e-3 if similarity == "euclidean" else 1e-6)
+
+
+def test_one_candidate() -> None:
+    z = torch.randn(2, 1, 4)
+    context_z = torch.randn(2, 1, 1, 1, 4)
+    torch.testing.assert_close(gcpo_kernels.causal_weights(z, context_z), torch.full((2, 1), 2.0))
+    assert gcpo_kernels.causal_weights(z, context_z, baseline="loo").isnan().all()
+    assert gcpo_kernels.leave_one_out_mean(z).isnan().all()
+    assert not gcpo_kernels.group_advantages(torch.randn(4), 1).any()

@@ -1,0 +1,243 @@
+"""torch.compile, activation checkpointing, autocast, no_grad, and the registered operators."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import gcpo_kernels
+from gcpo_kernels import ops, reference
+from gcpo_kernels.options import LossOptions
+from gcpo_kernels.testing import make_linear_inputs, make_representations, make_token_inputs, with_gradients
+
+OPTIONS = {"beta": 0.04, "kappa": 0.06, "delta": 1.5}
+HEAD = {"temperature": 0.9, "logit_softcap": 4.0}
+LEAVES = ("logp", "hidden", "weight", "bias", "causal_logp", "logits", "z", "context_z")
+
+
+def linear(**sizes: Any) -> dict[str, Any]:
+    inputs = make_linear_inputs(**sizes)
+    return {key: inputs[key] for key in ("hidden", "weight", "bias", "token_ids")}
+
+
+def selective(**sizes: Any) -> dict[str, Any]:
+    inputs = make_linear_inputs(**sizes)
+    return {"logits": inputs["hidden"], "token_ids": inputs["token_ids"] % 13}
+
+
+def loss(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    def call(**arguments: Any) -> Any:
+        value, metrics = function(**arguments, **options)
+        return value, *metrics.values()
+
+    return call
+
+
+CALLS: dict[str, tuple[Callable[..., Any], Callable[..., dict[str, Any]]]] = {
+    "gcpo_loss": (loss(gcpo_kernels.gcpo_loss, **OPTIONS), make_token_inputs),
+    "gcpo_loss, sequence": (
+        loss(gcpo_kernels.gcpo_loss, importance_sampling_level="sequence", loss_type="dapo"),
+        make_token_inputs,
+    ),
+    "linear_gcpo_loss": (loss(gcpo_kernels.linear_gcpo_loss, **OPTIONS, **HEAD), make_linear_inputs),
+    "linear_gcpo_loss, sequence": (
+        loss(gcpo_kernels.linear_gcpo_loss, importance_sampling_level="sequence", loss_type="dapo"),
+        make_linear_inputs,
+    ),
+    "linear_logprob": (lambda **k: gcpo_kernels.linear_logprob(**k, **HEAD, return_entropy=True), linear),
+    "selective_logprob": (lambda **k: gcpo_kernels.selective_logprob(**k, return_entropy=True), selective),
+    "causal_weights": (lambda **k: (gcpo_kernels.causal_weights(**k, baseline="loo"),), make_representations),
+}
+
+
+def results(function: Callable[..., Any], arguments: dict[str, Any]) -> list[torch.Tensor | None]:
+    """Outputs, then gradients of a weighted sum of the outputs that carry one."""
+    leaves = with_gradients(arguments, *LEAVES)
+    out = function(**leaves)
+    sum(((k + 1) * x).sum() for k, x in enumerate(out) if x.requires_grad).backward()
+    return [*(x.detach() for x in out), *(x.grad for key, x in leaves.items() if key in LEAVES)]
+
+
+def assert_same(got: list[torch.Tensor | None], want: list[torch.Tensor | None]) -> None:
+    for x, y in zip(got, want, strict=True):
+        assert (x is None) == (y is None)
+        if x is not None:
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_compiled_whole(name: str, fresh_compiler: None) -> None:
+    """One graph, the same values and gradients, and one more compilation at most for any further length."""
+    function, make = CALLS[name]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    first = make()
+    assert_same(results(compiled, first), results(function, first))
+    sizes = {"prompts": 5} if name == "causal_weights" else {"tokens": 9}
+    second = make(**sizes)
+    assert_same(results(compiled, second), results(function, second))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for length in (8, 11, 16):
+            other = make(**dict.fromkeys(sizes, length))
+            assert_same(results(compiled, other), results(function, other))
+
+
+def test_compiled_without_gradients(fresh_compiler: None) -> None:
+    function = loss(gcpo_kernels.linear_gcpo_loss, kappa=0.06)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    inputs = make_linear_inputs()
+    with torch.no_grad():
+        assert_same(list(compiled(**inputs)), list(function(**inputs)))
+
+
+def test_compiled_with_a_frozen_head_and_autocast(fresh_compiler: None) -> None:
+    def function(**arguments: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return gcpo_kernels.linear_gcpo_loss(**arguments, **OPTIONS)[0]
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    grads = []
+    for f in (compiled, function):
+        inputs = with_gradients(make_linear_inputs(), "hidden")
+        f(**inputs).backward()
+        grads.append(inputs["hidden"].grad)
+    assert grads[1].any()
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize(("name", "compilations"), [("gcpo_loss", 2), ("linear_gcpo_loss", 4)])
+def test_compiled_with_a_schedule(name: str, compilations: int, fresh_compiler: None) -> None:
+    """
+    A scheduled kappa and beta do not break the graph. `gcpo_loss` compiles once more for all values; the operator of
+    `linear_gcpo_loss` takes numbers as constants, and compiles for each.
+    """
+
+    def function(value: float, **arguments: Any) -> torch.Tensor:
+        return getattr(gcpo_kernels, name)(**arguments, kappa=value, beta=value)[0]
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    inputs = CALLS[name][1]()
+    for value in (0.01, 0.02, 0.03):
+        torch.testing.assert_close(compiled(value, **inputs), function(value, **inputs))
+    assert counter.frame_count <= compilations
+
+
+def test_marked_dynamic(fresh_compiler: None) -> None:
+    """Lengths declared dynamic compile once."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(CALLS["linear_gcpo_loss"][0], fullgraph=True, backend=counter)
+    for tokens in (7, 9, 12):
+        inputs = with_gradients(make_linear_inputs(tokens=tokens), "hidden", "weight", "bias")
+        for key, x in inputs.items():
+            if x.shape[:2] == inputs["mask"].shape:
+                torch._dynamo.mark_dynamic(inputs[key], 1)
+        compiled(**inputs)[0].backward()
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gcpo_loss", "linear_gcpo_loss"])
+def test_compiled_with_inductor(name: str, fresh_compiler: None) -> None:
+    function, make = CALLS[name]
+    compiled = torch.compile(function, fullgraph=True, backend="inductor")
+    assert_same(results(compiled, make()), results(function, make()))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", CALLS)
+def test_checkpointed(name: str, reentrant: bool) -> None:
+    function, make = CALLS[name]
+
+    def checkpointed(**arguments: Any) -> Any:
+        keys = list(arguments)
+        # Inside the checkpoint there is more than the function: its inputs are made there, as a model's are.
+        return checkpoint(
+            lambda *values: function(**{k: v * 1 if k in LEAVES else v for k, v in zip(keys, values, strict=True)}),
+            *arguments.values(),
+            use_reentrant=reentrant,
+        )
+
+    assert_same(results(checkpointed, make()), results(function, make()))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_without_gradients(name: str) -> None:
+    """no_grad and inference_mode give the same values, and outputs that need no gradient."""
+    function, make = CALLS[name]
+    with_graph = function(**with_gradients(make(), *LEAVES))
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            out = function(**make())
+        for x, y in zip(out, with_graph, strict=True):
+            torch.testing.assert_close(x, y.detach(), rtol=1e-6, atol=1e-7)
+            assert not x.requires_grad
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if not name.startswith("linear")])
+def test_autocast_does_not_touch_what_has_no_product(name: str) -> None:
+    function, make = CALLS[name]
+    want = results(function, make())
+    with torch.autocast("cpu", torch.bfloat16):
+        got = results(function, make())
+    assert all((x is None and y is None) or torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
+def operator_calls() -> dict[str, tuple[Any, tuple]]:
+    """Each registered operator, with arguments as the public functions pass them."""
+    inputs = make_linear_inputs(3, 4, dtype=torch.float32)
+    head = ops.head_arguments(gcpo_kernels.options.HeadOptions(0.9, 1.0, 4.0))
+    hidden = inputs["hidden"].flatten(0, 1).requires_grad_()
+    weight, bias = inputs["weight"].requires_grad_(), inputs["bias"].requires_grad_()
+    ids = inputs["token_ids"].flatten()
+    score = torch.linspace(-1, 1, len(ids))
+    options = LossOptions(beta=0.04, kappa=0.06)
+    keys = ("old_logp", "ref_logp", "query_logp", "causal_logp", "importance_sampling_ratio")
+    keys += ("context_logp", "context_weights")
+    tokens = reference.token_inputs(
+        inputs["mask"], inputs["advantages"], torch.float32, **{key: inputs[key] for key in keys}
+    )
+    frozen = tuple(x.detach() for x in (hidden, weight, bias))
+    rest = (torch.float32, head, [0.04, 0.06, 0.2, 0.2, 0.0, 1e-6])
+    linear_loss = (
+        *frozen,
+        ids,
+        tokens.mask,
+        tokens.advantages,
+        reference.token_weights(tokens.mask, options, torch.float32),
+        *(getattr(tokens, key) for key in keys),
+        *rest,
+    )
+    logits = inputs["hidden"].detach().requires_grad_()
+    small = inputs["token_ids"] % 13
+    scores = score.view(small.shape)
+    return {
+        "linear_logprob": (ops.linear_logprob, (hidden, weight, bias, ids, torch.float32, head)),
+        "linear_logprob, no bias": (ops.linear_logprob, (hidden, weight, None, ids, torch.float32, head)),
+        "linear_logprob_backward": (
+            ops.linear_logprob_backward,
+            (*frozen, ids, score, score, torch.float32, head, [True, False, True]),
+        ),
+        "linear_loss": (ops.linear_loss, (*linear_loss, False, [True, True, True])),
+        "linear_loss, sequence": (ops.linear_loss, (*linear_loss, True, [False, True, False])),
+        "linear_loss, no gradients": (ops.linear_loss, (*linear_loss, False, [False, False, False])),
+        "selective_logprob": (ops.selective_logprob, (logits, small, 0.9)),
+        "selective_logprob_backward": (ops.selective_logprob_backward, (logits.detach(), small, scores, scores, 0.9)),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", operator_calls())
+def test_operators_keep_their_contract(name: str, dtype: torch.dtype) -> None:
+    """Schema, fake tensors, autograd registration and ahead-of-time dispatch agree with what the operator does."""
+    operator, arguments = operator_calls()[name]
+    cast = ("hidden", "weight", "bias", "logits")
+    schema = [argument.name for argument in operator._opoverload._schema.arguments][: len(arguments)]
+    arguments = tuple(
+        x.detach().to(dtype).requires_grad_(x.requires_grad) if key in cast and x is not None else x
+        for key, x in zip(schema, arguments, strict=True)
+    )
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(operator, arguments, test_utils=utils, atol=1e-3, rtol=1e-2)
