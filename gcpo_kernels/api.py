@@ -308,6 +308,7 @@ def linear_gcpo_loss(
             grad and weight.requires_grad,
             grad and bias is not None and bias.requires_grad,
         ],
+        "triton" if use_triton else "torch",
     )
     # The value again from the log-probabilities, on (B, T): it also carries the gradient in causal_logp.
     if use_triton:
@@ -426,23 +427,51 @@ def causal_weights(
     Returns:
         (P, n) weights. NaN or inf in z or in samples that exist comes out as NaN.
     """
-    check_number("alpha", alpha)
-    check_choice("baseline", baseline, BASELINES)
-    check_choice("similarity", similarity, SIMILARITIES)
     check_rank("z", z, (3,), "(P, n, H)")
-    check_rank("context_z", context_z, (5,), "(P, n, L, m, H)")
-    check_tensor("context_z", context_z, like=z)
-    p, n, hidden = z.shape
-    if (context_z.shape[0], context_z.shape[1], context_z.shape[4]) != (p, n, hidden):
-        raise ValueError(
-            f"`context_z` must have shape (P, n, L, m, H) = ({p}, {n}, L, m, {hidden}), got {tuple(context_z.shape)}."
-        )
-    if 0 in context_z.shape[2:4]:
-        raise ValueError(f"`context_z` must hold at least one context and sample, got {tuple(context_z.shape)}.")
-    if context_mask is not None:
-        check_mask("context_mask", context_mask, tuple(context_z.shape[:4]), "(P, n, L, m)", z)
+    _check_causal(tuple(z.shape), z, context_z, alpha, baseline, similarity, context_mask)
     if _use_triton(backend, z, context_z):
         return triton_ops.triton_causal_weights(z, None, context_z, context_mask, float(alpha), baseline, similarity)[0]
+    return reference.causal_weights(
+        z, context_z, alpha=alpha, baseline=baseline, similarity=similarity, context_mask=context_mask
+    )
+
+
+def causal_weights_from_hidden(
+    hidden: torch.Tensor,
+    last_index: torch.Tensor,
+    context_z: torch.Tensor,
+    *,
+    alpha: float = 2.0,
+    baseline: str = "mean",
+    similarity: str = "cosine",
+    context_mask: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """
+    `causal_weights` with z_i read in place: row `last_index[i]` of sequence i's hidden states.
+
+    The Triton backend makes no gathered copy of z.
+
+    Args:
+        hidden: (B, T, H) float with B = P * n, group-major; carries gradient, which is 0 but in the rows read.
+        last_index: (B,) int64 in [0, T): each sequence's last real token.
+        Everything else: as in `causal_weights`.
+
+    Returns:
+        (P, n) weights.
+    """
+    check_rank("hidden", hidden, (3,), "(B, T, H)")
+    check_rank("context_z", context_z, (5,), "(P, n, L, m, H)")
+    p, n = context_z.shape[:2]
+    if p * n != hidden.shape[0]:
+        raise ValueError(f"`hidden` must have B = P * n = {p * n} sequences, got {hidden.shape[0]}.")
+    last_index = check_ids("last_index", last_index, (p * n,), "(B,)", hidden)
+    _check_causal((p, n, hidden.shape[2]), hidden, context_z, alpha, baseline, similarity, context_mask)
+    if _use_triton(backend, hidden, context_z):
+        return triton_ops.triton_causal_weights(
+            hidden, last_index, context_z, context_mask, float(alpha), baseline, similarity
+        )[0]
+    z = hidden[torch.arange(p * n, device=hidden.device), last_index].view(p, n, hidden.shape[2])
     return reference.causal_weights(
         z, context_z, alpha=alpha, baseline=baseline, similarity=similarity, context_mask=context_mask
     )
@@ -499,6 +528,32 @@ def causal_reference_logprob(
     check_floor(proj_floor)
     _check_contexts(tuple(query_logp.shape), query_logp, context_logp)
     return reference.causal_reference_logprob(query_logp, context_logp, proj_floor=proj_floor)
+
+
+def _check_causal(
+    shape: tuple[int, ...],
+    like: torch.Tensor,
+    context_z: Any,
+    alpha: Any,
+    baseline: Any,
+    similarity: Any,
+    context_mask: Any,
+) -> None:
+    """Check the arguments of the causal weights against (P, n, H) = shape."""
+    check_number("alpha", alpha)
+    check_choice("baseline", baseline, BASELINES)
+    check_choice("similarity", similarity, SIMILARITIES)
+    check_rank("context_z", context_z, (5,), "(P, n, L, m, H)")
+    check_tensor("context_z", context_z, like=like)
+    p, n, hidden = shape
+    if (context_z.shape[0], context_z.shape[1], context_z.shape[4]) != (p, n, hidden):
+        raise ValueError(
+            f"`context_z` must have shape (P, n, L, m, H) = ({p}, {n}, L, m, {hidden}), got {tuple(context_z.shape)}."
+        )
+    if 0 in context_z.shape[2:4]:
+        raise ValueError(f"`context_z` must hold at least one context and sample, got {tuple(context_z.shape)}.")
+    if context_mask is not None:
+        check_mask("context_mask", context_mask, tuple(context_z.shape[:4]), "(P, n, L, m)", like)
 
 
 def _check_contexts(shape: tuple[int, ...], like: torch.Tensor, context_logp: Any) -> None:
@@ -558,8 +613,10 @@ def _check_token_arguments(
         contexts = context_logp.shape[2]
         wanted = f"(L,) or (B, L) = ({contexts},) or ({b}, {contexts})"
         check_tensor("context_weights", weights, shapes=((contexts,), (b, contexts)), wanted=wanted, like=like)
-        if weights.device.type == "cpu" and not torch.compiler.is_compiling() and bool((weights < 0).any()):
-            raise ValueError(f"`context_weights` must be at least 0, got {weights.min().item()}.")
+        if weights.device.type == "cpu" and not torch.compiler.is_compiling():
+            counted = weights if weights.dim() == 1 else weights[(mask != 0).any(dim=1)]
+            if not bool(((counted >= 0) & (counted < torch.inf)).all()):
+                raise ValueError(f"`context_weights` must be finite and at least 0, got {counted.tolist()}.")
     if options.beta > 0 and tensors["ref_logp"] is None:
         raise ValueError(f"`beta` = {options.beta} needs `ref_logp`, got None.")
     if options.kappa > 0 and context_logp is None:

@@ -203,8 +203,9 @@ class LossWithGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # a second derivative raises: these gradients do not know how they depend on the inputs
     def backward(ctx: Any, grad: Tensor) -> tuple:
+        # `grad` expanded: as a 0-dim tensor it would be rounded to a bfloat16 gradient's type before the product.
         scaled = (
-            (d * grad).to(dtype) if needed else None
+            torch.mul(d, grad.expand_as(d), out=torch.empty_like(d, dtype=dtype)) if needed else None
             for d, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[1:4], strict=True)
         )
         return (grad, *scaled, None, None, None)
