@@ -1,0 +1,184 @@
+"""What the demo measures beside TRL's own metrics, and how it shows it: summary, table, plot."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import ProgressCallback
+from trl import GRPOTrainer
+
+from gcpo.metrics import SECONDS, TOKENS, StepAccount
+
+History = list[dict[str, float]]
+
+
+class TimedGRPOTrainer(GRPOTrainer):
+    """TRL's GRPOTrainer, which also logs where its time goes under the names that GCPOTrainer uses."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._account = StepAccount()
+        super().__init__(*args, **kwargs)
+
+    def _generate(self, prompts: Any) -> Any:
+        with self._account.phase("rollout"):
+            result = super()._generate(prompts)
+        self._account.add_tokens("generated", sum(map(len, result[1])))
+        return result
+
+    def _calculate_rewards(self, *args: Any) -> torch.Tensor:
+        with self._account.phase("rewards"):
+            return super()._calculate_rewards(*args)
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Any, attention_mask: Any, *args, **kwargs
+    ) -> Any:
+        call = super()._get_per_token_logps_and_entropies
+        trained = torch.is_grad_enabled()
+        self._account.add_tokens("trained" if trained else "scored_query", attention_mask.sum())
+        if trained:
+            return call(model, input_ids, attention_mask, *args, **kwargs)
+        with self._account.phase("scoring"):
+            return call(model, input_ids, attention_mask, *args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with self._account.phase("loss"):
+            output = super().training_step(*args, **kwargs)
+        seconds, tokens = self._account.flush()
+        for kind, values in (("seconds", seconds), ("tokens", tokens)):
+            for name, value in values.items():
+                self._metrics["train"][f"gcpo/{kind}/{name}"].append(float(value))
+        return output
+
+
+class RewardProgress(ProgressCallback):
+    """The progress bar with the reward beside it, in place of a line of metrics per step."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.name)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and "reward" in (logs or {}):
+            self.training_bar.set_postfix(reward=f"{logs['reward']:.3f}")
+
+
+def summarize(histories: dict[str, History]) -> dict[str, Any]:
+    """
+    Per method, from one dict of metrics per step: the last reward, medians over steps of the time of a step and of its
+    phases (seconds; the first step, which warms up, is left out of longer runs) and of its tokens, and the ratio of
+    step times GCPO / GRPO.
+    """
+    summary: dict[str, Any] = {}
+    for method, history in histories.items():
+        settled = history[1:] if len(history) > 2 else history
+        last = history[-10:]
+        summary[method] = {
+            "last_reward": statistics.fmean(step["reward"] for step in last),
+            "last_reward_steps": len(last),
+            "step_seconds": _median(settled, "step_time"),
+            "seconds": {name: _median(settled, f"gcpo/seconds/{name}") for name in SECONDS},
+            "tokens": {name: _median(settled, f"gcpo/tokens/{name}") for name in TOKENS},
+        }
+    times = [summary.get(method, {}).get("step_seconds") for method in ("GCPO", "GRPO")]
+    summary["overhead"] = times[0] / times[1] if all(times) else None
+    return summary
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Print what `gcpo.demo.run` returns, as measured."""
+    console = Console()
+    evaluations, summary = result["evaluations"], result["summary"]
+    methods = [name for name in ("GRPO", "GCPO") if name in summary]
+    settings, before = result["settings"], evaluations["before"]
+    table = Table(title=f"{settings['task']}, {settings['steps']} steps, seed {result['seed']}")
+    table.add_column("")
+    for name in ("before", *methods):
+        table.add_column(name, justify="right")
+    columns = [before, *(evaluations[name] for name in methods)]
+    for key, label in (("pass_at_1", "pass@1, held out"), ("mean_score", "score, held out")):
+        table.add_row(label, *(f"{column[key]:.3f} ± {column[key + '_se']:.3f}" for column in columns))
+    steps = summary[methods[0]]["last_reward_steps"]
+    table.add_row(f"reward, last {steps} steps", "", *(f"{summary[name]['last_reward']:.3f}" for name in methods))
+    table.add_section()
+    table.add_row("seconds per step", "", *(_number(summary[name]["step_seconds"]) for name in methods))
+    labels = {"loss": "loss and gradient"}
+    for phase in SECONDS:
+        table.add_row(f"  {labels.get(phase, phase)}", "", *(_number(summary[m]["seconds"][phase]) for m in methods))
+    table.add_section()
+    for name in TOKENS:
+        values = [summary[method]["tokens"][name] for method in methods]
+        table.add_row(f"tokens {name.replace('_', ', ')}", "", *(_number(value, ",.0f") for value in values))
+    console.print(table)
+    console.print(
+        f"pass@1: {before['num_prompts']} prompts that training never sees, {before['num_samples']} samples each at "
+        "temperature 1; ± is the standard error over prompts."
+    )
+    if summary["overhead"]:
+        console.print(f"A step of GCPO takes {summary['overhead']:.2f} times one of GRPO (medians).")
+    console.print("One seed of a tiny problem: another seed can put either method ahead.")
+
+
+def save_plot(histories: dict[str, History], path: Path) -> None:
+    """Draw rewards, KLs, the causal weight and step times over steps, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    (rewards, kls), (weights, times) = axes
+    for color, (method, history) in zip(("tab:gray", "tab:blue"), histories.items(), strict=False):
+        reward = _series(history, "reward")
+        rewards.plot(*reward, color=color, alpha=0.3, linewidth=1)
+        rewards.plot(reward[0], _smooth(reward[1]), color=color, label=method)
+        kls.plot(*_series(history, "kl"), color=color, label=f"{method}, to the reference")
+        times.plot(*_series(history, "step_time"), color=color, label=method)
+    causal = histories.get("GCPO", [])
+    kls.plot(*_series(causal, "gcpo/kl_causal"), color="tab:red", label="GCPO, to the causal reference")
+    steps, mean = _series(causal, "gcpo/upsilon/mean")
+    low, high = (_series(causal, f"gcpo/upsilon/{bound}")[1] for bound in ("min", "max"))
+    if mean:
+        weights.plot(steps, mean, color="tab:blue", label="mean")
+    if len(low) == len(high) == len(steps):
+        weights.fill_between(steps, low, high, color="tab:blue", alpha=0.2, linewidth=0, label="min to max")
+    rewards.set_title("Reward (mean of a batch)")
+    kls.set_title("KL divergence per token (k3)")
+    weights.set_title("Causal weight of the advantages, Upsilon")
+    times.set_title("Seconds per step")
+    times.set_ylim(bottom=0)
+    for axis in axes.flat:
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _median(history: History, key: str) -> float | None:
+    values = _series(history, key)[1]
+    return statistics.median(values) if values else None
+
+
+def _series(history: History, key: str) -> tuple[list[float], list[float]]:
+    """Steps at which a metric was logged, and its values."""
+    logged = [(step["step"], step[key]) for step in history if step.get(key) is not None]
+    return [step for step, _ in logged], [value for _, value in logged]
+
+
+def _smooth(values: list[float], window: int = 9) -> list[float]:
+    half = window // 2
+    return [statistics.fmean(values[max(0, k - half) : k + half + 1]) for k in range(len(values))]
+
+
+def _number(value: float | None, form: str = ".3f") -> str:
+    # Nothing for a phase that a method does not have.
+    return format(value, form) if value else ""

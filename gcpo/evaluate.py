@@ -1,0 +1,202 @@
+"""pass@1 of a model on prompts with a verifier."""
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """
+    What `evaluate_pass_at_1` measured.
+
+    Attributes:
+        pass_at_1: share of samples whose score reached the threshold, averaged over prompts.
+        pass_at_1_se: its standard error over prompts (see `mean_and_standard_error`).
+        mean_score: average score, which counts partly right answers where the verifier does.
+        mean_score_se: its standard error over prompts.
+        num_prompts: number of prompts.
+        num_samples: completions sampled per prompt.
+        mean_completion_length: tokens per completion, the end token included.
+    """
+
+    pass_at_1: float
+    pass_at_1_se: float
+    mean_score: float
+    mean_score_se: float
+    num_prompts: int
+    num_samples: int
+    mean_completion_length: float
+
+
+def evaluate_pass_at_1(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    reward_func: Callable[..., list[float]],
+    *,
+    num_samples: int = 1,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    batch_size: int = 64,
+    seed: int = 0,
+    threshold: float = 1.0,
+    progress: bool = True,
+) -> EvalResult:
+    """
+    Sample completions of every prompt of a dataset and score them.
+
+    The whole distribution is sampled (no top-k or top-p). The model's train/eval mode and the states of the random
+    generators are those of before the call afterwards, also when it raises.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer; needs an end token.
+        dataset: N rows with a column `prompt` (text or messages); the other columns go to `reward_func`.
+        reward_func: a reward function as TRL calls it; may not return None for a completion.
+        num_samples: completions per prompt.
+        max_new_tokens: most tokens of a completion.
+        temperature: of sampling; 0 takes the most likely token.
+        batch_size: completions generated at a time.
+        seed: of sampling. The result depends on it and on `batch_size`.
+        threshold: score from which a completion counts as passed.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: an empty dataset, one without prompts, or a count below 1.
+    """
+    for name, value in (("num_samples", num_samples), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    if "prompt" not in dataset.column_names or len(dataset) == 0:
+        raise ValueError(f"`dataset` must have rows and a column `prompt`, got {len(dataset)} rows of "
+                         f"{', '.join(dataset.column_names) or 'no column'}.")  # fmt: skip
+    rows = [row for row in dataset for _ in range(num_samples)]
+    scores: list[float] = []
+    lengths: list[int] = []
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with _seeded(seed, model.device), tqdm(
+            total=len(rows), desc="evaluating", unit="sample", disable=not progress, leave=False
+        ) as bar:  # fmt: skip
+            for start in range(0, len(rows), batch_size):
+                batch = rows[start : start + batch_size]
+                completion_ids = _generate(model, tokenizer, batch, max_new_tokens, temperature)
+                scores += _score(tokenizer, reward_func, batch, completion_ids)
+                lengths += [len(ids) for ids in completion_ids]
+                bar.update(len(batch))
+    finally:
+        for module, training in modes:
+            module.training = training
+    # (N, num_samples)
+    table = np.array(scores, dtype=float).reshape(len(dataset), num_samples)
+    pass_at_1, pass_at_1_se = mean_and_standard_error(table >= threshold - 1e-9)
+    mean_score, mean_score_se = mean_and_standard_error(table)
+    return EvalResult(
+        pass_at_1, pass_at_1_se, mean_score, mean_score_se, len(dataset), num_samples, float(np.mean(lengths))
+    )
+
+
+def mean_and_standard_error(table: np.ndarray) -> tuple[float, float]:
+    """
+    Mean of a (prompts, samples) table and its standard error over prompts: samples of one prompt are averaged first,
+    because they are not independent. NaN for the error of a single prompt.
+    """
+    means = np.asarray(table, dtype=float).mean(axis=1)
+    error = means.std(ddof=1) / math.sqrt(len(means)) if len(means) > 1 else math.nan
+    return float(means.mean()), float(error)
+
+
+def _generate(
+    model: Any,
+    tokenizer: Any,
+    batch: list[dict[str, Any]],
+    max_new_tokens: int,
+    temperature: float,
+) -> list[list[int]]:
+    """Completion ids of each row, up to and with the end token."""
+    prompts = [row["prompt"] for row in batch]
+    if isinstance(prompts[0], str):
+        prompt_ids = tokenizer(text=prompts)["input_ids"]
+    else:
+        prompt_ids = tokenizer.apply_chat_template(
+            prompts, add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"]
+    end_ids = _end_ids(model, tokenizer)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_ids[0]
+    # Padded here, so that the tokenizer's own padding side stays as it is.
+    width = max(len(ids) for ids in prompt_ids)
+    input_ids = torch.full((len(batch), width), pad_id)
+    mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(prompt_ids):
+        input_ids[row, width - len(ids) :] = torch.tensor(ids)
+        mask[row, width - len(ids) :] = 1
+    config = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=pad_id, eos_token_id=end_ids, do_sample=False)
+    if temperature > 0:
+        config.update(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
+        )
+    completions = []
+    for ids in output[:, width:].tolist():
+        length = next((position + 1 for position, token in enumerate(ids) if token in end_ids), len(ids))
+        completions.append(ids[:length])
+    return completions
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    config = getattr(model, "generation_config", None)
+    configured = getattr(config, "eos_token_id", None)
+    ends = configured if isinstance(configured, list) else [configured]
+    ids = [end for end in dict.fromkeys([tokenizer.eos_token_id, *ends]) if end is not None]
+    if not ids:
+        raise ValueError("`tokenizer` must have an end token (`eos_token`), or the model's generation config one.")
+    return ids
+
+
+def _score(
+    tokenizer: PreTrainedTokenizerBase,
+    reward_func: Callable[..., list[float]],
+    batch: list[dict[str, Any]],
+    completion_ids: list[list[int]],
+) -> list[float]:
+    texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+    completions: list[Any] = texts
+    if not isinstance(batch[0]["prompt"], str):
+        completions = [[{"role": "assistant", "content": text}] for text in texts]
+    columns = {key: [row[key] for row in batch] for key in batch[0] if key not in ("prompt", "completion")}
+    scores = reward_func(
+        prompts=[row["prompt"] for row in batch], completions=completions, completion_ids=completion_ids, **columns
+    )
+    if len(scores) != len(batch) or any(score is None for score in scores):
+        raise ValueError(
+            f"`reward_func` must return a number for each of {len(batch)} completions, got {scores!r:.200}."
+        )
+    return [float(score) for score in scores]
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed python, numpy and torch inside the block; put their states back after it."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

@@ -1,0 +1,174 @@
+"""Tasks, their verifiers, and the measurement of pass@1."""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from gcpo.evaluate import evaluate_pass_at_1, mean_and_standard_error
+from gcpo.tasks import extract_answer, reasoning_gym_dataset, reasoning_gym_reward, train_and_held_out
+from gcpo.tiny import tiny_model, tiny_tokenizer
+
+# One task each with the default verifier, with one of its own, with multi-line answers, with tuples among its data.
+TASKS = ("gcd", "spell_backward", "chain_sum", "mini_sudoku", "rearc")
+
+
+def score(dataset, completions):
+    return reasoning_gym_reward(completions, task=dataset["task"], entry=dataset["entry"], unused=[1])
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_right_answer_scores_one_and_a_wrong_one_less(name):
+    dataset = reasoning_gym_dataset(name, 2, seed=1)
+    answers = dataset["answer"]
+    assert score(dataset, list(answers)) == [1.0, 1.0]
+    assert score(dataset, [f"Let me think: 1 2 3\n<answer>\n{answer}\n</answer> So." for answer in answers]) == [1, 1]
+    assert score(dataset, [[{"role": "assistant", "content": answer}] for answer in answers]) == [1.0, 1.0]
+    assert max(score(dataset, ["<answer>wrong</answer>", ""])) < 1.0
+
+
+def test_the_verifier_uses_the_options_of_the_dataset():
+    dataset = reasoning_gym_dataset("chain_sum", 3, min_terms=2, max_terms=2)
+    assert json.loads(dataset[0]["entry"])["config"] == {"min_terms": 2, "max_terms": 2}
+    assert score(dataset, list(dataset["answer"])) == [1.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "answer"),
+    [
+        ("I think.\n\n sun. \n", "nus", "sun."),
+        ("<answer>11</answer> no, <ANSWER> 12\n</ANSWER> of 13", "12", "12"),
+        ("1 2\n3 4\n", "1 2\n3 4", "1 2\n3 4"),
+        ("<answer>1 2\n3 4</answer>", "1 2\n3 4", "1 2\n3 4"),
+        ("15 - 43 equals -28.\nDone", "-28", "-28"),
+        ("7-3=4, or 1,234.50 dollars.", "4", "1234.50"),
+        ("I do not know", "4", ""),
+        ("", "nus", ""),
+    ],
+)
+def test_extract_answer(text, reference, answer):
+    assert extract_answer(text, reference) == answer
+
+
+def test_an_answer_that_the_verifier_fails_on_scores_zero():
+    dataset = reasoning_gym_dataset("prime_factorization", 1)
+    assert score(dataset, ["The factors are two and three"]) == [0.0]
+    assert score(dataset, list(dataset["answer"])) == [1.0]
+
+
+def test_prompts():
+    chat = reasoning_gym_dataset("gcd", 1, system_prompt="Be brief.")[0]["prompt"]
+    assert [message["role"] for message in chat] == ["system", "user"]
+    text = reasoning_gym_dataset("gcd", 1, conversational=False, system_prompt="Be brief.")[0]["prompt"]
+    assert text == f"Be brief.\n\n{chat[1]['content']}"
+    assert reasoning_gym_dataset("gcd", 1)[0]["prompt"] == chat[1:]
+    assert reasoning_gym_dataset("gcd", 5, seed=3)["prompt"] == reasoning_gym_dataset("gcd", 5, seed=3)["prompt"]
+
+
+def test_what_is_refused():
+    with pytest.raises(ValueError, match=r"`name` .*'chain_sm'.*'chain_sum'"):
+        reasoning_gym_dataset("chain_sm", 1)
+    with pytest.raises(ValueError, match="106 tasks"):
+        reasoning_gym_dataset("zzzzzz", 1)
+    with pytest.raises(ValueError, match="`size`"):
+        reasoning_gym_dataset("gcd", 0)
+    with pytest.raises(TypeError, match="min_terms"):
+        reasoning_gym_dataset("chain_sum", 1, terms=2)
+    with pytest.raises(ValueError, match="refuses"):
+        reasoning_gym_dataset("chain_sum", 1, min_terms=-1)
+    with pytest.raises(ValueError, match=r"`num_train`.*distinct"):
+        train_and_held_out("chain_sum", 500, 5, min_terms=2, max_terms=2, min_digits=1, max_digits=1)
+
+
+def test_held_out_questions_are_new():
+    # 200 sums exist, so that a split that does not look would share some.
+    options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    train, held_out = train_and_held_out("chain_sum", 60, 60, seed=4, **options)
+    questions = [prompt[-1]["content"] for part in (train, held_out) for prompt in part["prompt"]]
+    assert len(set(questions)) == len(questions) == 120
+
+
+def test_standard_error_by_hand():
+    # Prompt means 1, 0.5, 0: mean 0.5, variance (0.25 + 0 + 0.25) / 2, so the error is sqrt(0.25 / 3).
+    mean, error = mean_and_standard_error(np.array([[1, 1], [0, 1], [0, 0]]))
+    assert mean == pytest.approx(0.5)
+    assert error == pytest.approx(math.sqrt(0.25 / 3))
+    assert math.isnan(mean_and_standard_error(np.ones((1, 4)))[1])
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    tokenizer = tiny_tokenizer(["What is a?", "What is b?"])
+    return tiny_model(tokenizer, hidden_size=32, num_layers=1), tokenizer
+
+
+def make_rows(conversational):
+    texts = ["What is a?", "What is bbbbbb?", "What is c?"]
+    return Dataset.from_list(
+        [
+            {"prompt": [{"role": "user", "content": text}] if conversational else text, "good": k}
+            for k, text in enumerate(texts)
+        ]
+    )
+
+
+@pytest.mark.parametrize("conversational", [True, False])
+def test_evaluation(tiny, conversational):
+    model, tokenizer = tiny
+    seen = []
+
+    def reward(completions, good, **kwargs):
+        seen.extend(completions)
+        random.random(), np.random.rand(), torch.rand(1)
+        return [1.0 if k == 0 else 0.5 if k == 1 else 0.0 for k in good]
+
+    model.train()
+    model.lm_head.eval()
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    options = {"max_new_tokens": 4, "batch_size": 4, "num_samples": 3, "progress": False}
+    result = evaluate_pass_at_1(model, tokenizer, make_rows(conversational), reward, **options)
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+    assert model.training
+    assert not model.lm_head.training
+    model.train()
+    assert (result.num_prompts, result.num_samples) == (3, 3)
+    assert (result.pass_at_1, result.mean_score) == pytest.approx((1 / 3, 0.5))
+    assert (result.pass_at_1_se, result.mean_score_se) == pytest.approx((1 / 3, math.sqrt(0.25 / 3)))
+    assert 1 <= result.mean_completion_length <= 4
+    assert isinstance(seen[0], list if conversational else str)
+    assert evaluate_pass_at_1(model, tokenizer, make_rows(conversational), reward, **options) == result
+
+
+def test_evaluation_restores_when_it_fails(tiny):
+    model, tokenizer = tiny
+    model.train()
+    state = torch.get_rng_state()
+    for bad in (lambda completions, **kwargs: [None] * len(completions), lambda completions, **kwargs: [1.0]):
+        with pytest.raises(ValueError, match="`reward_func`"):
+            evaluate_pass_at_1(model, tokenizer, make_rows(True), bad, max_new_tokens=2, progress=False)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(ValueError, match="`dataset`"):
+        evaluate_pass_at_1(model, tokenizer, Dataset.from_list([]), bad, max_new_tokens=2)
+    with pytest.raises(ValueError, match="`num_samples`"):
+        evaluate_pass_at_1(model, tokenizer, make_rows(True), bad, max_new_tokens=2, num_samples=0)
+
+
+def test_left_padding_does_not_change_what_is_generated(tiny):
+    model, tokenizer = tiny
+    runs = []
+    for batch_size in (1, 3):
+        texts = []
+
+        def record(completions, texts=texts, **kwargs):
+            texts.extend(completions)
+            return [0.0] * len(completions)
+
+        options = {"max_new_tokens": 5, "temperature": 0, "batch_size": batch_size, "progress": False}
+        evaluate_pass_at_1(model, tokenizer, make_rows(False), record, **options)
+        runs.append(texts)
+    assert runs[0] == runs[1]
