@@ -1,10 +1,10 @@
 """
 Everything private of TRL that this package touches, in one place, with the version it was written against.
 
-Besides the names imported here, `GCPOTrainer` overrides these methods of `GRPOTrainer`, always calling the original:
-`_generate`, `_calculate_rewards`, `_get_per_token_logps_and_entropies`, `_generate_and_score_completions`,
-`_compute_loss`, `training_step`; calls `_generate_single_turn`; and reads `_metrics`, `_logs`, `_step`, `_tokenizer`,
-`_is_vlm`.
+Besides the names imported here: `AccountedGRPOTrainer` and `GCPOTrainer` override `_generate`, `_calculate_rewards`,
+`_get_per_token_logps_and_entropies`, `_generate_and_score_completions`, `_compute_loss` and `training_step`, always
+calling the original; they call `_generate_single_turn` and read `_metrics`, `_logs`, `_step`, `_tokenizer`, `_is_vlm`.
+`gcpo train` builds on `trl.scripts.grpo.GRPOScriptArguments` and `trl.cli.accelerate_config`.
 """
 
 import warnings

@@ -27,7 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from gcpo import GCPOConfig, GCPOTrainer, __version__
-from gcpo.demo_report import RewardProgress, TimedGRPOTrainer, print_table, save_plot, summarize
+from gcpo.accounting import AccountedGRPOTrainer
+from gcpo.demo_report import RewardProgress, print_table, save_plot, summarize
 from gcpo.evaluate import EvalResult, evaluate_pass_at_1
 from gcpo.tasks import reasoning_gym_reward, train_and_held_out
 from gcpo.tiny import TINY_TEMPLATES, save_smollm2, save_tiny, tiny_model, tiny_tokenizer, warm_start
@@ -74,7 +75,7 @@ PRESETS = {
     ),
     ("tiny", True): Settings(
         "spell_backward",
-        steps=40,
+        steps=32,
         prompts_per_step=8,
         learning_rate=2e-4,
         num_held_out=128,
@@ -225,7 +226,7 @@ def _train(method: str, folder: Path, train: Dataset, settings: Settings, args: 
         options["num_colliders"] = settings.num_colliders
         options["collider_max_completion_length"] = settings.completion_tokens
         options.update(TINY_TEMPLATES if args.model == "tiny" else {})
-    build, configure = (GCPOTrainer, GCPOConfig) if method == "GCPO" else (TimedGRPOTrainer, GRPOConfig)
+    build, configure = (GCPOTrainer, GCPOConfig) if method == "GCPO" else (AccountedGRPOTrainer, GRPOConfig)
     trainer = build(
         _load(folder),
         reasoning_gym_reward,

@@ -4,53 +4,13 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import ProgressCallback
-from trl import GRPOTrainer
 
-from gcpo.metrics import SECONDS, TOKENS, StepAccount
+from gcpo.accounting import SECONDS, TOKENS
 
 History = list[dict[str, float]]
-
-
-class TimedGRPOTrainer(GRPOTrainer):
-    """TRL's GRPOTrainer, which also logs where its time goes under the names that GCPOTrainer uses."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        self._account = StepAccount()
-        super().__init__(*args, **kwargs)
-
-    def _generate(self, prompts: Any) -> Any:
-        with self._account.phase("rollout"):
-            result = super()._generate(prompts)
-        self._account.add_tokens("generated", sum(map(len, result[1])))
-        return result
-
-    def _calculate_rewards(self, *args: Any) -> torch.Tensor:
-        with self._account.phase("rewards"):
-            return super()._calculate_rewards(*args)
-
-    def _get_per_token_logps_and_entropies(
-        self, model: Any, input_ids: Any, attention_mask: Any, *args, **kwargs
-    ) -> Any:
-        call = super()._get_per_token_logps_and_entropies
-        trained = torch.is_grad_enabled()
-        self._account.add_tokens("trained" if trained else "scored_query", attention_mask.sum())
-        if trained:
-            return call(model, input_ids, attention_mask, *args, **kwargs)
-        with self._account.phase("scoring"):
-            return call(model, input_ids, attention_mask, *args, **kwargs)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with self._account.phase("loss"):
-            output = super().training_step(*args, **kwargs)
-        seconds, tokens = self._account.flush()
-        for kind, values in (("seconds", seconds), ("tokens", tokens)):
-            for name, value in values.items():
-                self._metrics["train"][f"gcpo/{kind}/{name}"].append(float(value))
-        return output
 
 
 class RewardProgress(ProgressCallback):

@@ -67,6 +67,13 @@ def cases() -> Iterator[Case]:
     yield Case("linear_logprob", of_head, ("hidden", "weight", "bias"), head)
     yield Case("selective_logprob", logits, ("logits",), {"temperature": 0.9})
     yield Case("causal_weights", representations, ("z", "context_z"))
+    z = representations["z"]
+    in_place = {
+        "hidden": z.flatten(0, 1).unsqueeze(1).repeat(1, 3, 1),
+        "last_index": torch.arange(z.shape[0] * z.shape[1]) % 3,
+        **{name: x for name, x in representations.items() if name != "z"},
+    }
+    yield Case("causal_weights_from_hidden", in_place, ("hidden", "context_z"))
     yield Case("leave_one_out_mean", {"z": representations["z"]}, ("z",))
 
 
@@ -153,11 +160,11 @@ def run() -> int:
     print(f"{'device':<14}{describe(device)}")
     print(f"{'backend':<14}{gcpo_kernels.available_backends(device)[0]}")
     print("\nlargest error against the float64 reference, relative to the largest value (float32 inputs)")
-    print(f"{'function':<20}{'value':>10}{'gradient':>10}")
+    print(f"{'function':<28}{'value':>10}{'gradient':>10}")
     outcomes = [check(case, device) for case in cases()]
     for outcome in outcomes:
         verdict = f"FAIL  {outcome.problem}" if outcome.problem else "ok"
-        print(f"{outcome.name:<20}{outcome.value:>10.1e}{outcome.gradient:>10.1e}  {verdict}")
+        print(f"{outcome.name:<28}{outcome.value:>10.1e}{outcome.gradient:>10.1e}  {verdict}")
     wrong = [outcome.name for outcome in outcomes if outcome.problem]
     print(f"{len(wrong)} of {len(outcomes)} functions are wrong here: {', '.join(wrong)}" if wrong else "all ok")
     return 1 if wrong else 0

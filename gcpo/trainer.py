@@ -1,6 +1,8 @@
 """GCPOTrainer: TRL's GRPOTrainer with causal weights on the advantages and a second KL term."""
 
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,14 +10,13 @@ import torch
 from accelerate.utils import gather_object, is_peft_model
 from torch import nn
 from transformers import ProcessorMixin
-from trl import GRPOTrainer
 
 from gcpo._trl import check_version, disable_gradient_checkpointing, get_config_model_id, pad
+from gcpo.accounting import AccountedGRPOTrainer
 from gcpo.colliders import Group, generate_colliders
 from gcpo.config import GCPOConfig
 from gcpo.contexts import Prompt, PromptBuilder, check_length, longest_prompt
 from gcpo.estimators import HiddenRecorder, estimate_weights
-from gcpo.metrics import StepAccount
 from gcpo_kernels import gcpo_loss
 
 # How each of TRL's loss types reduces its tokens, in terms of the four that gcpo_loss knows.
@@ -40,7 +41,7 @@ class _Rollout:
     completion_ids: list[list[int]]
 
 
-class GCPOTrainer(GRPOTrainer):
+class GCPOTrainer(AccountedGRPOTrainer):
     """
     Trainer for Group Causal Policy Optimization (GCPO, https://huggingface.co/papers/2508.05428).
 
@@ -89,31 +90,22 @@ class GCPOTrainer(GRPOTrainer):
             longest = longest_prompt(args, self.max_completion_length)
             check_length(longest, self.max_positions, "Showing the candidates and colliders of one prompt")
         self._builder = PromptBuilder(self._tokenizer, args, self.chat_template, self.chat_template_kwargs)
-        self._accounts = {True: StepAccount(), False: StepAccount()}
         self._recorder: HiddenRecorder | None = None
         self._rollout: _Rollout | None = None
-        self._scoring_contexts = False
+        self._scoring = super()._scored()  # phase and kind of tokens of the scoring passes that follow
         self._policy_logps: torch.Tensor | None = None  # of the forward that the loss is being computed from
-
-    @property
-    def _account(self) -> StepAccount:
-        """The counters of training, or those of evaluation, which nothing reads: the two must not mix."""
-        return self._accounts[self.model.training]
 
     # -----------------------------------------------------------------------------------------------------------------
     # What TRL does, watched
     # -----------------------------------------------------------------------------------------------------------------
 
     def _generate(self, prompts: list[Prompt]) -> tuple:
-        with self._account.phase("rollout"):
-            result = super()._generate(prompts)
+        result = super()._generate(prompts)
         self._rollout = _Rollout(prompts, result[0], result[1])
-        self._account.add_tokens("generated", sum(map(len, result[1])))
         return result
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
-        with self._account.phase("rewards"):
-            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         # An infinite reward would make its group's mean, and then its advantages, infinite: no reward, as NaN is.
         rewards = torch.where(torch.isfinite(rewards), rewards, torch.nan)
         mode = "train" if self.model.training else "eval"
@@ -122,44 +114,28 @@ class GCPOTrainer(GRPOTrainer):
         self._metrics[mode]["gcpo/groups_without_reward"].append(lost.float().mean().item())
         return rewards
 
+    def _scored(self) -> tuple[str, str]:
+        return self._scoring
+
     def _get_per_token_logps_and_entropies(
         self,
         model: nn.Module,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         logits_to_keep: int,
-        *args,
-        **kwargs,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple:
         call = super()._get_per_token_logps_and_entropies
         if torch.is_grad_enabled():
-            self._account.add_tokens("trained", attention_mask.sum())
             result = call(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
             self._policy_logps = result[0]
             return result
-        # The first scoring pass over the policy's own rollout also gives the representations.
-        phase = "contexts" if self._scoring_contexts else "scoring"
-        tokens = "scored_contexts" if self._scoring_contexts else "scored_query"
-        self._account.add_tokens(tokens, attention_mask.sum())
-        with self._account.phase(phase):
-            if self._recorder is None or model is not self.model:
-                return call(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
-            with self._recorder.attached(self._backbone(), logits_to_keep):
-                return call(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
-
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        account = self._accounts[True]  # the model may be in evaluation mode until TRL sets it to training
-        with account.phase("loss"):
-            output = super().training_step(model, inputs, num_items_in_batch)
-        if self._step % self.current_gradient_accumulation_steps == 0:
-            seconds, tokens = account.flush()
-            total = torch.tensor(list(tokens.values()), dtype=torch.float64, device=self.accelerator.device)
-            total = self.accelerator.reduce(total, reduction="sum").tolist()
-            for name, value in seconds.items():
-                self._metrics["train"][f"gcpo/seconds/{name}"].append(value)
-            for name, value in zip(tokens, total, strict=True):
-                self._metrics["train"][f"gcpo/tokens/{name}"].append(value)
-        return output
+        if self._recorder is None or model is not self.model:
+            return call(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        # A scoring pass of the policy's also gives the representations.
+        with self._recorder.attached(self._backbone(), logits_to_keep):
+            return call(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
 
     # -----------------------------------------------------------------------------------------------------------------
     # What GCPO adds to a rollout
@@ -245,11 +221,8 @@ class GCPOTrainer(GRPOTrainer):
                 completions.append(completion)
         longest = max(len(x) + len(y) for x, y in zip(contexts, completions, strict=True))
         check_length(longest, self.max_positions, "A context with its candidate")
-        self._scoring_contexts = True
-        try:
+        with self._counted_as("contexts", "scored_contexts"):
             logp, z = self._score(contexts, completions, length)
-        finally:
-            self._scoring_contexts = False
         count = len(groups[0].colliders)
         return logp.view(len(rows), count, length).transpose(1, 2), z.view(len(rows), count, -1)
 
@@ -294,11 +267,9 @@ class GCPOTrainer(GRPOTrainer):
         padded = tasks + [tasks[-1]] * (share * processes - len(tasks))
         start = self.accelerator.process_index * share
         local = padded[start : start + share]
-        before = self._account.tokens["scored_query"]
         longest = max(len(collider) for _, collider in local)
-        _, z = self._score([query for query, _ in local], [collider for _, collider in local], longest)
-        self._account.add_tokens("scored_colliders", self._account.tokens["scored_query"] - before)
-        self._account.tokens["scored_query"] = before
+        with self._counted_as("scoring", "scored_colliders"):
+            _, z = self._score([query for query, _ in local], [collider for _, collider in local], longest)
         z = self.accelerator.gather(z)[: len(tasks)]
         return z.view(len(groups), -1, z.shape[-1])
 
@@ -333,6 +304,14 @@ class GCPOTrainer(GRPOTrainer):
             logp[part, :width] = torch.where(y_mask != 0, scores, 0.0)[:, :width].to(logp.dtype)
         assert z is not None
         return logp, z
+
+    @contextmanager
+    def _counted_as(self, phase: str, tokens: str) -> Iterator[None]:
+        before, self._scoring = self._scoring, (phase, tokens)
+        try:
+            yield
+        finally:
+            self._scoring = before
 
     def _pad(self, ids: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Padded ids and mask of one batch, on this process's device."""

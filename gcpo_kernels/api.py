@@ -471,9 +471,14 @@ def causal_weights_from_hidden(
         return triton_ops.triton_causal_weights(
             hidden, last_index, context_z, context_mask, float(alpha), baseline, similarity
         )[0]
-    z = hidden[torch.arange(p * n, device=hidden.device), last_index].view(p, n, hidden.shape[2])
-    return reference.causal_weights(
-        z, context_z, alpha=alpha, baseline=baseline, similarity=similarity, context_mask=context_mask
+    return reference.causal_weights_from_hidden(
+        hidden,
+        last_index,
+        context_z,
+        alpha=alpha,
+        baseline=baseline,
+        similarity=similarity,
+        context_mask=context_mask,
     )
 
 

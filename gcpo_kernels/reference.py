@@ -512,3 +512,14 @@ def causal_weights(
     dot = (z * target).sum(dim=-1)
     cosine = dot / (_norm(z) * _norm(target)).clamp(min=COSINE_EPS)
     return alpha * similarity_of_cosine(cosine.clamp(-1.0, 1.0), similarity)
+
+
+def causal_weights_from_hidden(
+    hidden: torch.Tensor,  # (P * n, T, H)
+    last_index: torch.Tensor,  # (P * n,)
+    context_z: torch.Tensor,  # (P, n, L, m, H)
+    **options: Any,
+) -> torch.Tensor:
+    """`causal_weights` of row `last_index[i]` of each sequence's hidden states."""
+    rows = hidden[torch.arange(len(last_index), device=hidden.device), last_index]
+    return causal_weights(rows.view(*context_z.shape[:2], -1), context_z, **options)

@@ -316,7 +316,7 @@ def test_doctor_finds_a_wrong_kernel(
     monkeypatch.setattr(gcpo_kernels, "leave_one_out_mean", wrong)
     assert run("doctor") == 1
     out = capsys.readouterr().out
-    assert "1 of 6 functions are wrong here: leave_one_out_mean" in out
+    assert "1 of 7 functions are wrong here: leave_one_out_mean" in out
     assert out.count("FAIL") == 1
 
 

@@ -18,6 +18,8 @@ from gcpo import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 ENDINGS = (".py", ".md", ".toml", ".txt", ".yaml", ".yml")
+# Names of logged metrics start like paths. A path into gcpo/ ends in .py.
+METRIC = re.compile(r"gcpo/(upsilon|projection|colliders|seconds|tokens|kl_causal|proj_clamped|groups_without)")
 CODE_SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 FENCE = re.compile(r"^[ \t]*```[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?://|#|mailto:)([^)\s#]+)")
@@ -71,7 +73,7 @@ def missing_paths(spans: list[str], folders: set[str]) -> list[str]:
             continue
         if not (name.endswith(ENDINGS) or first in folders):
             continue
-        if any(ROOT.glob(name)):
+        if METRIC.match(name) or any(ROOT.glob(name)):
             continue
         spec = importlib.util.find_spec(first) if first.isidentifier() and first not in folders else None
         bases = [Path(place).parent for place in (spec.submodule_search_locations or ())] if spec else []

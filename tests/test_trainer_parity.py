@@ -89,8 +89,9 @@ HONOURED_BY_TRL = set(
     vllm_server_timeout vllm_group_port vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size
     vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_importance_sampling_cap
     vllm_importance_sampling_clip_min vllm_importance_sampling_clip_max
-    beta num_iterations epsilon epsilon_high delta sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos
-    vespo_k_neg vespo_lambda_neg importance_sampling_level reward_weights multi_objective_aggregation scale_rewards
+    beta num_iterations epsilon epsilon_high delta sapo_temperature_neg sapo_temperature_pos vespo_k_pos
+    vespo_lambda_pos vespo_k_neg vespo_lambda_neg importance_sampling_level reward_weights
+    multi_objective_aggregation scale_rewards
     loss_type mask_truncated_completions sync_ref_model ref_model_mixup_alpha ref_model_sync_steps
     top_entropy_quantile max_tool_calling_iterations off_policy_mask_threshold use_bias_correction_kl
     entropy_coef use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target

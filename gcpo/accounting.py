@@ -1,0 +1,115 @@
+"""Where a step's time and tokens go: counters, and a trainer that adds to them and logs them per optimizer step."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from trl import GRPOTrainer
+
+# GRPO's phases and GCPO's. "loss" is the policy's forward and backward; the optimizer runs outside all of them.
+SECONDS = ("rollout", "rewards", "scoring", "colliders", "contexts", "loss")
+TOKENS = ("generated", "scored_query", "trained", "generated_colliders", "scored_colliders", "scored_contexts")
+
+
+class StepAccount:
+    """
+    Seconds and tokens per phase since the last `flush`, of this process.
+
+    Phases nest: time spent in an inner one is not counted for the outer one.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.tokens: dict[str, torch.Tensor | int] = defaultdict(int)
+        self._inner = [0.0]
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        _synchronize()
+        start = time.perf_counter()
+        self._inner.append(0.0)
+        try:
+            yield
+        finally:
+            _synchronize()
+            elapsed = time.perf_counter() - start
+            self.seconds[name] += elapsed - self._inner.pop()
+            self._inner[-1] += elapsed
+
+    def add_tokens(self, name: str, count: torch.Tensor | int) -> None:
+        """`count` may stay on its device: it is read at the next `flush`, without a sync here."""
+        self.tokens[name] = self.tokens[name] + count
+
+    def flush(self) -> tuple[dict[str, float], dict[str, float]]:
+        """All seconds and tokens, zeros included, and a fresh start."""
+        seconds = {name: self.seconds[name] for name in SECONDS}
+        tokens = {name: float(self.tokens[name]) for name in TOKENS}
+        self.seconds.clear()
+        self.tokens.clear()
+        return seconds, tokens
+
+
+def _synchronize() -> None:
+    """Wait for the accelerator, if there is one: otherwise a phase would be charged for the one before it."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+class AccountedGRPOTrainer(GRPOTrainer):
+    """
+    TRL's GRPOTrainer, which also logs where its time and tokens go: `gcpo/seconds/PHASE` of the main process and
+    `gcpo/tokens/KIND` of all processes, per optimizer step. GCPOTrainer builds on it; to compare the two, use it as is.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        # Evaluation has counters of its own, which nothing reads: the two must not mix.
+        self._accounts = {True: StepAccount(), False: StepAccount()}
+        super().__init__(*args, **kwargs)
+
+    @property
+    def _account(self) -> StepAccount:
+        return self._accounts[self.model.training]
+
+    def _generate(self, prompts: list[Any]) -> tuple:
+        with self._account.phase("rollout"):
+            result = super()._generate(prompts)
+        self._account.add_tokens("generated", sum(map(len, result[1])))
+        return result
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
+        with self._account.phase("rewards"):
+            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+
+    def _scored(self) -> tuple[str, str]:
+        """The phase and the kind of tokens that a scoring pass belongs to."""
+        return "scoring", "scored_query"
+
+    def _get_per_token_logps_and_entropies(
+        self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple:
+        call = super()._get_per_token_logps_and_entropies
+        if torch.is_grad_enabled():
+            self._account.add_tokens("trained", attention_mask.sum())
+            return call(model, input_ids, attention_mask, *args, **kwargs)
+        phase, kind = self._scored()
+        self._account.add_tokens(kind, attention_mask.sum())
+        with self._account.phase(phase):
+            return call(model, input_ids, attention_mask, *args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        account = self._accounts[True]  # the model may be in evaluation mode until TRL sets it to training
+        with account.phase("loss"):
+            output = super().training_step(model, inputs, num_items_in_batch)
+        if self._step % self.current_gradient_accumulation_steps == 0:
+            seconds, tokens = account.flush()
+            total = torch.tensor(list(tokens.values()), dtype=torch.float32, device=self.accelerator.device)
+            total = self.accelerator.reduce(total, reduction="sum").tolist()
+            for name, value in seconds.items():
+                self._metrics["train"][f"gcpo/seconds/{name}"].append(value)
+            for name, value in zip(tokens, total, strict=True):
+                self._metrics["train"][f"gcpo/tokens/{name}"].append(value)
+        return output
