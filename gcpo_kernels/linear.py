@@ -202,29 +202,37 @@ def linear_logprob_backward(
     return grads.results()
 
 
-def _split(mask: torch.Tensor, whole_sequences: bool, step: int) -> tuple[list[torch.Tensor], list[int]]:
+class _Part(NamedTuple):
+    """Tokens of one tile."""
+
+    tokens: torch.Tensor  # (M,) flat indices
+    rows: slice  # with whole sequences: which
+    scored_first: bool  # of a sequence that does not fit into one tile
+
+
+def _split(mask: torch.Tensor, whole_sequences: bool, step: int) -> list[_Part]:
     """
-    Flat indices of the unmasked tokens, in parts of at most `step`. With `whole_sequences`, no part divides a sequence
-    that fits into one, and the sequences that do not fit are returned too.
+    The unmasked tokens, in parts of at most `step`. With `whole_sequences`, no part divides a sequence that fits into
+    one. Finding the tokens is one sync where the mask is on a GPU; counting them per sequence is another.
     """
     index = mask.flatten().nonzero().squeeze(1)
     if not whole_sequences:
-        return list(index.split(step)) if index.numel() else [], []
-    parts: list[torch.Tensor] = []
-    long: list[int] = []
-    start = end = 0
-    for row, count in enumerate(mask.sum(dim=1).tolist()):
+        return [_Part(part, slice(0, 0), False) for part in index.split(step)] if index.numel() else []
+    parts: list[_Part] = []
+    start = end = first = 0
+    counts = mask.sum(dim=1).tolist()
+    for row, count in enumerate(counts):
         if end - start + count > step and end > start:
-            parts.append(index[start:end])
+            parts.append(_Part(index[start:end], slice(first, row), False))
             start = end
+        first = row if start == end else first
         end += count
         if count > step:
-            long.append(row)
-            parts.extend(index[start:end].split(step))
+            parts += [_Part(part, slice(row, row + 1), True) for part in index[start:end].split(step)]
             start = end
     if end > start:
-        parts.append(index[start:end])
-    return parts, long
+        parts.append(_Part(index[start:end], slice(first, len(counts)), False))
+    return parts
 
 
 def linear_loss(
@@ -239,9 +247,8 @@ def linear_loss(
     """
     (B, T) log-probabilities and entropies (0 where masked), and the gradients of the loss in hidden, weight and bias.
 
-    Masked tokens are left out of every product; finding them costs one sync where the mask is on a GPU. With a ratio
-    per sequence, a token's gradient depends on its whole sequence: tiles hold whole sequences, and one that is longer
-    than a tile is scored first.
+    Masked tokens are left out of every product. With a ratio per sequence, a token's gradient depends on its whole
+    sequence: tiles hold whole sequences, and one that is longer than a tile is scored first.
     """
     shape = inputs.mask.shape
     logp, entropy = (torch.zeros(shape, dtype=tiles.dtype, device=hidden.device) for _ in range(2))
@@ -249,12 +256,12 @@ def linear_loss(
     flat_inputs, flat_weights = inputs.flatten(), weights.flatten()
     grads = _Gradients(hidden, tiles, need)
     by_sequence = options.importance_sampling_level == "sequence"
-    parts, long = _split(inputs.mask, by_sequence, tiles.rows())
+    parts = _split(inputs.mask, by_sequence, tiles.rows())
     if any(need):
-        for row in long:
-            index = inputs.mask[row].nonzero().squeeze(1) + row * shape[1]
-            flat_logp[index] = linear_logprob_forward(hidden[index], tiles, token_ids[index])[0]
-    for index in parts:
+        for part in parts:
+            if part.scored_first:
+                flat_logp[part.tokens] = linear_logprob_forward(hidden[part.tokens], tiles, token_ids[part.tokens])[0]
+    for index, rows, _ in parts:
         x = tiles.operand(hidden[index])
         ids = check_token_ids(token_ids[index], tiles.vocab)
         if not any(need):
@@ -264,7 +271,6 @@ def linear_loss(
         scores = tiles.score(tile, ids)
         flat_logp[index], flat_entropy[index] = scores.logp, scores.entropy
         if by_sequence:
-            rows = slice(int(index[0]) // shape[1], int(index[-1]) // shape[1] + 1)
             g = tiles.loss_gradient(logp[rows], inputs.take(rows), weights[rows], options)
             g = g.flatten()[index - rows.start * shape[1]]
         else:

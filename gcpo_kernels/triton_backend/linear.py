@@ -1,5 +1,7 @@
 """Tiles of the Triton backend: products by the vendor's library, everything between them in one kernel each way."""
 
+from functools import cached_property
+
 import torch
 
 from gcpo_kernels.linear import Scores, TileGradient, Tiles
@@ -24,11 +26,12 @@ class TritonTiles(Tiles):
     def operand(self, x: torch.Tensor) -> torch.Tensor:
         return x.to(self.storage)
 
+    @cached_property
     def _weight(self) -> torch.Tensor:
         return self.weight.to(self.storage)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        return self._slice(x, self._weight(), self.bias)
+        return self._slice(x, self._weight, self.bias)
 
     @staticmethod
     def _slice(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -37,7 +40,7 @@ class TritonTiles(Tiles):
 
     def score_only(self, x: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logp, entropy = (torch.empty(len(x), dtype=torch.float32, device=x.device) for _ in range(2))
-        weight = self._weight()
+        weight = self._weight
         for start in range(0, len(x), _SLICE_ROWS):
             rows = slice(start, start + _SLICE_ROWS)
             scores: RowScores | None = None
@@ -84,8 +87,8 @@ class TritonTiles(Tiles):
 
     def to_hidden(self, gradient: TileGradient) -> torch.Tensor:
         if gradient.row_scale is None:
-            return gradient.tile @ self._weight()
-        return _mm_float32(gradient.tile, self._weight()) * gradient.row_scale.unsqueeze(1)
+            return gradient.tile @ self._weight
+        return _mm_float32(gradient.tile, self._weight) * gradient.row_scale.unsqueeze(1)
 
     def add_to_weight(self, total: torch.Tensor, gradient: TileGradient, x: torch.Tensor) -> None:
         tile = gradient.tile
