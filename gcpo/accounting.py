@@ -12,7 +12,15 @@ from trl import GRPOTrainer
 
 # GRPO's phases and GCPO's. "loss" is the policy's forward and backward; the optimizer runs outside all of them.
 SECONDS = ("rollout", "rewards", "scoring", "colliders", "contexts", "loss")
-TOKENS = ("generated", "scored_query", "trained", "generated_colliders", "scored_colliders", "scored_contexts")
+TOKENS = (
+    "generated",
+    "scored_query",
+    "trained",
+    "generated_colliders",
+    "generated_contexts",
+    "scored_colliders",
+    "scored_contexts",
+)
 
 
 class StepAccount:

@@ -1,5 +1,6 @@
 """Colliders: the integrated answers that the policy writes after being shown all candidates of a prompt."""
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ class Group:
     prompt: Prompt
     prompt_ids: list[int]
     candidates: list[list[int]]  # n
-    colliders: list[list[int]]  # L, those with content first
-    has_content: list[bool]  # L
+    colliders: list[list[int]]  # L, those that count first
+    has_content: list[bool]  # L: whether it counts
 
 
 @contextmanager
@@ -39,19 +40,24 @@ def own_random_stream(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def completion_limit(trainer: "GCPOTrainer", max_new_tokens: int) -> Iterator[None]:
-    """Let the trainer's generation path, whichever backend it is, stop at `max_new_tokens`."""
+def collider_sampling(trainer: "GCPOTrainer") -> Iterator[None]:
+    """Let the trainer's generation path, whichever backend it is, sample as colliders are sampled."""
+    limit, temperature = trainer.args.collider_max_completion_length, trainer.args.collider_temperature
     if trainer.use_vllm:
         vllm = trainer.vllm_generation
-        before = vllm.max_completion_length
-        vllm.max_completion_length = max_new_tokens
+        before = vllm.max_completion_length, vllm.temperature
+        vllm.max_completion_length = limit
+        vllm.temperature = vllm.temperature if temperature is None else temperature
         try:
             yield
         finally:
-            vllm.max_completion_length = before
+            vllm.max_completion_length, vllm.temperature = before
         return
     config, kwargs = trainer.generation_config, trainer.generation_kwargs
-    trainer.generation_kwargs = {**kwargs, "max_new_tokens": max_new_tokens}
+    changed = (
+        {"max_new_tokens": limit} if temperature is None else {"max_new_tokens": limit, "temperature": temperature}
+    )
+    trainer.generation_kwargs = {**kwargs, **changed}
     trainer.generation_config = GenerationConfig(**trainer.generation_kwargs, disable_compile=True)
     try:
         yield
@@ -70,28 +76,34 @@ def generate_colliders(
     """
     Sample L colliders for each prompt, in one generation call per process; processes share the work evenly.
 
-    A collider without content (special tokens only) is kept, marked, and put behind the others, so that c_0, which
-    every estimate leans on, is one that says something wherever there is one.
+    A collider without content (special tokens only), or cut off where those are masked, is kept, marked, and put
+    behind the others, so that c_0, which every estimate leans on, is one that says something wherever there is one.
     """
     config = trainer.args
-    fusion = [builder.fusion(prompt, group) for prompt, group in zip(prompts, candidates, strict=True)]
-    limit = trainer.max_positions
-    check_length(max(map(len, fusion)) + config.collider_max_completion_length, limit, "A fusion prompt")
-    tasks = [ids for ids in fusion for _ in range(config.num_colliders)]
+    draw = random.Random(seed)
+    tasks = []
+    for prompt, group in zip(prompts, candidates, strict=True):
+        for _ in range(config.num_colliders):
+            shown = draw.sample(group, len(group)) if config.shuffle_candidates else group
+            tasks.append(builder.fusion(prompt, shown))
+    longest = max(map(len, tasks)) + config.collider_max_completion_length
+    check_length(longest, trainer.max_positions, "A fusion prompt")
     processes = trainer.accelerator.num_processes
     # Every process takes as many, repeating the last one: generation is collective under ZeRO-3 and FSDP.
     share = -(-len(tasks) // processes)
     padded = tasks + [tasks[-1]] * (share * processes - len(tasks))
     start = trainer.accelerator.process_index * share
-    with (
-        own_random_stream(seed + trainer.accelerator.process_index),
-        completion_limit(trainer, config.collider_max_completion_length),
-    ):
+    with own_random_stream(seed + trainer.accelerator.process_index), collider_sampling(trainer):
         local, _ = trainer._generate_single_turn(padded[start : start + share], None, {}, 1)
     outputs = gather_object(local)[: len(tasks)]
+
+    def counts(collider: list[int]) -> bool:
+        ended = not config.mask_truncated_colliders or collider[-1] in trainer.eos_token_ids
+        return bool(builder.content(collider)) and ended
+
     groups = []
     for p, prompt in enumerate(prompts):
         drawn = outputs[p * config.num_colliders : (p + 1) * config.num_colliders]
-        drawn = sorted(drawn, key=lambda ids: not builder.content(ids))  # stable: order otherwise as drawn
-        groups.append(Group(prompt, prompt_ids[p], candidates[p], drawn, [bool(builder.content(c)) for c in drawn]))
+        drawn = sorted(drawn, key=lambda ids: not counts(ids))  # stable: order otherwise as drawn
+        groups.append(Group(prompt, prompt_ids[p], candidates[p], drawn, list(map(counts, drawn))))
     return groups

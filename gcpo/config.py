@@ -7,10 +7,11 @@ from typing import Any
 
 from trl import GRPOConfig
 
-ESTIMATORS = ("loo", "scored", "none")
+ESTIMATORS = ("loo", "scored", "sampled", "none")
 REPRESENTATIONS = ("last", "mean")
 BASELINES = ("mean", "loo")
 SIMILARITIES = ("cosine", "euclidean", "gaussian")
+POLICY_CONTEXTS = ("query", "context")
 
 FUSION_PROMPT_TEMPLATE = (
     "{question}\n\n"
@@ -44,7 +45,8 @@ class GCPOConfig(GRPOConfig):
             with it the forwards that score the candidates under the contexts x_{i,l}.
         estimator (`str`, *optional*, defaults to `"loo"`):
             How the representations under x_{i,l} are estimated: `"loo"`, in closed form from the candidates and the
-            colliders; `"scored"`, the hidden state of y_i itself under every x_{i,l}; `"none"`, Upsilon = 1, which
+            colliders; `"scored"`, the hidden state of y_i itself under every x_{i,l}; `"sampled"`, the paper's:
+            those of `num_estimator_samples` fresh outputs generated under every x_{i,l}; `"none"`, Upsilon = 1, which
             turns the weighting of advantages off. `kappa=0` with `estimator="none"` is GRPO, at GRPO's cost.
         representation (`str`, *optional*, defaults to `"last"`):
             z of a completion: `"last"`, the last layer's hidden state (after the final norm) of its last token, as in
@@ -76,23 +78,31 @@ class GCPOConfig(GRPOConfig):
         context_attention (`str`, *optional*, defaults to `"full"`):
             `"full"`: the candidates of a context attend to each other, the paper's reading. The only value so far.
         num_kl_contexts (`int`, *optional*):
-            How many contexts each candidate is scored under. `None`: all L of them, the only value so far.
+            S: score each candidate under x_{i,0} and S others, drawn anew every step, instead of all L - 1. The
+            gradient's expectation stays the same (but for the clamp of p'), its variance grows. `None`: all of them.
         kl_fraction (`float`, *optional*, defaults to `1.0`):
-            Share of the candidates that the second KL term is computed on. `1.0` is the only value so far.
+            Share of the candidates that the second KL term is computed on, drawn anew every step; the term is scaled
+            by its inverse. What is not drawn is not scored.
         causal_policy_context (`str`, *optional*, defaults to `"query"`):
-            What pi_theta is conditioned on in the second KL term: `"query"`, q, which reuses the policy's own forward.
-            The only value so far.
+            What pi_theta is conditioned on in the second KL term: `"query"`, q, which reuses the policy's own forward;
+            `"context"`, x_i, the paper's form, at the price of a second forward and backward per candidate.
         share_prefix (`bool`, *optional*, defaults to `False`):
             Whether contexts that share a prefix are packed into one row. `False` is the only value so far.
         num_estimator_samples (`int`, *optional*, defaults to `1`):
-            m, outputs per context. The estimators so far use one: y_i itself.
+            m, outputs generated under every context by `estimator="sampled"`. The other estimators generate none.
+        mask_truncated_colliders (`bool`, *optional*, defaults to `False`):
+            Leave integrated answers that were cut off at their length limit out of every mean, as empty ones are.
+        shuffle_candidates (`bool`, *optional*, defaults to `False`):
+            Show the candidates of a fusion prompt in an order of its own for every collider.
+        collider_temperature (`float`, *optional*):
+            Sampling temperature of the colliders. `None`: that of the candidates.
     """
 
     alpha: float = field(default=2.0, metadata={"help": "Scale of the causal weight Upsilon."})
     kappa: float = field(default=0.06, metadata={"help": "Weight of the KL term to the causal reference. 0: off."})
     estimator: str = field(
         default="loo",
-        metadata={"help": "Estimator of the causal weight: 'loo', 'scored', or 'none' (Upsilon = 1)."},
+        metadata={"help": "Estimator of the causal weight: 'loo', 'scored', 'sampled', or 'none' (Upsilon = 1)."},
     )
     representation: str = field(
         default="last",
@@ -130,14 +140,25 @@ class GCPOConfig(GRPOConfig):
     )
     context_attention: str = field(default="full", metadata={"help": "'full' is the only value so far."})
     num_kl_contexts: int | None = field(
-        default=None, metadata={"help": "Contexts scored per candidate. None (all) is the only value so far."}
+        default=None, metadata={"help": "Contexts drawn per candidate beside the first. None: all are scored."}
     )
-    kl_fraction: float = field(
-        default=1.0, metadata={"help": "Share of candidates in the second KL term. 1.0 is the only value so far."}
+    kl_fraction: float = field(default=1.0, metadata={"help": "Share of candidates drawn for the second KL term."})
+    causal_policy_context: str = field(
+        default="query", metadata={"help": "pi_theta in the second KL: under 'query' or 'context'."}
     )
-    causal_policy_context: str = field(default="query", metadata={"help": "'query' is the only value so far."})
     share_prefix: bool = field(default=False, metadata={"help": "False is the only value so far."})
-    num_estimator_samples: int = field(default=1, metadata={"help": "1 is the only value so far."})
+    num_estimator_samples: int = field(
+        default=1, metadata={"help": "Outputs generated under every context by estimator 'sampled'."}
+    )
+    mask_truncated_colliders: bool = field(
+        default=False, metadata={"help": "Leave integrated answers that hit their length limit out of every mean."}
+    )
+    shuffle_candidates: bool = field(
+        default=False, metadata={"help": "Shuffle the candidates of a fusion prompt, for every collider anew."}
+    )
+    collider_temperature: float | None = field(
+        default=None, metadata={"help": "Sampling temperature of the colliders. None: that of the candidates."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -151,9 +172,14 @@ class GCPOConfig(GRPOConfig):
         return self.estimator != "none"
 
     @property
-    def uses_contexts(self) -> bool:
+    def scores_contexts(self) -> bool:
         """Whether candidates are scored under the contexts x_{i,l}."""
         return self.kappa > 0 or self.estimator == "scored"
+
+    @property
+    def uses_contexts(self) -> bool:
+        """Whether the contexts x_{i,l} are built: to score candidates under them, or to sample from them."""
+        return self.scores_contexts or self.estimator == "sampled"
 
     @property
     def is_causal(self) -> bool:
@@ -163,10 +189,9 @@ class GCPOConfig(GRPOConfig):
     @classmethod
     def paper(cls, **overrides: Any) -> "GCPOConfig":
         """
-        The paper's settings (arXiv 2508.05428, "Implementation details") where they are supported: alpha 2, kappa
-        0.06, L = n, whole candidates in every prompt, zbar over the whole group, learning rate 1e-6, weight decay
-        0.01. The representations under x_{i,l} are those of the candidates themselves (`estimator="scored"`); the
-        paper samples fresh outputs there.
+        The paper's settings (arXiv 2508.05428): alpha 2, kappa 0.06, L = n, whole candidates in every prompt, fresh
+        outputs sampled under every context, zbar over the whole group, pi_theta conditioned on x_i in the second KL
+        term, learning rate 1e-6, weight decay 0.01.
 
         Args:
             **overrides: any option, which then wins over the paper's.
@@ -174,7 +199,8 @@ class GCPOConfig(GRPOConfig):
         settings: dict[str, Any] = {
             "alpha": 2.0,
             "kappa": 0.06,
-            "estimator": "scored",
+            "estimator": "sampled",
+            "causal_policy_context": "context",
             "representation": "last",
             "baseline": "mean",
             "similarity": "cosine",
@@ -206,15 +232,19 @@ class GCPOConfig(GRPOConfig):
         _check_template("fusion_prompt_template", self.fusion_prompt_template, {"question", "candidates"})
         _check_template("context_prompt_template", self.context_prompt_template, {"question", "candidates", "collider"})
         _check_template("candidate_template", self.candidate_template, {"candidate"}, optional={"index"})
+        _check_choice("causal_policy_context", self.causal_policy_context, POLICY_CONTEXTS)
+        _check_number("kl_fraction", self.kl_fraction, low=0.0, high=1.0, open_low=True)
+        if self.collider_temperature is not None:
+            _check_number("collider_temperature", self.collider_temperature, low=0.0, open_low=True)
+        if self.estimator == "scored":
+            for name, whole in (("num_kl_contexts", None), ("kl_fraction", 1.0)):
+                if getattr(self, name) != whole:
+                    raise ValueError(
+                        f"`{name}` must be {whole} with `estimator='scored'`, which needs every candidate's score "
+                        f"under every context, got {getattr(self, name)}."
+                    )
         # Named by the interface, not built yet: refuse them rather than ignore them.
-        for name, only in (
-            ("context_attention", "full"),
-            ("num_kl_contexts", None),
-            ("kl_fraction", 1.0),
-            ("causal_policy_context", "query"),
-            ("share_prefix", False),
-            ("num_estimator_samples", 1),
-        ):
+        for name, only in (("context_attention", "full"), ("share_prefix", False)):
             if getattr(self, name) != only:
                 raise ValueError(f"`{name}` must be {only!r} in this version of gcpo, got {getattr(self, name)!r}.")
 

@@ -66,7 +66,7 @@ def estimate_weights(
     config: GCPOConfig,
     z: torch.Tensor,  # (P, n, H)
     collider_z: torch.Tensor | None,  # (P, L, H), for "loo"
-    context_z: torch.Tensor | None,  # (P, n, L, H), for "scored"
+    context_z: torch.Tensor | None,  # (P, n, L, m, H), for "scored" (m = 1) and "sampled"
     collider_mask: torch.Tensor,  # (P, L) bool, colliders that say anything; those come first
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
@@ -74,7 +74,7 @@ def estimate_weights(
 
     "loo" reads Zbar_i as the mean of what context x_{i,0} shows, the other candidates and c_0, and Zprime_i as the
     same with the collider averaged out: their difference is (z_{c_0} - mean_l z_{c_l}) / n. "scored" takes y_i's own
-    representation under each context.
+    representation under each context, "sampled" those of fresh outputs.
     """
     p, n, hidden = z.shape
     if config.estimator == "loo":
@@ -82,7 +82,7 @@ def estimate_weights(
         samples = (collider_z / n)[:, None, :, None, :].expand(p, n, -1, 1, hidden)
     else:
         assert context_z is not None
-        samples = context_z.unsqueeze(3)
+        samples = context_z
     mask = collider_mask[:, None, :, None].expand(samples.shape[:4])
     baseline = config.baseline or "mean"
     upsilon = causal_weights(

@@ -39,16 +39,27 @@ NAN, INF = math.nan, math.inf
         ("candidate_template", "{index}", ValueError),
         ("candidate_template", "{candidate}{candidate}", ValueError),
         ("context_attention", "parallel", ValueError),
-        ("num_kl_contexts", 2, ValueError),
-        ("kl_fraction", 0.5, ValueError),
-        ("causal_policy_context", "context", ValueError),
+        ("num_kl_contexts", 0, ValueError),
+        ("kl_fraction", 0.0, ValueError),
+        ("kl_fraction", 1.5, ValueError),
+        ("kl_fraction", NAN, ValueError),
+        ("causal_policy_context", "prompt", ValueError),
+        ("collider_temperature", 0.0, ValueError),
         ("share_prefix", True, ValueError),
-        ("num_estimator_samples", 2, ValueError),
+        ("num_estimator_samples", 0, ValueError),
     ],
 )
 def test_bad_value_names_the_option(name, value, error, tmp_path):
     with pytest.raises(error, match=f"`{name}`"):
         GCPOConfig(**options(tmp_path), **{name: value})
+
+
+@pytest.mark.parametrize(
+    "saving", [{"num_kl_contexts": 1}, {"kl_fraction": 0.5}], ids=lambda saving: next(iter(saving))
+)
+def test_scored_estimator_needs_every_score(saving, tmp_path):
+    with pytest.raises(ValueError, match=f"`{next(iter(saving))}`.*estimator='scored'"):
+        GCPOConfig(**options(tmp_path), estimator="scored", **saving)
 
 
 def test_one_candidate_is_not_a_group(tmp_path):
@@ -71,6 +82,7 @@ def test_paper_settings(tmp_path):
     config = GCPOConfig.paper(**{k: v for k, v in options(tmp_path).items() if k != "learning_rate"})
     assert (config.alpha, config.kappa, config.num_colliders) == (2.0, 0.06, config.num_generations)
     assert (config.learning_rate, config.weight_decay, config.baseline) == (1e-6, 0.01, "mean")
+    assert (config.estimator, config.causal_policy_context) == ("sampled", "context")
     assert GCPOConfig.paper(**options(tmp_path), num_colliders=2, alpha=1.0).alpha == 1.0
     assert GCPOConfig.paper(**options(tmp_path), num_colliders=2).num_colliders == 2
 

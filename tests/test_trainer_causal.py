@@ -35,24 +35,24 @@ def make_trainer(policy, tmp_path, trainer_class=GCPOTrainer, conversational=Fal
 def first_batch(trainer):
     """One generation batch before TRL shuffles it, with the groups it was made of."""
     captured = {}
-    make_groups = trainer._make_groups
+    make_groups = trainer._causal.make_groups
 
     def keep(rollout):
         captured["groups"] = make_groups(rollout)
         return captured["groups"]
 
-    trainer._make_groups = keep
+    trainer._causal.make_groups = keep
     trainer.model.train()
     rows = [trainer.train_dataset[k // trainer.num_generations] for k in range(8)]
     # The advantages TRL computes, seen before the weights reach them.
-    weigh = trainer._weigh
+    weigh = trainer._causal.weigh
 
     def keep_advantages(output, *args):
         captured["advantages"] = output["advantages"].clone()
         captured["upsilon"] = weigh(output, *args)
         return captured["upsilon"]
 
-    trainer._weigh = keep_advantages
+    trainer._causal.weigh = keep_advantages
     output = trainer._generate_and_score_completions(rows)
     return output, captured
 
@@ -101,7 +101,7 @@ def test_weights_and_scores(estimator, representation, num_iterations, conversat
         z.append(represent(hidden, representation))
         others = [candidate for k, candidate in enumerate(group.candidates) if k != i]
         for l in range(colliders):
-            context = trainer._builder.context(group.prompt, others, group.colliders[l])
+            context = trainer._causal.builder.context(group.prompt, others, group.colliders[l])
             logp, hidden = plain_scores(trainer, context, y)
             torch.testing.assert_close(output["context_logps"][row, : len(y), l], logp, atol=1e-5, rtol=1e-5)
             context_z.append(represent(hidden, representation))

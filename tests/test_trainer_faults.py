@@ -92,11 +92,20 @@ def test_empty_colliders_are_masked(policy, tmp_path):
     some = make_trainer(policy, tmp_path, fixed(candidates, [[EOS], [30, EOS], [31, 32, EOS]]))
     output, captured = first_batch(some)
     assert captured["groups"][0].has_content == [True, True, False]
-    assert output["context_weights"][0].tolist() == [0.5, 0.5, 0.0]
+    assert output["context_weights"][0].tolist() == [0.5, 0.5]
     assert output["has_collider"].all()
     without = make_trainer(policy, tmp_path, fixed(candidates, [[30, EOS], [31, 32, EOS]]), num_colliders=2)
     expected = first_batch(without)[1]["upsilon"]
     torch.testing.assert_close(captured["upsilon"], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_truncated_colliders_are_masked_on_request(policy, tmp_path):
+    candidates, colliders = [[20, 21, EOS], [22, EOS], [23, EOS], [26, 27]], [[30, 31], [32, EOS], [33, 34]]
+    for masked, expected in ((False, [True, True, True]), (True, [True, False, False])):
+        trainer = make_trainer(policy, tmp_path, fixed(candidates, colliders), mask_truncated_colliders=masked)
+        _, captured = first_batch(trainer)
+        assert captured["groups"][0].has_content == expected
+        assert captured["groups"][0].colliders[0] == ([32, EOS] if masked else [30, 31])
 
 
 def test_without_any_collider_the_second_kl_is_left_out(policy, tmp_path):
@@ -104,7 +113,7 @@ def test_without_any_collider_the_second_kl_is_left_out(policy, tmp_path):
     trainer = make_trainer(policy, tmp_path, fixed(candidates, [[EOS]]))
     output, captured = first_batch(trainer)
     assert not output["has_collider"].any() and captured["upsilon"].isfinite().all()
-    assert trainer._metrics["train"]["gcpo/colliders/empty"] == [1.0]
+    assert trainer._metrics["train"]["gcpo/colliders/masked"] == [1.0]
     trainer.current_gradient_accumulation_steps = 1
     with_inputs = trainer._compute_loss(trainer.model, output)
     plain = {k: v for k, v in output.items() if k != "context_logps"}
@@ -114,12 +123,14 @@ def test_without_any_collider_the_second_kl_is_left_out(policy, tmp_path):
 def test_undefined_weights_fall_back_to_grpo(policy, tmp_path):
     """NaN hidden states in one candidate: its group is weighted by 1 and counted, the other group as ever."""
 
-    class Broken(GCPOTrainer):
-        def _weigh(self, output, groups, z, *args):
-            z[1] = torch.nan
-            return super()._weigh(output, groups, z, *args)
+    trainer = make_trainer(policy, tmp_path)
+    weigh = trainer._causal.weigh
 
-    trainer = make_trainer(policy, tmp_path, Broken)
+    def broken(output, groups, z, *args):
+        z[1] = torch.nan
+        return weigh(output, groups, z, *args)
+
+    trainer._causal.weigh = broken
     output, captured = first_batch(trainer)
     assert (captured["upsilon"][:4] == 1).all() and (captured["upsilon"][4:] != 1).all()
     assert trainer._metrics["train"]["gcpo/upsilon/fallback"] == [0.5]

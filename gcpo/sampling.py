@@ -1,0 +1,58 @@
+"""Which contexts are scored: all of them, or an unbiased draw (pure functions, no model)."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class ContextDraw:
+    """Which contexts x_{i,l} each of B sequences is scored under, and how the second KL term makes up for the rest."""
+
+    contexts: list[list[int]]  # per sequence: collider indices, 0 first; empty where the sequence is left out
+    weights: torch.Tensor  # (B, width) float32: weights of the mean over l in p', 0 behind a sequence's contexts
+    counted: torch.Tensor  # (B,) bool: sequences in the second KL term
+    scale: float  # what the term is multiplied by: B / number of sequences drawn
+
+
+def draw_contexts(
+    available: list[int],  # per sequence: how many colliders say anything; those come first
+    num_contexts: int | None,
+    fraction: float,
+    generator: torch.Generator,
+) -> ContextDraw:
+    """
+    Draw contexts and sequences uniformly, without replacement.
+
+    Of a sequence's V contexts, number 0 is always scored and `num_contexts` = S of the others are drawn:
+
+        mean_l exp(b_l) ~ exp(b_0) / V + (V - 1) / V * mean_drawn exp(b_l)
+
+    has the full mean as its expectation, and the gradient of the second KL term is linear in it. Of the B sequences,
+    round(fraction * B), at least one, enter the term, which is scaled by their inverse share. A sequence without any
+    collider adds 0, drawn or not.
+    """
+    count = len(available)
+    drawn = max(1, round(fraction * count))
+    chosen = set(torch.randperm(count, generator=generator)[:drawn].tolist())
+    contexts: list[list[int]] = []
+    rows: list[list[float]] = []
+    for row, total in enumerate(available):
+        if row not in chosen or total == 0:
+            contexts.append([])
+            rows.append([])
+            continue
+        others = total - 1
+        if num_contexts is None or num_contexts >= others:
+            contexts.append(list(range(total)))
+            rows.append([1.0 / total] * total)
+            continue
+        picked = torch.randperm(others, generator=generator)[:num_contexts].add_(1).sort().values.tolist()
+        contexts.append([0, *picked])
+        rows.append([1.0 / total] + [others / (total * num_contexts)] * num_contexts)
+    width = max(1, max(map(len, contexts)))
+    weights = torch.zeros(count, width)
+    for row, values in enumerate(rows):
+        weights[row, : len(values)] = torch.tensor(values)
+    counted = torch.tensor([bool(some) for some in contexts])
+    return ContextDraw(contexts, weights, counted, count / drawn)

@@ -1,0 +1,186 @@
+"""Every Triton kernel compiles for every target without a GPU, and needs no more there than it may."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+import torch
+import triton
+import triton.language as tl
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+import gcpo_kernels
+from gcpo_kernels import targets
+from gcpo_kernels.testing import make_linear_inputs, make_representations, make_token_inputs
+from gcpo_kernels.triton_backend import causal, common, linear, logprob, token_loss
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = (causal, common, linear, logprob, token_loss)
+DOCUMENT = ROOT / "docs" / "kernels.md"
+BEGIN, END = "<!-- begin: python -m gcpo_kernels.targets -->", "<!-- end -->"
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+
+pytestmark = pytest.mark.skipif(
+    bool(triton.knobs.runtime.interpret), reason="kernels cannot be compiled under TRITON_INTERPRET=1"
+)
+
+
+@pytest.mark.parametrize("target", targets.TARGETS)
+@pytest.mark.parametrize("label", [specimen.label for specimen in targets.specimens()])
+def test_compiles(label: str, target: str) -> None:
+    """No spills, no offset computed in 32 bits, and shared memory for more than one program at a time."""
+    specimen = next(x for x in targets.specimens() if x.label == label)
+    report = targets.compile_for(specimen, targets.TARGETS[target])
+    assert report.stack == 0
+    assert report.narrow_offsets == ()
+    assert report.shared <= SHARED_LIMIT[target] // 4
+    assert report.registers <= 255
+
+
+def sources() -> dict[str, str]:
+    return {path.name: path.read_text() for path in (ROOT / "gcpo_kernels" / "triton_backend").glob("*.py")}
+
+
+def launched_kernels(source: str) -> set[str]:
+    """Names of what is launched, kernel[grid](...), in a source."""
+    return {
+        node.func.value.id
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and isinstance(node.func.value, ast.Name)
+    }
+
+
+def test_no_kernel_is_forgotten() -> None:
+    """What is launched, what is named a kernel, and what the specimens hold are the same."""
+    launched = set().union(*(launched_kernels(source) for source in sources().values()))
+    named = {
+        name
+        for module in MODULES
+        for name, x in vars(module).items()
+        if isinstance(x, JITFunction) and name.endswith("_kernel")
+    }
+    compiled = {specimen.kernel.__name__ for specimen in targets.specimens()}
+    assert launched == named == compiled
+    assert len(launched) >= 8
+
+
+def test_every_block_size_is_compiled() -> None:
+    """Specimens cover whatever the launchers may choose."""
+    chosen = {
+        (blocks, block_t, level)
+        for level in (False, True)
+        for b in (1, 511, 512, 4096)
+        for t in (1, 128, 129, 256, 512, 513, 8192, 8193, 100_000)
+        for blocks, block_t in [token_loss.blocking(b, t, level)]
+    }
+    kernels = [s for s in targets.specimens() if s.kernel is token_loss.token_loss_kernel]
+    held = {tuple(s.constexprs[key] for key in ("BLOCKS", "BLOCK_T", "BY_SEQUENCE")) for s in kernels}
+    assert chosen == held
+    finishing = [s for s in targets.specimens() if s.kernel is token_loss.token_loss_finish_kernel]
+    assert {s.constexprs["BLOCKS"] for s in finishing} == {blocks for blocks, _, _ in chosen}
+    largest = [
+        max(s.constexprs[key] for s in targets.specimens() if key in s.constexprs) for key in ("BLOCK_V", "BLOCK_H")
+    ]
+    assert largest == [logprob.block_v(10**6), causal.block_h(10**6)]
+
+
+@triton.jit
+def narrow_kernel(x_ptr, T, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    offsets = row * T + tl.arange(0, BLOCK)
+    tl.store(x_ptr + offsets, tl.load(x_ptr + offsets) + 1.0)
+
+
+@triton.jit
+def wide_kernel(x_ptr, T, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    offsets = row * T + tl.arange(0, BLOCK)
+    tl.store(x_ptr + offsets, tl.load(x_ptr + offsets) + 1.0)
+
+
+@triton.jit
+def greedy_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    """Holds more at once than a warp has registers for, and reads all of it in a later loop."""
+    offsets = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offsets)
+    y = tl.load(y_ptr + offsets)
+    total = tl.zeros([BLOCK], tl.float32)
+    for k in range(0, n):
+        scale = tl.load(y_ptr + k)
+        total = total * scale + tl.exp(x * scale) + y
+    tl.store(x_ptr + offsets, total + x)
+
+
+def planted(kernel: JITFunction, num_warps: int = 4, **constexprs: int) -> targets.Specimen:
+    return targets.Specimen(kernel.__name__, kernel, constexprs, num_warps=num_warps)
+
+
+def test_a_planted_narrow_offset_is_found() -> None:
+    for target in targets.TARGETS.values():
+        assert targets.compile_for(planted(narrow_kernel, BLOCK=128), target).narrow_offsets
+        assert targets.compile_for(planted(wide_kernel, BLOCK=128), target).narrow_offsets == ()
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_a_planted_spill_is_found(target: str) -> None:
+    block = 8192 if target != "gfx942" else 16384
+    assert targets.compile_for(planted(greedy_kernel, num_warps=1, BLOCK=block), targets.TARGETS[target]).stack > 0
+
+
+def test_sources_use_one_axis_and_64_bits() -> None:
+    """Every program id is axis 0 and widened at once; no atomics: sums have one order."""
+    found = 0
+    for name, source in sources().items():
+        assert "atomic" not in source, name
+        ids = re.findall(r"tl\.program_id\((.*?)\)(\.to\(tl\.int64\))?", source)
+        assert all(axis == "0" and widened for axis, widened in ids), name
+        counts = re.findall(r"tl\.num_programs\((.*?)\)(\.to\(tl\.int64\))?", source)
+        assert all(axis == "0" and widened for axis, widened in counts), name
+        assert source.count("program_id(") == len(ids), name
+        found += len(ids)
+    assert found >= 7
+
+
+def test_signatures_name_every_argument() -> None:
+    """A Specimen's types follow from names: every argument that is neither is a float."""
+    for specimen in targets.specimens():
+        floats = {name for name, kind in specimen.signature().items() if kind == "fp32"}
+        known = {"beta", "kappa", "epsilon_low", "epsilon_high", "delta", "log_floor", "divisor", "alpha"}
+        assert floats <= known | {"scale", "softcap", "inverse_temperature"}, specimen.label
+        assert isinstance(ASTSource(specimen.kernel, specimen.signature(), specimen.constexprs).signature, dict)
+
+
+def test_the_committed_table_is_current() -> None:
+    text = DOCUMENT.read_text()
+    committed = text.split(BEGIN)[1].split(END)[0].strip()
+    assert committed == targets.table().strip(), "run python -m gcpo_kernels.targets and paste its table"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, other tensors have a Triton backend")
+def test_an_explicit_request_does_not_fall_back() -> None:
+    """Without the interpreter Triton does not run on CPU tensors: asking for it raises."""
+    heads, rest = make_linear_inputs(2, 3), make_representations(2, 3)
+    head = {key: heads[key] for key in ("hidden", "weight", "token_ids")}
+    index = torch.zeros(6, dtype=torch.int64)
+    calls = {
+        "gcpo_loss": make_token_inputs(2, 3),
+        "linear_gcpo_loss": heads,
+        "linear_logprob": head,
+        "selective_logprob": {"logits": torch.zeros(2, 5), "token_ids": torch.zeros(2, dtype=torch.int64)},
+        "causal_weights": rest,
+        "causal_weights_from_hidden": {
+            "hidden": torch.zeros(6, 2, 9),
+            "last_index": index,
+            "context_z": rest["context_z"],
+        },
+        "leave_one_out_mean": {"z": rest["z"]},
+    }
+    for name, arguments in calls.items():
+        with pytest.raises(ValueError, match="`backend`"):
+            getattr(gcpo_kernels, name)(**arguments, backend="triton")
+    assert gcpo_kernels.available_backends("cpu") == ("torch",)
