@@ -4,6 +4,7 @@ What GCPO adds to a rollout, between TRL's generation and its loss: colliders, r
 All that concerns a group is computed here, on rows gathered from all processes: TRL shuffles and splits afterwards.
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ from accelerate.utils import gather_object
 from gcpo._trl import pad
 from gcpo.colliders import Group, generate_colliders, own_random_stream
 from gcpo.contexts import Prompt, PromptBuilder, check_length
-from gcpo.estimators import HiddenRecorder, estimate_weights
+from gcpo.estimators import BranchRecorder, HiddenRecorder, estimate_weights
+from gcpo.packing import PackedRow, pack
 from gcpo.sampling import ContextDraw, draw_contexts
 
 if TYPE_CHECKING:
@@ -46,6 +48,14 @@ class CausalStep:
         self.builder = PromptBuilder(
             trainer._tokenizer, trainer.args, trainer.chat_template, trainer.chat_template_kwargs
         )
+        self.shares_prefixes = trainer.args.share_prefix and can_share_prefixes(trainer.model)
+        if trainer.args.share_prefix and trainer.args.scores_contexts and not self.shares_prefixes:
+            warnings.warn(
+                "`share_prefix` needs `attn_implementation` 'sdpa' or 'eager' and a model without sliding windows; "
+                f"{trainer.model.config.model_type} with {trainer.model.config._attn_implementation!r} is not such a "
+                "model, so its contexts are scored one by one. `share_prefix=False` says so without this warning.",
+                stacklevel=2,
+            )
 
     def extend(self, output: dict[str, Any], rollout: Rollout, z: torch.Tensor | None) -> None:
         """
@@ -142,8 +152,9 @@ class CausalStep:
             contexts, completions = [rollout.prompt_ids[0]], [rollout.completion_ids[0]]
         longest = max(len(x) + len(y) for x, y in zip(contexts, completions, strict=True))
         check_length(longest, self.trainer.max_positions, "A context with its candidate")
+        score = self.score_packed if self.shares_prefixes else self.score
         with self.trainer._counted_as("contexts", "scored_contexts"):
-            scores, scored_z = self.score(contexts, completions, length)
+            scores, scored_z = score(contexts, completions, length)
         width = draw.weights.shape[1]
         logp = scores.new_zeros(len(rows), width, length)
         z = scored_z.new_zeros(len(rows), width, scored_z.shape[1])
@@ -244,12 +255,9 @@ class CausalStep:
         step = self.config.context_batch_size or self.config.per_device_train_batch_size
         order = sorted(range(rows), key=lambda k: len(prompts[k]) + len(completions[k]))
         parts = [order[start : start + step] for start in range(0, rows, step)]
-        forwards = len(parts)
-        if self.accelerator.num_processes > 1:
-            forwards = int(self.accelerator.gather(torch.tensor([forwards], device=device)).max())
         logp = torch.zeros(rows, length, device=device)
         z: torch.Tensor | None = None
-        for number in range(forwards):
+        for number in range(self._most(len(parts))):
             part = parts[number] if number < len(parts) else parts[0][:1]
             x, x_mask = self._pad([prompts[k] for k in part], "left")
             y, y_mask = self._pad([completions[k] for k in part], "right")
@@ -265,6 +273,51 @@ class CausalStep:
         assert z is not None
         return logp, z
 
+    def score_packed(
+        self, contexts: list[Ids], completions: list[Ids], length: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`score`, with tokens that contexts share passed through the model once: the same values, fewer tokens."""
+        trainer, device = self.trainer, self.accelerator.device
+        packed = pack(contexts, completions, self.config.pack_tokens)
+        logp = torch.zeros(len(contexts), length, device=device)
+        z: torch.Tensor | None = None
+        phase, kind = trainer._scored()
+        for number in range(self._most(len(packed))):
+            row = packed[min(number, len(packed) - 1)]  # a process with fewer rows repeats one: scoring is collective
+            trainer._account.add_tokens(kind, len(row.ids) if number < len(packed) else 0)
+            recorder = BranchRecorder(
+                self.config.representation, [branch.completion.to(device) for branch in row.branches]
+            )
+            with trainer._account.phase(phase), recorder.attached(trainer._backbone()), self.accelerator.autocast():
+                scores = trainer.model(
+                    input_ids=row.ids[None].to(device),
+                    attention_mask=self._tree_mask(row),
+                    position_ids=row.positions[None].to(device),
+                    shift_labels=row.labels()[None].to(device),
+                    fused_lm_head=True,
+                ).log_probs[0]
+            reduced = recorder.result()
+            z = reduced.new_zeros(len(contexts), reduced.shape[1]) if z is None else z
+            for place, branch in enumerate(row.branches):
+                width = min(len(branch.predictors), length)
+                logp[branch.number, :width] = scores[branch.predictors.to(device)][:width].to(logp.dtype)
+                z[branch.number] = reduced[place]
+        assert z is not None
+        return logp, z
+
+    def _tree_mask(self, row: PackedRow) -> torch.Tensor:
+        """The row's attention mask as the model takes it: additive, (1, 1, S, S)."""
+        dtype = self.trainer.model.dtype
+        allowed = row.allowed().to(self.accelerator.device)
+        blocked = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=allowed.device)
+        return torch.where(allowed, torch.zeros_like(blocked), blocked)[None, None]
+
+    def _most(self, count: int) -> int:
+        """The largest `count` of any process."""
+        if self.accelerator.num_processes == 1:
+            return count
+        return int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max())
+
     def _pad(self, ids: list[Ids], side: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Padded ids and mask of one batch, on this process's device."""
         tensors = [torch.tensor(row, dtype=torch.long) for row in ids]
@@ -272,6 +325,19 @@ class CausalStep:
         padded = pad(tensors, self.trainer._tokenizer.pad_token_id, side, multiple)
         mask = pad([torch.ones_like(row) for row in tensors], 0, side, multiple)
         return padded.to(self.accelerator.device), mask.to(self.accelerator.device)
+
+
+def can_share_prefixes(model: Any) -> bool:
+    """
+    Whether a model computes packed rows exactly: its attention must take a mask of our making, and every layer must
+    look back without a window, which a row's order would distort.
+    """
+    config = model.config.get_text_config()
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return False
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    return kinds == {"full_attention"} and not (windowed and not getattr(config, "layer_types", None))
 
 
 def _scale_rows(advantages: torch.Tensor, upsilon: torch.Tensor) -> torch.Tensor:

@@ -45,6 +45,33 @@ class HiddenRecorder:
         return torch.cat(self.rows)
 
 
+class BranchRecorder:
+    """`HiddenRecorder` for a packed row: one vector per branch, from the places of its completion's tokens."""
+
+    def __init__(self, representation: str, completions: list[torch.Tensor]):
+        self.representation = representation
+        self.completions = completions
+        self.rows: list[torch.Tensor] = []
+
+    @contextmanager
+    def attached(self, backbone: nn.Module) -> Iterator[None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            hidden = output.last_hidden_state[0]
+            for places in self.completions:
+                states = hidden[places if self.representation == "mean" else places[-1:]]
+                self.rows.append(states.float().mean(dim=0))
+
+        handle = backbone.register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def result(self) -> torch.Tensor:
+        """(branches, H) float32."""
+        return torch.stack(self.rows)
+
+
 def represent(hidden: torch.Tensor, mask: torch.Tensor, representation: str) -> torch.Tensor:
     """
     z of each row, (rows, H) float32, from hidden (rows, T, H) and mask (rows, T).

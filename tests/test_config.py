@@ -45,7 +45,7 @@ NAN, INF = math.nan, math.inf
         ("kl_fraction", NAN, ValueError),
         ("causal_policy_context", "prompt", ValueError),
         ("collider_temperature", 0.0, ValueError),
-        ("share_prefix", True, ValueError),
+        ("pack_tokens", 0, ValueError),
         ("num_estimator_samples", 0, ValueError),
     ],
 )

@@ -97,9 +97,9 @@ def test_expected_gradient_over_all_draws_is_the_full_one():
 
 
 def test_only_what_is_drawn_is_scored(policy, tmp_path):
-    full = make_trainer(policy, tmp_path, num_colliders=4)
+    full = make_trainer(policy, tmp_path, num_colliders=4, share_prefix=False)
     first_batch(full)
-    some = make_trainer(policy, tmp_path, num_colliders=4, num_kl_contexts=1, kl_fraction=0.5)
+    some = make_trainer(policy, tmp_path, num_colliders=4, num_kl_contexts=1, kl_fraction=0.5, share_prefix=False)
     output, captured = first_batch(some)
     assert output["context_logps"].shape[2] == 2
     assert output["has_collider"].sum() == 4 and output["causal_scale"] == 2.0

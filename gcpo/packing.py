@@ -1,0 +1,112 @@
+"""
+Shared prefixes: many (context, completion) sequences packed into one row, in which a run of tokens that several of them
+begin with stands once. Pure functions on token ids.
+
+The row is a tree written out depth first. A token attends to the tokens on its path from the root and to no other, at
+the positions it would have in a sequence of its own: the forward of the row computes what forwards of the sequences
+would. The last token of a context predicts its completion's first token, so it is never shared.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+Ids = list[int]
+
+
+@dataclass
+class Branch:
+    """One sequence of a packed row, as indices into the row."""
+
+    number: int  # which sequence this is, of those that were packed
+    path: torch.Tensor  # (length,) int64: every token's place, from the root on
+    new_from: int  # tokens before this one are shared with the branch before
+    context_length: int
+
+    @property
+    def completion(self) -> torch.Tensor:
+        """Places of the completion's tokens."""
+        return self.path[self.context_length :]
+
+    @property
+    def predictors(self) -> torch.Tensor:
+        """Places of the tokens that predict them."""
+        return self.path[self.context_length - 1 : -1]
+
+
+@dataclass
+class PackedRow:
+    ids: torch.Tensor  # (S,) int64
+    positions: torch.Tensor  # (S,) int64: depth in the tree
+    branches: list[Branch]
+
+    def allowed(self) -> torch.Tensor:
+        """(S, S) bool: may the token of this row attend to that of this column?"""
+        size = len(self.ids)
+        mask = torch.zeros(size, size, dtype=torch.bool)
+        for branch in self.branches:
+            path, start = branch.path, branch.new_from
+            depth = torch.arange(len(path))
+            mask[path[start:, None], path[None, :]] = depth[None, :] <= depth[start:, None]
+        return mask
+
+    def labels(self) -> torch.Tensor:
+        """(S,) int64: the token that each place must predict, -100 where none is scored."""
+        labels = torch.full((len(self.ids),), -100, dtype=torch.long)
+        for branch in self.branches:
+            labels[branch.predictors] = self.ids[branch.completion]
+        return labels
+
+
+def pack(contexts: list[Ids], completions: list[Ids], max_tokens: int) -> list[PackedRow]:
+    """
+    Pack sequences so that common beginnings are shared.
+
+    Args:
+        contexts: what each completion comes after; at least one token each.
+        completions: the tokens to score.
+        max_tokens: a row is closed before it would hold more, or more than twice its longest sequence, if that is more.
+
+    Returns:
+        Rows; every sequence is in exactly one.
+    """
+    order = sorted(range(len(contexts)), key=lambda k: contexts[k] + completions[k])
+    rows: list[PackedRow] = []
+    ids: Ids = []
+    positions: list[int] = []
+    branches: list[Branch] = []
+    path: list[int] = []  # of the sequence before
+    before: int | None = None
+    longest = 0
+
+    def close() -> None:
+        rows.append(PackedRow(torch.tensor(ids), torch.tensor(positions), list(branches)))
+
+    for k in order:
+        sequence = contexts[k] + completions[k]
+        shared = 0
+        if before is not None:
+            shared = _common(contexts[before], contexts[k])
+            longest = max(longest, len(sequence))
+            if len(ids) + len(sequence) - shared > max(max_tokens, 2 * longest):
+                close()
+                ids, positions, branches, before = [], [], [], None
+        if before is None:
+            shared, path, longest = 0, [], len(sequence)
+        path = path[:shared] + list(range(len(ids), len(ids) + len(sequence) - shared))
+        ids = ids + sequence[shared:]
+        positions = positions + list(range(shared, len(sequence)))
+        branches.append(Branch(k, torch.tensor(path), shared, len(contexts[k])))
+        before = k
+    if branches:
+        close()
+    return rows
+
+
+def _common(left: Ids, right: Ids) -> int:
+    """How many tokens two contexts may share: those they begin with, but for the last of either."""
+    limit = min(len(left), len(right)) - 1
+    for k in range(limit):
+        if left[k] != right[k]:
+            return k
+    return max(limit, 0)
