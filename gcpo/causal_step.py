@@ -5,6 +5,7 @@ All that concerns a group is computed here, on rows gathered from all processes:
 """
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from gcpo._trl import pad
 from gcpo.colliders import Group, generate_colliders, own_random_stream
 from gcpo.contexts import Prompt, PromptBuilder, check_length
 from gcpo.estimators import BranchRecorder, HiddenRecorder, estimate_weights
-from gcpo.packing import PackedRow, pack
+from gcpo.packing import PackedRow, pack, pack_parallel
 from gcpo.sampling import ContextDraw, draw_contexts
 
 if TYPE_CHECKING:
@@ -48,6 +49,11 @@ class CausalStep:
         self.builder = PromptBuilder(
             trainer._tokenizer, trainer.args, trainer.chat_template, trainer.chat_template_kwargs
         )
+        if trainer.args.context_attention == "parallel" and not can_share_prefixes(trainer.model):
+            raise ValueError(
+                "`context_attention='parallel'` needs `attn_implementation` 'sdpa' or 'eager' and a model without "
+                f"sliding windows, got {trainer.model.config.model_type} with {trainer.model.config._attn_implementation!r}."
+            )
         self.shares_prefixes = trainer.args.share_prefix and can_share_prefixes(trainer.model)
         if trainer.args.share_prefix and trainer.args.scores_contexts and not self.shares_prefixes:
             warnings.warn(
@@ -67,7 +73,8 @@ class CausalStep:
         """
         length = output["completion_ids"].size(1)
         query_logp = output.get("old_per_token_logps")
-        if query_logp is None or z is None:
+        parallel = self.config.context_attention == "parallel" and self.config.scores_contexts
+        if (query_logp is None or z is None) and not parallel:
             query_logp, z = self.score(rollout.prompt_ids, rollout.completion_ids, length)
         groups = self.make_groups(rollout)
         n, first = self.trainer.num_generations, self.accelerator.process_index * len(rollout.prompts)
@@ -77,11 +84,15 @@ class CausalStep:
         draw: ContextDraw | None = None
         if self.config.scores_contexts:
             draw = self._draw(groups, rows)
-            context_logp, scored_z = self._score_contexts(rollout, groups, rows, draw, length)
+            if parallel:
+                query_logp, z, context_logp, scored_z = self._score_parallel(rollout, groups, rows, draw, length)
+            else:
+                context_logp, scored_z = self._score_contexts(rollout, groups, rows, draw, length)
             if self.config.estimator == "scored":
                 context_z = self._by_context(scored_z, draw)
         if self.config.estimator == "sampled":
             context_z = self._sample_contexts(groups, rows)
+        assert z is not None
         if self.config.uses_weights:
             upsilon = self.weigh(output, groups, z, context_z, has_content)
             output["advantages"] = _scale_rows(output["advantages"], upsilon[first : first + len(rows)])
@@ -163,6 +174,42 @@ class CausalStep:
             logp[at[:, 0], at[:, 1]] = scores
             z[at[:, 0], at[:, 1]] = scored_z
         return logp.transpose(1, 2), z
+
+    def _score_parallel(
+        self, rollout: Rollout, groups: list[Group], rows: list[tuple[int, int]], draw: ContextDraw, length: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Scores and representations under q, (B, T) and (B, H), and under parallel contexts, (B, T, width) and
+        (B, width, H), of local rows. A prompt's first packed row gives the former.
+        """
+        packed: list[PackedRow] = []
+        for p in sorted({p for p, _ in rows}):
+            group = groups[p]
+            wanted = [(i, l) for k, (q, i) in enumerate(rows) if q == p for l in draw.contexts[k]]
+            longest = len(group.prompt_ids) + max(map(len, group.candidates + group.colliders))
+            longest += max(map(len, group.candidates))
+            check_length(longest, self.trainer.max_positions, "A parallel context with its candidate")
+            shown = self.config.candidate_context_tokens
+            for row in pack_parallel(
+                group.prompt_ids, group.candidates, group.colliders, wanted, shown, self.config.pack_tokens
+            ):
+                for branch in row.branches:
+                    branch.key = (p, branch.key)
+                packed.append(row)
+        scores, states = {}, {}
+        for key, logp, z in self._forward_packed(packed):
+            scores[key], states[key] = logp, z
+        width = draw.weights.shape[1]
+        device, hidden = self.accelerator.device, next(iter(states.values())).shape[0]
+        query_logp, z = torch.zeros(len(rows), length, device=device), torch.zeros(len(rows), hidden, device=device)
+        context_logp = torch.zeros(len(rows), width, length, device=device)
+        context_z = torch.zeros(len(rows), width, hidden, device=device)
+        for k, (p, i) in enumerate(rows):
+            count = len(rollout.completion_ids[k])
+            query_logp[k, :count], z[k] = scores[p, ("query", i)], states[p, ("query", i)]
+            for place, l in enumerate(draw.contexts[k]):
+                context_logp[k, place, :count], context_z[k, place] = scores[p, (i, l)], states[p, (i, l)]
+        return query_logp, z, context_logp.transpose(1, 2), context_z
 
     def _by_context(self, z: torch.Tensor, draw: ContextDraw) -> torch.Tensor:
         """(B, L, 1, H) from (B, width, H): every context was scored, but for colliders that say nothing."""
@@ -277,33 +324,43 @@ class CausalStep:
         self, contexts: list[Ids], completions: list[Ids], length: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`score`, with tokens that contexts share passed through the model once: the same values, fewer tokens."""
+        logp = torch.zeros(len(contexts), length, device=self.accelerator.device)
+        states: list[Any] = [None] * len(contexts)
+        for key, scores, z in self._forward_packed(pack(contexts, completions, self.config.pack_tokens)):
+            width = min(len(scores), length)
+            logp[key, :width], states[key] = scores[:width].to(logp.dtype), z
+        return logp, torch.stack(states)
+
+    def _forward_packed(self, packed: list[PackedRow]) -> Iterator[tuple[Any, torch.Tensor, torch.Tensor]]:
+        """
+        Key, log-probabilities (T,) and representation (H,) of every scored branch of packed rows, a forward each.
+
+        Collective, as `score` is: a process with fewer rows repeats its last one.
+        """
         trainer, device = self.trainer, self.accelerator.device
-        packed = pack(contexts, completions, self.config.pack_tokens)
-        logp = torch.zeros(len(contexts), length, device=device)
-        z: torch.Tensor | None = None
-        phase, kind = trainer._scored()
         for number in range(self._most(len(packed))):
-            row = packed[min(number, len(packed) - 1)]  # a process with fewer rows repeats one: scoring is collective
-            trainer._account.add_tokens(kind, len(row.ids) if number < len(packed) else 0)
-            recorder = BranchRecorder(
-                self.config.representation, [branch.completion.to(device) for branch in row.branches]
-            )
-            with trainer._account.phase(phase), recorder.attached(trainer._backbone()), self.accelerator.autocast():
-                scores = trainer.model(
+            row = packed[min(number, len(packed) - 1)]
+            scored = [branch for branch in row.branches if branch.context_length < len(branch.path)]
+            if number < len(packed):
+                trainer._account.add_tokens("scored_query", row.base)
+                trainer._account.add_tokens("scored_contexts", len(row.ids) - row.base)
+            places = [branch.completion.to(device) for branch in scored]
+            recorder = BranchRecorder(self.config.representation, places)
+            with (
+                trainer._account.phase("contexts"),
+                recorder.attached(trainer._backbone()),
+                self.accelerator.autocast(),
+            ):
+                logp = trainer.model(
                     input_ids=row.ids[None].to(device),
                     attention_mask=self._tree_mask(row),
                     position_ids=row.positions[None].to(device),
                     shift_labels=row.labels()[None].to(device),
                     fused_lm_head=True,
                 ).log_probs[0]
-            reduced = recorder.result()
-            z = reduced.new_zeros(len(contexts), reduced.shape[1]) if z is None else z
-            for place, branch in enumerate(row.branches):
-                width = min(len(branch.predictors), length)
-                logp[branch.number, :width] = scores[branch.predictors.to(device)][:width].to(logp.dtype)
-                z[branch.number] = reduced[place]
-        assert z is not None
-        return logp, z
+            if number < len(packed):
+                for branch, z in zip(scored, recorder.result(), strict=True):
+                    yield branch.key, logp[branch.predictors.to(device)], z
 
     def _tree_mask(self, row: PackedRow) -> torch.Tensor:
         """The row's attention mask as the model takes it: additive, (1, 1, S, S)."""

@@ -12,6 +12,7 @@ REPRESENTATIONS = ("last", "mean")
 BASELINES = ("mean", "loo")
 SIMILARITIES = ("cosine", "euclidean", "gaussian")
 POLICY_CONTEXTS = ("query", "context")
+CONTEXT_ATTENTIONS = ("full", "parallel")
 
 FUSION_PROMPT_TEMPLATE = (
     "{question}\n\n"
@@ -76,7 +77,10 @@ class GCPOConfig(GRPOConfig):
             Rows per forward when scoring under contexts, which are longer than prompts. Defaults to
             `per_device_train_batch_size`.
         context_attention (`str`, *optional*, defaults to `"full"`):
-            `"full"`: the candidates of a context attend to each other, the paper's reading. The only value so far.
+            `"full"`: a context is one text and its candidates attend to each other, the paper's reading.
+            `"parallel"`, cheaper, another estimate: candidates and colliders are encoded once, each attending to q and
+            itself, and a copy of y_i attends to q, the other candidates, one collider and itself; the forward that
+            scores y_i under q is the same one. Needs what `share_prefix` needs.
         num_kl_contexts (`int`, *optional*):
             S: score each candidate under x_{i,0} and S others, drawn anew every step, instead of all L - 1. The
             gradient's expectation stays the same (but for the clamp of p'), its variance grows. `None`: all of them.
@@ -142,7 +146,9 @@ class GCPOConfig(GRPOConfig):
         default=None,
         metadata={"help": "Rows per forward when scoring under contexts. Default: per_device_train_batch_size."},
     )
-    context_attention: str = field(default="full", metadata={"help": "'full' is the only value so far."})
+    context_attention: str = field(
+        default="full", metadata={"help": "'full', or 'parallel': encode each candidate once."}
+    )
     num_kl_contexts: int | None = field(
         default=None, metadata={"help": "Contexts drawn per candidate beside the first. None: all are scored."}
     )
@@ -251,9 +257,13 @@ class GCPOConfig(GRPOConfig):
                         f"`{name}` must be {whole} with `estimator='scored'`, which needs every candidate's score "
                         f"under every context, got {getattr(self, name)}."
                     )
-        # Named by the interface, not built yet: refused rather than ignored.
-        if self.context_attention != "full":
-            raise ValueError(f"`context_attention` must be 'full' in this version, got {self.context_attention!r}.")
+        _check_choice("context_attention", self.context_attention, CONTEXT_ATTENTIONS)
+        if self.context_attention == "parallel" and self.causal_policy_context != "query":
+            raise ValueError("`context_attention='parallel'` needs `causal_policy_context='query'`, got 'context'.")
+        if self.context_attention == "parallel" and self.estimator == "sampled":
+            raise ValueError(
+                "`context_attention='parallel'` has no text to sample from: not with `estimator='sampled'`."
+            )
 
 
 def _check_number(

@@ -54,8 +54,11 @@ def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
     return ("torch",)
 
 
-def _use_triton(backend: str | None, *tensors: torch.Tensor | None) -> bool:
-    """Whether the Triton backend runs this call. One that was asked for by name runs it or raises."""
+def _use_triton(backend: str | None, *tensors: torch.Tensor | None, storage: torch.dtype | None = None) -> bool:
+    """
+    Whether the Triton backend runs this call, whose products round operands to `storage`. One that was asked for by
+    name runs it or raises.
+    """
     given = [x for x in tensors if x is not None]
     if backend is None:
         return available_backends(given[0].device)[0] == "triton" and all(x.dtype != torch.float64 for x in given)
@@ -67,7 +70,8 @@ def _use_triton(backend: str | None, *tensors: torch.Tensor | None) -> bool:
         )
     if backend == "triton" and any(x.dtype == torch.float64 for x in given):
         raise TypeError("`backend` 'triton' takes float32, bfloat16 and float16, got float64: use 'torch'.")
-    if backend == "triton" and given[0].device.type == "cpu" and any(x.dtype == torch.bfloat16 for x in given):
+    types = [storage, *(x.dtype for x in given)]
+    if backend == "triton" and given[0].device.type == "cpu" and torch.bfloat16 in types:
         raise TypeError("`backend` 'triton' takes no bfloat16 on a CPU: Triton's interpreter computes it wrongly.")
     return backend == "triton"
 
@@ -281,7 +285,8 @@ def linear_gcpo_loss(
         "importance_sampling_ratio": importance_sampling_ratio,
     }
     _check_token_arguments(shape, hidden, advantages, mask, options, tensors)
-    use_triton = _use_triton(backend, hidden, weight, bias, advantages, *tensors.values())
+    storage = _storage_dtype(hidden, weight)
+    use_triton = _use_triton(backend, hidden, weight, bias, advantages, *tensors.values(), storage=storage)
     inputs = reference.token_inputs(mask, advantages, dtype, **tensors)
     grad = torch.is_grad_enabled()
     logp, entropy, *gradients = ops.linear_loss(
@@ -299,7 +304,7 @@ def linear_gcpo_loss(
         inputs.importance_sampling_ratio,
         inputs.context_logp,
         inputs.context_weights,
-        _storage_dtype(hidden, weight),
+        storage,
         ops.head_arguments(head),
         [beta, kappa, epsilon_low, epsilon_high, delta or 0.0, proj_floor],
         importance_sampling_level == "sequence",
@@ -355,14 +360,15 @@ def linear_logprob(
     check_rank("hidden", hidden, (2, 3), "(B, T, H) or (N, H)")
     token_ids = check_ids("token_ids", token_ids, tuple(hidden.shape[:-1]), "of hidden without H", hidden)
     _check_head(hidden, weight, bias)
+    storage = _storage_dtype(hidden, weight)
     logp, entropy = ops.linear_logprob(
         hidden.flatten(0, -2),
         weight,
         bias,
         token_ids.flatten(),
-        _storage_dtype(hidden, weight),
+        storage,
         ops.head_arguments(head),
-        "triton" if _use_triton(backend, hidden, weight, bias) else "torch",
+        "triton" if _use_triton(backend, hidden, weight, bias, storage=storage) else "torch",
     )
     logp, entropy = logp.view(token_ids.shape), entropy.view(token_ids.shape)
     return (logp, entropy) if return_entropy else logp
@@ -454,7 +460,8 @@ def causal_weights_from_hidden(
 
     Args:
         hidden: (B, T, H) float with B = P * n, group-major; carries gradient, which is 0 but in the rows read.
-        last_index: (B,) int64 in [0, T): each sequence's last real token.
+        last_index: (B,) int64 in [0, T): each sequence's last real token. Outside: ValueError on a CPU; on other
+            devices the Triton backend gives NaN for the group.
         Everything else: as in `causal_weights`.
 
     Returns:
@@ -466,6 +473,10 @@ def causal_weights_from_hidden(
     if p * n != hidden.shape[0]:
         raise ValueError(f"`hidden` must have B = P * n = {p * n} sequences, got {hidden.shape[0]}.")
     last_index = check_ids("last_index", last_index, (p * n,), "(B,)", hidden)
+    if last_index.device.type == "cpu" and last_index.numel() and not torch.compiler.is_compiling():
+        low, high = last_index.aminmax()
+        if low < 0 or high >= hidden.shape[1]:
+            raise ValueError(f"`last_index` must be in [0, {hidden.shape[1]}), got values from {low} to {high}.")
     _check_causal((p, n, hidden.shape[2]), hidden, context_z, alpha, baseline, similarity, context_mask)
     if _use_triton(backend, hidden, context_z):
         return triton_ops.triton_causal_weights(

@@ -9,6 +9,7 @@ import gcpo_kernels
 from gcpo_kernels import reference
 from gcpo_kernels.testing import with_gradients
 
+BACKEND = "torch"  # what `run` runs on; the tests of another backend change it
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")
 HEADS: tuple[dict[str, Any], ...] = (
     {},
@@ -82,14 +83,17 @@ def change(inputs: dict[str, Any], changes: dict[str, Any], seed: int = 0) -> di
 
 
 def run(
-    function: str, arguments: dict[str, Any], options: dict[str, Any], backend: str | None = "torch"
+    function: str, arguments: dict[str, Any], options: dict[str, Any], backend: str | None = "default"
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor | None]]:
-    """Loss, metrics and gradients of the function named, on copies; `backend=None` is the reference."""
+    """
+    Loss, metrics and gradients of the function named, on copies; `backend=None` is the reference, "default" is BACKEND.
+    """
     leaves = ("logp", "hidden", "weight", "bias", "causal_logp")
     copies = with_gradients(arguments, *leaves)
     if backend is None:
         loss, metrics = getattr(reference, function)(**copies, **options)
     else:
+        backend = BACKEND if backend == "default" else backend
         loss, metrics = getattr(gcpo_kernels, function)(**copies, **options, backend=backend)
     (1.7 * loss).backward()
     return loss.detach(), metrics, {key: copies[key].grad for key in leaves if copies.get(key) is not None}

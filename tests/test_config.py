@@ -38,7 +38,7 @@ NAN, INF = math.nan, math.inf
         ("context_prompt_template", "{question} {candidates}", ValueError),
         ("candidate_template", "{index}", ValueError),
         ("candidate_template", "{candidate}{candidate}", ValueError),
-        ("context_attention", "parallel", ValueError),
+        ("context_attention", "causal", ValueError),
         ("num_kl_contexts", 0, ValueError),
         ("kl_fraction", 0.0, ValueError),
         ("kl_fraction", 1.5, ValueError),
@@ -60,6 +60,12 @@ def test_bad_value_names_the_option(name, value, error, tmp_path):
 def test_scored_estimator_needs_every_score(saving, tmp_path):
     with pytest.raises(ValueError, match=f"`{next(iter(saving))}`.*estimator='scored'"):
         GCPOConfig(**options(tmp_path), estimator="scored", **saving)
+
+
+@pytest.mark.parametrize("other", [{"estimator": "sampled"}, {"causal_policy_context": "context"}])
+def test_parallel_contexts_are_no_text(other, tmp_path):
+    with pytest.raises(ValueError, match="`context_attention='parallel'`"):
+        GCPOConfig(**options(tmp_path), context_attention="parallel", **other)
 
 
 def test_one_candidate_is_not_a_group(tmp_path):

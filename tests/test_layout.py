@@ -21,7 +21,7 @@ def transposed(x: torch.Tensor) -> torch.Tensor:
 
 def sliced(x: torch.Tensor) -> torch.Tensor:
     """The same values inside a larger tensor, with a step in every dimension."""
-    larger = torch.full([2 * n + 1 for n in x.shape], 77, dtype=x.dtype)
+    larger = torch.full([2 * n + 1 for n in x.shape], 77, dtype=x.dtype, device=x.device)
     view = larger[tuple(slice(1, 2 * n + 1, 2) for n in x.shape)]
     view.copy_(x)
     return view

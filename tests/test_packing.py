@@ -9,7 +9,7 @@ from tiny_policy import save_policy
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config
 
 from gcpo.causal_step import can_share_prefixes
-from gcpo.packing import pack
+from gcpo.packing import pack, pack_parallel
 
 
 def sequences(seed=0):
@@ -31,14 +31,14 @@ def sequences(seed=0):
 def test_every_sequence_is_there_once(max_tokens):
     contexts, completions = sequences()
     rows = pack(contexts, completions, max_tokens)
-    seen = sorted(branch.number for row in rows for branch in row.branches)
+    seen = sorted(branch.key for row in rows for branch in row.branches)
     assert seen == list(range(len(contexts)))
     for row in rows:
         for branch in row.branches:
-            whole = contexts[branch.number] + completions[branch.number]
+            whole = contexts[branch.key] + completions[branch.key]
             assert row.ids[branch.path].tolist() == whole
             assert row.positions[branch.path].tolist() == list(range(len(whole)))
-            assert row.labels()[branch.predictors].tolist() == completions[branch.number]
+            assert row.labels()[branch.predictors].tolist() == completions[branch.key]
         allowed = row.allowed()
         assert allowed.diagonal().all() and not torch.triu(allowed, diagonal=1).any()
         longest = max(len(branch.path) for branch in row.branches)
@@ -109,7 +109,7 @@ def test_model_gives_what_separate_forwards_give(config_class, options):
     probe = torch.randn(32)  # not a norm: after the final norm that would be nearly constant
     packed_sum = separate_sum = 0.0
     for branch in row.branches:
-        ids = torch.tensor([contexts[branch.number] + completions[branch.number]])
+        ids = torch.tensor([contexts[branch.key] + completions[branch.key]])
         alone = model.model(input_ids=ids).last_hidden_state[0]
         torch.testing.assert_close(hidden[branch.path], alone, atol=1e-5, rtol=1e-5)
         packed_sum = packed_sum + (hidden[branch.completion] @ probe).sin().sum()
@@ -148,3 +148,90 @@ def test_trainer_scores_the_same_either_way(estimator, representation, policy, t
         torch.testing.assert_close(found[True][0][name], found[False][0][name], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found[True][1], found[False][1], atol=1e-5, rtol=1e-5)
     assert found[True][2] < 0.7 * found[False][2]
+
+
+GROUP = {
+    "query": [5, 6, 7],
+    "candidates": [[10, 11, 12], [20], [30, 31]],
+    "colliders": [[40, 41], [50]],
+}
+
+
+def naive_parallel(i, l, shown=None):
+    """One copy alone, written out: ids, positions, and who sees whom."""
+    query, candidates, collider = GROUP["query"], GROUP["candidates"], GROUP["colliders"][l]
+    tokens = [(token, position, "q") for position, token in enumerate(query)]
+    for k, candidate in enumerate(candidates):
+        if k != i:
+            tokens += [(token, 3 + t, f"y{k}") for t, token in enumerate(candidate)]
+    tokens += [(token, 3 + t, "c") for t, token in enumerate(collider)]
+    after = 3 + 3  # the longest block has three tokens
+    tokens += [(query[-1], after - 1, "copy")]
+    tokens += [(token, after + t, "copy") for t, token in enumerate(candidates[i])]
+    size = len(tokens)
+    seen = torch.zeros(size, size, dtype=torch.bool)
+    for row, (_, _, who) in enumerate(tokens):
+        for column, (_, position, what) in enumerate(tokens[: row + 1]):
+            mine = what == who or what == "q" if who != "copy" else True
+            if who == "copy" and what == "q" and column == len(query) - 1:
+                mine = False  # its own copy of that token stands in for it
+            if who == "copy" and what.startswith("y") and shown is not None:
+                mine = position >= 3 + len(candidates[int(what[1])]) - shown
+            seen[row, column] = mine
+    ids, positions, _ = zip(*tokens, strict=True)
+    return torch.tensor(ids), torch.tensor(positions), seen, len(candidates[i])
+
+
+@pytest.mark.parametrize("shown", [None, 1])
+@pytest.mark.parametrize("max_tokens", [1, 1000])
+def test_parallel_contexts_are_what_each_copy_sees(max_tokens, shown):
+    model = tiny(LlamaConfig)
+    lowest = torch.finfo(torch.float32).min
+    wanted = [(i, l) for i in range(3) for l in range(2)]
+    rows = pack_parallel(**GROUP, wanted=wanted, shown=shown, max_tokens=max_tokens)
+    assert (len(rows) > 1) == (max_tokens == 1)
+    found = set()
+    for row in rows:
+        mask = torch.where(row.allowed(), 0.0, lowest)[None, None]
+        hidden = model.model(
+            input_ids=row.ids[None], attention_mask=mask, position_ids=row.positions[None]
+        ).last_hidden_state[0]
+        for branch in row.branches:
+            if branch.context_length == len(branch.path):
+                continue
+            found.add(branch.key)
+            if branch.key[0] == "query":
+                ids = torch.tensor([GROUP["query"] + GROUP["candidates"][branch.key[1]]])
+                alone = model.model(input_ids=ids).last_hidden_state[0]
+                count = len(GROUP["candidates"][branch.key[1]])
+            else:
+                ids, positions, seen, count = naive_parallel(*branch.key, shown)
+                alone = model.model(
+                    input_ids=ids[None],
+                    attention_mask=torch.where(seen, 0.0, lowest)[None, None],
+                    position_ids=positions[None],
+                ).last_hidden_state[0]
+            torch.testing.assert_close(hidden[branch.completion], alone[-count:], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(hidden[branch.predictors[0]], alone[-count - 1], atol=1e-5, rtol=1e-5)
+            assert row.ids[branch.completion].tolist() == ids.flatten()[-count:].tolist()
+    assert found == {*wanted, *(("query", k) for k in range(3))}
+
+
+@pytest.mark.parametrize("estimator", ["loo", "scored"])
+def test_parallel_contexts_in_the_trainer(estimator, policy, tmp_path):
+    settings = {"estimator": estimator, "temperature": 0.7}
+    expected, _ = first_batch(make_trainer(policy, tmp_path, **settings))
+    parallel = make_trainer(policy, tmp_path, context_attention="parallel", **settings)
+    output, captured = first_batch(parallel)
+    torch.testing.assert_close(output["query_logps"], expected["query_logps"], atol=1e-5, rtol=1e-5)
+    assert output["context_logps"].shape == expected["context_logps"].shape
+    assert not torch.allclose(output["context_logps"], expected["context_logps"], atol=1e-3)
+    assert (output["context_logps"] <= 0).all() and captured["upsilon"].isfinite().all()
+    tokens = sum(float(parallel._account.tokens[kind]) for kind in ("scored_query", "scored_contexts"))
+    by_hand = 0
+    for group in captured["groups"]:
+        y, c = sum(map(len, group.candidates)), sum(map(len, group.colliders))
+        by_hand += len(group.prompt_ids) + (y + 4) + (c + 3) + 3 * (y + 4)
+    assert tokens == by_hand
+    parallel.train()
+    assert parallel.state.log_history[0]["gcpo/upsilon/fallback"] == 0

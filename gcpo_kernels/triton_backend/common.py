@@ -63,7 +63,8 @@ def token_objective(
     left = capped * advantage
     right = at_most(at_least(ratio, low), high) * advantage
     unclipped = (ratio >= low) & (ratio <= high)
-    loss = -tl.where(left < right, left, right) * is_ratio
+    # `left` where it is NaN (an infinite ratio, advantage 0): the minimum hides nothing.
+    loss = -tl.where((left < right) | (left != left), left, right) * is_ratio
     # Where the minimum is a tie, each side has half of the derivative, as in torch.
     tie = 0.5 * (uncapped.to(tl.float32) + unclipped.to(tl.float32))
     passes = tl.where(left < right, uncapped.to(tl.float32), unclipped.to(tl.float32))

@@ -148,14 +148,20 @@ def triton_causal_weights(
     similarity: str,
 ) -> tuple[Tensor, Tensor]:
     """Upsilon (P, n), and what the backward needs."""
-    return causal.causal_weights_forward(_causal(z, index, context_z, context_mask, alpha, baseline, similarity))
+    arguments = _causal(z, index, context_z, context_mask, alpha, baseline, similarity)
+    upsilon, saved = causal.causal_weights_forward(arguments)
+    rows = arguments.row_index
+    if index is not None and rows is not None:  # a row outside the tensor is not read, and shows
+        wrong = torch.ne(index.view(upsilon.shape), rows).any(dim=1, keepdim=True)
+        upsilon = torch.where(wrong, torch.nan, upsilon)
+    return upsilon, saved
 
 
 def _causal(z: Tensor, index: Tensor | None, context_z: Tensor, *options: Any) -> causal.CausalArguments:
     if index is not None:
         p, n = context_z.shape[:2]
         z = z.unflatten(0, (p, n))
-        index = index.view(p, n)
+        index = index.view(p, n).clamp(0, max(z.shape[2] - 1, 0))
     return causal.CausalArguments(z, index, context_z, *options)
 
 
@@ -184,7 +190,9 @@ def triton_causal_weights_backward(
     if index is None:
         return d_rows, d_context
     d_z = torch.zeros(z.shape, dtype=z.dtype, device=z.device)
-    d_z[torch.arange(len(index), device=z.device), index] = d_rows.flatten(0, 1)
+    rows = arguments.row_index
+    assert rows is not None
+    d_z[torch.arange(len(index), device=z.device), rows.flatten()] = d_rows.flatten(0, 1)
     return d_z, d_context
 
 

@@ -1,0 +1,95 @@
+"""
+The Triton backend on CPU tensors, through Triton's interpreter: `TRITON_INTERPRET=1 pytest tests/triton`.
+
+The variable must be set before Triton is imported, and kernels cannot be compiled while it is: hence a run of their
+own.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grid
+import pytest
+import torch
+import triton
+
+from gcpo_kernels import api, testing
+from gcpo_kernels.triton_backend import linear, logprob
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HERE = Path(__file__).parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # NumPy's, about lanes that a mask discards.
+    for module in ("triton.runtime.interpreter", "numpy"):
+        config.addinivalue_line("filterwarnings", f"ignore::RuntimeWarning:{module}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if INTERPRETED:
+        return
+    skip = pytest.mark.skip(reason="needs TRITON_INTERPRET=1: `make test` runs these in a process of their own")
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fast_interpreter() -> Iterator[None]:
+    """
+    The interpreter patches `triton.language` again at every call of a device function, which takes half of all time.
+    Once a launch, and once for the functions of Triton's own library, is enough: those patches it never takes back.
+    """
+    if not INTERPRETED:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    patched = set()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        names = self.fn.__globals__
+        if names.get("tl") is not triton.language and names["__name__"] not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(names["__name__"])
+        return self.rewrite()(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _triton_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`backend=None` is Triton, as on a GPU (but for float64, which goes to torch)."""
+    monkeypatch.setattr(api, "available_backends", lambda device="cpu": ("triton", "torch"))
+    monkeypatch.setattr(grid, "BACKEND", "triton")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """Memory that nothing wrote holds NaN: an element that is read before it is written shows."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of three tokens, slices of two rows by eight columns, blocks of sixteen columns."""
+    monkeypatch.setattr(linear, "_TILE_BYTES", 0)
+    monkeypatch.setattr(linear, "_MIN_ROWS", 3)
+    monkeypatch.setattr(linear, "_SLICE_ROWS", 2)
+    monkeypatch.setattr(linear, "_SLICE_VOCAB", 8)
+    monkeypatch.setattr(logprob, "block_v", lambda vocab: 16)
+
+
+@pytest.fixture
+def small_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer tokens where a test leaves the size to the factory."""
+    monkeypatch.setattr(testing.make_linear_inputs, "__defaults__", (4, 5, 2, 13, 37))
+    monkeypatch.setattr(testing.make_token_inputs, "__defaults__", (4, 5, 2))

@@ -1,0 +1,181 @@
+"""What is launched: one-dimensional grids, as many launches as documented, and nothing that waits for the device."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gcpo_kernels
+from gcpo_kernels.options import LossOptions
+from gcpo_kernels.testing import make_linear_inputs, make_representations, make_token_inputs, with_gradients
+from gcpo_kernels.triton_backend import causal, token_loss
+from gcpo_kernels.triton_backend import ops as triton_ops
+
+LARGEST_OTHER_AXIS = 65_535
+Launches = list[tuple[str, tuple[int, ...]]]
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
+    """(kernel, grid) of every launch; nothing runs."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    seen: Launches = []
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        seen.append((self.fn.__name__, tuple(grid)))
+
+    monkeypatch.setattr(InterpretedFunction, "run", record)
+    yield seen
+    assert seen, "nothing was launched"
+    assert all(len(grid) == 1 and 0 < grid[0] < 2**31 for _, grid in seen)
+
+
+def names(launches: Launches) -> list[str]:
+    return [name.removesuffix("_kernel") for name, _ in launches]
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_token_loss(level: str, launches: Launches) -> None:
+    inputs = with_gradients(make_token_inputs(), "logp", "causal_logp")
+    loss, _ = gcpo_kernels.gcpo_loss(**inputs, kappa=0.1, importance_sampling_level=level)
+    loss.backward()
+    assert names(launches) == ["token_loss", "token_loss_finish", "token_loss_backward"]
+
+
+def test_causal_weights(launches: Launches) -> None:
+    inputs = with_gradients(make_representations(), "z", "context_z")
+    gcpo_kernels.causal_weights(**inputs).sum().backward()
+    gcpo_kernels.leave_one_out_mean(inputs["z"]).sum().backward()
+    assert names(launches) == ["causal_weights", "causal_weights_backward", "leave_one_out", "leave_one_out"]
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_linear_loss(gradients: bool, launches: Launches) -> None:
+    """A tile: two launches between the products and one for the objective; one to score where nothing follows."""
+    inputs = make_linear_inputs()
+    inputs = with_gradients(inputs, *(("hidden", "weight") if gradients else ()))
+    gcpo_kernels.linear_gcpo_loss(**inputs)
+    tile = ["logprob_forward", "token_loss", "logprob_backward"] if gradients else ["logprob_forward"]
+    assert names(launches) == [*tile, "token_loss", "token_loss_finish"]
+
+
+@pytest.mark.parametrize("rows", [LARGEST_OTHER_AXIS + 1, 200_000])
+def test_more_rows_than_other_axes_hold(rows: int, launches: Launches) -> None:
+    x = torch.zeros(rows, 1)
+    gcpo_kernels.gcpo_loss(x, x[:, 0], x)
+    gcpo_kernels.causal_weights(x[:, :, None], x[:, :, None, None, None])
+    gcpo_kernels.leave_one_out_mean(x[:, :, None])
+    gcpo_kernels.selective_logprob(x, torch.zeros(rows, dtype=torch.int64))
+    assert [grid for _, grid in launches] == [(rows,), (1,), (rows,), (rows,), (rows,)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "by_sequence", "blocks"),
+    [
+        ((1, 1), False, 1),
+        ((1, 512), False, 1),
+        ((1, 513), False, 8),
+        ((1, 8192), False, 8),
+        ((1, 8193), False, 64),
+        ((511, 8193), False, 64),
+        ((512, 8193), False, 8),
+        ((1, 100_000), True, 1),
+    ],
+)
+def test_programs_per_sequence(shape: tuple[int, int], by_sequence: bool, blocks: int, launches: Launches) -> None:
+    """The whole length is covered, and the finishing kernel has room for every part."""
+    x = torch.zeros(shape)
+    level = "sequence" if by_sequence else "token"
+    gcpo_kernels.gcpo_loss(x, x[:, 0], x, importance_sampling_level=level)
+    assert launches[0] == ("token_loss_kernel", (shape[0] * blocks,))
+    assert token_loss.blocking(*shape, by_sequence)[0] == blocks
+
+
+class NoSync(TorchDispatchMode):
+    """Raises where the host would wait for a number from the device, inside the operators too."""
+
+    FORBIDDEN = ("_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "_to_copy")
+    OPERATORS = (
+        triton_ops.triton_token_loss,
+        triton_ops.triton_token_loss_backward,
+        triton_ops.triton_causal_weights,
+        triton_ops.triton_causal_weights_backward,
+        triton_ops.triton_leave_one_out,
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._implementations = {operator._opoverload: operator._init_fn for operator in self.OPERATORS}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self._implementations:
+            with self:
+                return self._implementations[func](*args, **kwargs)
+        name = func.overloadpacket.__name__
+        waits = name in self.FORBIDDEN
+        if name == "_to_copy":
+            waits = kwargs.get("device") is not None
+        if name in ("index", "index_put_"):  # where the index is a mask, its length is only known on the device
+            waits = any(x is not None and x.dtype == torch.bool for x in args[1])
+        if waits:
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **kwargs)
+
+
+def test_the_mode_sees_syncs() -> None:
+    x = torch.ones(3)
+    for wait in (lambda: x.sum().item(), lambda: bool(x.any()), lambda: x.nonzero(), lambda: x[x > 0]):
+        with pytest.raises(AssertionError, match="waits"), NoSync():
+            wait()
+
+
+@pytest.mark.parametrize("kind", ["grpo", "bnpo", "dr_grpo", "dapo"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_token_loss_does_not_sync(level: str, kind: str, launches: Launches) -> None:
+    inputs = with_gradients(make_token_inputs(), "logp", "causal_logp")
+    del inputs["context_weights"]  # only on a CPU are they checked for their values
+    options = {"max_completion_length": 7, "num_items_in_batch": torch.tensor(9), "kappa": 0.1, "delta": 1.5}
+    with NoSync():
+        loss, _ = gcpo_kernels.gcpo_loss(**inputs, **options, loss_type=kind, importance_sampling_level=level)
+        loss.backward()
+
+
+def test_launchers_do_not_sync(launches: Launches) -> None:
+    """With weights of contexts too, and under the linear loss, where tokens of one tile come from any sequence."""
+    inputs = make_token_inputs()
+    tensors = token_loss.TokenTensors(**{key: inputs[key] for key in token_loss.TokenTensors._fields})
+    with NoSync():
+        token_loss.token_loss_forward(tensors, LossOptions(kappa=0.1, importance_sampling_level="sequence"))
+
+
+@pytest.mark.parametrize("baseline", ["mean", "loo"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_causal_weights_do_not_sync(masked: bool, baseline: str, launches: Launches) -> None:
+    inputs = with_gradients(make_representations(), "z", "context_z")
+    mask = inputs.pop("context_mask")
+    with NoSync():
+        out = gcpo_kernels.causal_weights(**inputs, context_mask=mask if masked else None, baseline=baseline)
+        out.sum().backward()
+        gcpo_kernels.leave_one_out_mean(inputs["z"]).sum().backward()
+
+
+def test_representations_are_not_copied(launches: Launches) -> None:
+    """Strides go to the kernel: no contiguous copy of what it reads is made."""
+    inputs = make_representations(2, 3, 4, 2, 64)
+    views = {key: inputs[key].transpose(0, 1).contiguous().transpose(0, 1) for key in ("z", "context_z")}
+    arguments = causal.CausalArguments(views["z"], None, views["context_z"], None, 2.0, "mean", "cosine")
+    seen: list[int] = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            seen.append(out.numel())
+            return out
+
+    with Sizes():
+        causal.causal_weights_forward(arguments)
+    assert max(seen) < views["z"].numel()

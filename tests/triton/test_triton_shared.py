@@ -1,0 +1,66 @@
+"""
+The tests of the torch backend, run on the Triton backend: conftest.py makes it the default.
+
+Left out, with the reason: tests in float64 or bfloat16, which the interpreter does not take, and tests of what only the
+torch backend has. What they leave uncovered is covered in the other files here.
+"""
+
+import pytest
+import test_bad_input
+import test_hidden_weights
+import test_inert
+import test_layout
+import test_numerics
+import test_properties
+import test_transforms
+
+FLOAT64 = "float64, which goes to the torch backend"
+BFLOAT16 = "bfloat16, which the interpreter computes wrongly"
+CONSTANTS = "operators take numbers as constants: one compilation for each value"
+NOT_TRITON = "a function without backends, or the torch backend's own"
+LEFT_OUT = {
+    test_bad_input: {"available_backends": NOT_TRITON},
+    test_hidden_weights: {},
+    test_inert: {"rows_do_not_depend_on_what_is_masked_elsewhere": FLOAT64},
+    test_layout: {"no_silent_second_derivative": FLOAT64},
+    test_numerics: {
+        "error_does_not_grow_with_tiles": BFLOAT16,
+        "projection_at_extremes": NOT_TRITON,
+        "projection_keeps_relative_precision": NOT_TRITON,
+        "one_context_is_the_query": NOT_TRITON,
+        "k3_is_not_negative": NOT_TRITON,
+    },
+    test_properties: {
+        "permuting_a_group_permutes_upsilon": FLOAT64,
+        "upsilon_does_not_depend_on_the_scale": FLOAT64,
+        "one_context_cancels": FLOAT64,
+        "adding_to_all_contexts_changes_nothing": FLOAT64,
+        "projection_is_a_probability": NOT_TRITON,
+        "order_of_sequences_does_not_matter": FLOAT64,
+        "padding_does_not_matter": FLOAT64,
+        "shifting_rewards_changes_nothing": NOT_TRITON,
+        "equal_rewards_give_exactly_zero": NOT_TRITON,
+        "tenths": NOT_TRITON,
+    },
+    test_transforms: {
+        "compiled_with_a_frozen_head_and_autocast": BFLOAT16,
+        "compiled_with_inductor": NOT_TRITON,
+        "compiled_with_a_schedule": CONSTANTS,
+        "operators_keep_their_contract": NOT_TRITON,
+    },
+}
+
+for _module, _left_out in LEFT_OUT.items():
+    _names = {name.removeprefix("test_") for name in vars(_module) if name.startswith("test_")}
+    assert _names >= set(_left_out), f"{_module.__name__} has no {set(_left_out) - _names}"
+    for _name in sorted(_names - set(_left_out)):
+        globals()[f"{_module.__name__}__{_name}"] = getattr(_module, f"test_{_name}")
+
+
+@pytest.fixture(autouse=True)
+def _fewer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer tokens and kinds of garbage, where a module's tests do not depend on them: the interpreter is slow."""
+    monkeypatch.setattr(test_inert, "GARBAGE", (float("nan"), -1e4))
+    shared = request.function.__module__ in ("test_inert", "test_layout", "test_transforms")
+    if shared and request.function.__name__ != "test_contexts_of_weight_zero":
+        request.getfixturevalue("small_inputs")
