@@ -52,7 +52,8 @@ class CausalStep:
         if trainer.args.context_attention == "parallel" and not can_share_prefixes(trainer.model):
             raise ValueError(
                 "`context_attention='parallel'` needs `attn_implementation` 'sdpa' or 'eager' and a model without "
-                f"sliding windows, got {trainer.model.config.model_type} with {trainer.model.config._attn_implementation!r}."
+                f"sliding windows, got {trainer.model.config.model_type} with "
+                f"{trainer.model.config._attn_implementation!r}."
             )
         self.shares_prefixes = trainer.args.share_prefix and can_share_prefixes(trainer.model)
         if trainer.args.share_prefix and trainer.args.scores_contexts and not self.shares_prefixes:
