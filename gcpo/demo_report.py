@@ -75,6 +75,8 @@ def print_table(result: dict[str, Any]) -> None:
     table.add_section()
     for name in TOKENS:
         values = [summary[method]["tokens"][name] for method in methods]
+        if not any(values):
+            continue
         table.add_row(f"tokens {name.replace('_', ', ')}", "", *(_number(value, ",.0f") for value in values))
     console.print(table)
     console.print(

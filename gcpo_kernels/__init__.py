@@ -5,7 +5,6 @@ Needs torch alone: no transformers, no TRL, no GPU.
 """
 
 from gcpo_kernels.api import (
-    available_backends,
     causal_reference_logprob,
     causal_weights,
     causal_weights_from_hidden,
@@ -16,6 +15,7 @@ from gcpo_kernels.api import (
     linear_logprob,
     selective_logprob,
 )
+from gcpo_kernels.backends import available_backends
 
 __all__ = [
     "available_backends",

@@ -7,16 +7,21 @@ samples. "float" is float32, bfloat16 or float16 (float64 too on the torch backe
 devices and option values raise ValueError or TypeError naming the argument. Equations are those of arXiv 2508.05428.
 """
 
-from typing import Any
-
 import torch
 
 from gcpo_kernels import ops, reference
-from gcpo_kernels.checks import check_ids, check_mask, check_rank, check_tensor
+from gcpo_kernels.backends import storage_dtype, triton_ops, use_triton
+from gcpo_kernels.checks import (
+    check_causal,
+    check_contexts,
+    check_head,
+    check_ids,
+    check_rank,
+    check_tensor,
+    check_token_arguments,
+)
 from gcpo_kernels.options import (
     ADVANTAGE_SCALES,
-    BASELINES,
-    SIMILARITIES,
     HeadOptions,
     LossOptions,
     check_choice,
@@ -25,55 +30,7 @@ from gcpo_kernels.options import (
     check_number,
 )
 
-try:
-    import triton
-
-    from gcpo_kernels.triton_backend import ops as triton_ops
-    from gcpo_kernels.triton_backend.token_loss import METRICS
-
-    _INTERPRETED = bool(triton.knobs.runtime.interpret)
-except ImportError:  # no Triton on this platform: the torch backend does everything
-    triton_ops = None  # type: ignore[assignment]
-    _INTERPRETED = False
-
 Metrics = dict[str, torch.Tensor]
-
-
-def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
-    """
-    Backends that run on tensors of `device`, the one that `backend=None` chooses first.
-
-    "triton" runs on CUDA, ROCm and XPU tensors, and on CPU tensors where `TRITON_INTERPRET=1` was set before the
-    import (for tests: it is slow, and never chosen by itself).
-    """
-    kind = torch.device(device).type
-    if triton_ops is not None and kind in ("cuda", "xpu"):
-        return ("triton", "torch")
-    if triton_ops is not None and kind == "cpu" and _INTERPRETED:
-        return ("torch", "triton")
-    return ("torch",)
-
-
-def _use_triton(backend: str | None, *tensors: torch.Tensor | None, storage: torch.dtype | None = None) -> bool:
-    """
-    Whether the Triton backend runs this call, whose products round operands to `storage`. One that was asked for by
-    name runs it or raises.
-    """
-    given = [x for x in tensors if x is not None]
-    if backend is None:
-        return available_backends(given[0].device)[0] == "triton" and all(x.dtype != torch.float64 for x in given)
-    check_choice("backend", backend, ("triton", "torch"))
-    available = available_backends(given[0].device)
-    if backend not in available:
-        raise ValueError(
-            f"`backend` {backend!r} does not run on {given[0].device} tensors here; available: {available}."
-        )
-    if backend == "triton" and any(x.dtype == torch.float64 for x in given):
-        raise TypeError("`backend` 'triton' takes float32, bfloat16 and float16, got float64: use 'torch'.")
-    types = [storage, *(x.dtype for x in given)]
-    if backend == "triton" and given[0].device.type == "cpu" and torch.bfloat16 in types:
-        raise TypeError("`backend` 'triton' takes no bfloat16 on a CPU: Triton's interpreter computes it wrongly.")
-    return backend == "triton"
 
 
 def gcpo_loss(
@@ -166,8 +123,8 @@ def gcpo_loss(
         "causal_logp": causal_logp,
         "importance_sampling_ratio": importance_sampling_ratio,
     }
-    _check_token_arguments(tuple(logp.shape), logp, advantages, mask, options, tensors)
-    if _use_triton(backend, logp, advantages, *tensors.values()):
+    check_token_arguments(tuple(logp.shape), logp, advantages, mask, options, tensors)
+    if use_triton(backend, logp, advantages, *tensors.values()):
         return _triton_loss(logp, advantages, mask, options, tensors)
     dtype = reference.compute_dtype(logp)
     return reference.objective(logp.to(dtype), reference.token_inputs(mask, advantages, dtype, **tensors), options)
@@ -197,7 +154,7 @@ def _triton_loss(
         triton_ops.loss_numbers(options),
     )[0]
     metrics = out.detach()
-    return out[0], {name: metrics[1 + k] for k, name in enumerate(METRICS)}
+    return out[0], {name: metrics[1 + k] for k, name in enumerate(triton_ops.METRICS)}
 
 
 def linear_gcpo_loss(
@@ -273,7 +230,7 @@ def linear_gcpo_loss(
             f"`hidden` must have shape (B, T, H) or (B * T, H) with (B, T) = {shape}, got {lead} before H."
         )
     token_ids = check_ids("token_ids", token_ids, lead, "(B, T)", hidden)
-    _check_head(hidden, weight, bias)
+    check_head(hidden, weight, bias)
     dtype = reference.compute_dtype(hidden, weight)
     tensors = {
         "old_logp": old_logp,
@@ -284,9 +241,9 @@ def linear_gcpo_loss(
         "causal_logp": causal_logp,
         "importance_sampling_ratio": importance_sampling_ratio,
     }
-    _check_token_arguments(shape, hidden, advantages, mask, options, tensors)
-    storage = _storage_dtype(hidden, weight)
-    use_triton = _use_triton(backend, hidden, weight, bias, advantages, *tensors.values(), storage=storage)
+    check_token_arguments(shape, hidden, advantages, mask, options, tensors)
+    storage = storage_dtype(hidden, weight)
+    on_triton = use_triton(backend, hidden, weight, bias, advantages, *tensors.values(), storage=storage)
     inputs = reference.token_inputs(mask, advantages, dtype, **tensors)
     grad = torch.is_grad_enabled()
     logp, entropy, *gradients = ops.linear_loss(
@@ -313,10 +270,10 @@ def linear_gcpo_loss(
             grad and weight.requires_grad,
             grad and bias is not None and bias.requires_grad,
         ],
-        "triton" if use_triton else "torch",
+        "triton" if on_triton else "torch",
     )
     # The value again from the log-probabilities, on (B, T): it also carries the gradient in causal_logp.
-    if use_triton:
+    if on_triton:
         value, metrics = _triton_loss(logp, advantages, mask, options, tensors)
     else:
         value, metrics = reference.objective(logp, inputs, options)
@@ -359,8 +316,8 @@ def linear_logprob(
     head = HeadOptions(temperature, logit_scale, logit_softcap)
     check_rank("hidden", hidden, (2, 3), "(B, T, H) or (N, H)")
     token_ids = check_ids("token_ids", token_ids, tuple(hidden.shape[:-1]), "of hidden without H", hidden)
-    _check_head(hidden, weight, bias)
-    storage = _storage_dtype(hidden, weight)
+    check_head(hidden, weight, bias)
+    storage = storage_dtype(hidden, weight)
     logp, entropy = ops.linear_logprob(
         hidden.flatten(0, -2),
         weight,
@@ -368,7 +325,7 @@ def linear_logprob(
         token_ids.flatten(),
         storage,
         ops.head_arguments(head),
-        "triton" if _use_triton(backend, hidden, weight, bias, storage=storage) else "torch",
+        "triton" if use_triton(backend, hidden, weight, bias, storage=storage) else "torch",
     )
     logp, entropy = logp.view(token_ids.shape), entropy.view(token_ids.shape)
     return (logp, entropy) if return_entropy else logp
@@ -399,7 +356,7 @@ def selective_logprob(
     HeadOptions(temperature)
     check_rank("logits", logits, (2, 3), "(B, T, V) or (N, V)")
     token_ids = check_ids("token_ids", token_ids, tuple(logits.shape[:-1]), "of logits without V", logits)
-    name = "triton" if _use_triton(backend, logits) else "torch"
+    name = "triton" if use_triton(backend, logits) else "torch"
     logp, entropy, *_ = ops.selective_logprob(logits, token_ids, float(temperature), name)
     return (logp, entropy) if return_entropy else logp
 
@@ -434,8 +391,8 @@ def causal_weights(
         (P, n) weights. NaN or inf in z or in samples that exist comes out as NaN.
     """
     check_rank("z", z, (3,), "(P, n, H)")
-    _check_causal(tuple(z.shape), z, context_z, alpha, baseline, similarity, context_mask)
-    if _use_triton(backend, z, context_z):
+    check_causal(tuple(z.shape), z, context_z, alpha, baseline, similarity, context_mask)
+    if use_triton(backend, z, context_z):
         return triton_ops.triton_causal_weights(z, None, context_z, context_mask, float(alpha), baseline, similarity)[0]
     return reference.causal_weights(
         z, context_z, alpha=alpha, baseline=baseline, similarity=similarity, context_mask=context_mask
@@ -477,8 +434,8 @@ def causal_weights_from_hidden(
         low, high = last_index.aminmax()
         if low < 0 or high >= hidden.shape[1]:
             raise ValueError(f"`last_index` must be in [0, {hidden.shape[1]}), got values from {low} to {high}.")
-    _check_causal((p, n, hidden.shape[2]), hidden, context_z, alpha, baseline, similarity, context_mask)
-    if _use_triton(backend, hidden, context_z):
+    check_causal((p, n, hidden.shape[2]), hidden, context_z, alpha, baseline, similarity, context_mask)
+    if use_triton(backend, hidden, context_z):
         return triton_ops.triton_causal_weights(
             hidden, last_index, context_z, context_mask, float(alpha), baseline, similarity
         )[0]
@@ -496,7 +453,7 @@ def causal_weights_from_hidden(
 def leave_one_out_mean(z: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
     """mean_{k != i} z_k for each i: (P, n, H) from (P, n, H) float; NaN for n = 1. Carries gradient."""
     check_rank("z", z, (3,), "(P, n, H)")
-    if _use_triton(backend, z):
+    if use_triton(backend, z):
         return triton_ops.triton_leave_one_out(z, torch.float32)
     return reference.leave_one_out_mean(z)
 
@@ -542,98 +499,5 @@ def causal_reference_logprob(
     """
     check_rank("query_logp", query_logp, (2,), "(B, T)")
     check_floor(proj_floor)
-    _check_contexts(tuple(query_logp.shape), query_logp, context_logp)
+    check_contexts(tuple(query_logp.shape), query_logp, context_logp)
     return reference.causal_reference_logprob(query_logp, context_logp, proj_floor=proj_floor)
-
-
-def _check_causal(
-    shape: tuple[int, ...],
-    like: torch.Tensor,
-    context_z: Any,
-    alpha: Any,
-    baseline: Any,
-    similarity: Any,
-    context_mask: Any,
-) -> None:
-    """Check the arguments of the causal weights against (P, n, H) = shape."""
-    check_number("alpha", alpha)
-    check_choice("baseline", baseline, BASELINES)
-    check_choice("similarity", similarity, SIMILARITIES)
-    check_rank("context_z", context_z, (5,), "(P, n, L, m, H)")
-    check_tensor("context_z", context_z, like=like)
-    p, n, hidden = shape
-    if (context_z.shape[0], context_z.shape[1], context_z.shape[4]) != (p, n, hidden):
-        raise ValueError(
-            f"`context_z` must have shape (P, n, L, m, H) = ({p}, {n}, L, m, {hidden}), got {tuple(context_z.shape)}."
-        )
-    if 0 in context_z.shape[2:4]:
-        raise ValueError(f"`context_z` must hold at least one context and sample, got {tuple(context_z.shape)}.")
-    if context_mask is not None:
-        check_mask("context_mask", context_mask, tuple(context_z.shape[:4]), "(P, n, L, m)", like)
-
-
-def _check_contexts(shape: tuple[int, ...], like: torch.Tensor, context_logp: Any) -> None:
-    check_rank("context_logp", context_logp, (3,), "(B, T, L)")
-    check_tensor("context_logp", context_logp, like=like)
-    if tuple(context_logp.shape[:2]) != shape or context_logp.shape[2] < 1:
-        raise ValueError(
-            f"`context_logp` must have shape (B, T, L) = ({shape[0]}, {shape[1]}, L) with L >= 1, "
-            f"got {tuple(context_logp.shape)}."
-        )
-
-
-def _check_head(hidden: torch.Tensor, weight: Any, bias: Any) -> None:
-    check_rank("weight", weight, (2,), "(V, H)")
-    check_tensor("weight", weight, like=hidden)
-    if weight.shape[1] != hidden.shape[-1] or weight.shape[0] < 1:
-        raise ValueError(f"`weight` must have shape (V, H) = (V, {hidden.shape[-1]}), got {tuple(weight.shape)}.")
-    if bias is not None:
-        check_tensor("bias", bias, shapes=((weight.shape[0],),), wanted=f"(V,) = ({weight.shape[0]},)", like=hidden)
-
-
-def _storage_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
-    """The type that the operands of the matrix products are rounded to: autocast's where it is on, else promotion's."""
-    promoted = torch.promote_types(hidden.dtype, weight.dtype)
-    kind = hidden.device.type
-    if promoted != torch.float64 and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return promoted
-
-
-def _check_token_arguments(
-    shape: tuple[int, ...],
-    like: torch.Tensor,
-    advantages: Any,
-    mask: Any,
-    options: LossOptions,
-    tensors: dict[str, Any],
-) -> None:
-    """Check every per-token argument of the losses against (B, T) = shape."""
-    b = shape[0]
-    check_mask("mask", mask, shape, "(B, T)", like)
-    per_row = ((b,), shape)
-    check_tensor("advantages", advantages, shapes=per_row, wanted=f"(B,) or (B, T) = ({b},) or {shape}", like=like)
-    for name in ("old_logp", "ref_logp", "query_logp", "causal_logp"):
-        if tensors[name] is not None:
-            check_tensor(name, tensors[name], shapes=(shape,), wanted=f"(B, T) = {shape}", like=like)
-    if (ratio := tensors["importance_sampling_ratio"]) is not None:
-        shapes = (shape, (b, 1), (b,))
-        wanted = f"(B, T), (B, 1) or (B,) with (B, T) = {shape}"
-        check_tensor("importance_sampling_ratio", ratio, shapes=shapes, wanted=wanted, like=like)
-    context_logp, weights = tensors["context_logp"], tensors["context_weights"]
-    if context_logp is not None:
-        _check_contexts(shape, like, context_logp)
-    if weights is not None:
-        if context_logp is None:
-            raise ValueError("`context_weights` needs `context_logp`, got None.")
-        contexts = context_logp.shape[2]
-        wanted = f"(L,) or (B, L) = ({contexts},) or ({b}, {contexts})"
-        check_tensor("context_weights", weights, shapes=((contexts,), (b, contexts)), wanted=wanted, like=like)
-        if weights.device.type == "cpu" and not torch.compiler.is_compiling():
-            counted = weights if weights.dim() == 1 else weights[(mask != 0).any(dim=1)]
-            if not bool(((counted >= 0) & (counted < torch.inf)).all()):
-                raise ValueError(f"`context_weights` must be finite and at least 0, got {counted.tolist()}.")
-    if options.beta > 0 and tensors["ref_logp"] is None:
-        raise ValueError(f"`beta` = {options.beta} needs `ref_logp`, got None.")
-    if options.kappa > 0 and context_logp is None:
-        raise ValueError(f"`kappa` = {options.kappa} needs `context_logp`, got None.")

@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from gcpo_kernels.options import BASELINES, SIMILARITIES, LossOptions, check_choice, check_number
+
 
 def check_tensor(
     name: str,
@@ -52,3 +54,87 @@ def check_mask(name: str, x: Any, shape: tuple[int, ...], wanted: str, like: tor
     if tuple(x.shape) != shape:
         raise ValueError(f"`{name}` must have shape {wanted} = {shape}, got {tuple(x.shape)}.")
     return x
+
+
+def check_causal(
+    shape: tuple[int, ...],
+    like: torch.Tensor,
+    context_z: Any,
+    alpha: Any,
+    baseline: Any,
+    similarity: Any,
+    context_mask: Any,
+) -> None:
+    """Check the arguments of the causal weights against (P, n, H) = shape."""
+    check_number("alpha", alpha)
+    check_choice("baseline", baseline, BASELINES)
+    check_choice("similarity", similarity, SIMILARITIES)
+    check_rank("context_z", context_z, (5,), "(P, n, L, m, H)")
+    check_tensor("context_z", context_z, like=like)
+    p, n, hidden = shape
+    if (context_z.shape[0], context_z.shape[1], context_z.shape[4]) != (p, n, hidden):
+        raise ValueError(
+            f"`context_z` must have shape (P, n, L, m, H) = ({p}, {n}, L, m, {hidden}), got {tuple(context_z.shape)}."
+        )
+    if 0 in context_z.shape[2:4]:
+        raise ValueError(f"`context_z` must hold at least one context and sample, got {tuple(context_z.shape)}.")
+    if context_mask is not None:
+        check_mask("context_mask", context_mask, tuple(context_z.shape[:4]), "(P, n, L, m)", like)
+
+
+def check_contexts(shape: tuple[int, ...], like: torch.Tensor, context_logp: Any) -> None:
+    check_rank("context_logp", context_logp, (3,), "(B, T, L)")
+    check_tensor("context_logp", context_logp, like=like)
+    if tuple(context_logp.shape[:2]) != shape or context_logp.shape[2] < 1:
+        raise ValueError(
+            f"`context_logp` must have shape (B, T, L) = ({shape[0]}, {shape[1]}, L) with L >= 1, "
+            f"got {tuple(context_logp.shape)}."
+        )
+
+
+def check_head(hidden: torch.Tensor, weight: Any, bias: Any) -> None:
+    check_rank("weight", weight, (2,), "(V, H)")
+    check_tensor("weight", weight, like=hidden)
+    if weight.shape[1] != hidden.shape[-1] or weight.shape[0] < 1:
+        raise ValueError(f"`weight` must have shape (V, H) = (V, {hidden.shape[-1]}), got {tuple(weight.shape)}.")
+    if bias is not None:
+        check_tensor("bias", bias, shapes=((weight.shape[0],),), wanted=f"(V,) = ({weight.shape[0]},)", like=hidden)
+
+
+def check_token_arguments(
+    shape: tuple[int, ...],
+    like: torch.Tensor,
+    advantages: Any,
+    mask: Any,
+    options: LossOptions,
+    tensors: dict[str, Any],
+) -> None:
+    """Check every per-token argument of the losses against (B, T) = shape."""
+    b = shape[0]
+    check_mask("mask", mask, shape, "(B, T)", like)
+    per_row = ((b,), shape)
+    check_tensor("advantages", advantages, shapes=per_row, wanted=f"(B,) or (B, T) = ({b},) or {shape}", like=like)
+    for name in ("old_logp", "ref_logp", "query_logp", "causal_logp"):
+        if tensors[name] is not None:
+            check_tensor(name, tensors[name], shapes=(shape,), wanted=f"(B, T) = {shape}", like=like)
+    if (ratio := tensors["importance_sampling_ratio"]) is not None:
+        shapes = (shape, (b, 1), (b,))
+        wanted = f"(B, T), (B, 1) or (B,) with (B, T) = {shape}"
+        check_tensor("importance_sampling_ratio", ratio, shapes=shapes, wanted=wanted, like=like)
+    context_logp, weights = tensors["context_logp"], tensors["context_weights"]
+    if context_logp is not None:
+        check_contexts(shape, like, context_logp)
+    if weights is not None:
+        if context_logp is None:
+            raise ValueError("`context_weights` needs `context_logp`, got None.")
+        contexts = context_logp.shape[2]
+        wanted = f"(L,) or (B, L) = ({contexts},) or ({b}, {contexts})"
+        check_tensor("context_weights", weights, shapes=((contexts,), (b, contexts)), wanted=wanted, like=like)
+        if weights.device.type == "cpu" and not torch.compiler.is_compiling():
+            counted = weights if weights.dim() == 1 else weights[(mask != 0).any(dim=1)]
+            if not bool(((counted >= 0) & (counted < torch.inf)).all()):
+                raise ValueError(f"`context_weights` must be finite and at least 0, got {counted.tolist()}.")
+    if options.beta > 0 and tensors["ref_logp"] is None:
+        raise ValueError(f"`beta` = {options.beta} needs `ref_logp`, got None.")
+    if options.kappa > 0 and context_logp is None:
+        raise ValueError(f"`kappa` = {options.kappa} needs `context_logp`, got None.")

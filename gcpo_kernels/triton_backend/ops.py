@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gcpo_kernels.options import LOSS_TYPES, LossOptions
 from gcpo_kernels.triton_backend import causal, token_loss
+from gcpo_kernels.triton_backend.token_loss import METRICS as METRICS
 
 
 def loss_numbers(options: LossOptions) -> list[float]:
