@@ -364,11 +364,15 @@ class CausalStep:
                     yield branch.key, logp[branch.predictors.to(device)], z
 
     def _tree_mask(self, row: PackedRow) -> torch.Tensor:
-        """The row's attention mask as the model takes it: additive, (1, 1, S, S)."""
+        """The row's attention mask, (1, 1, S, S), as the model's attention takes it: bool, or additive."""
+        allowed = row.allowed().to(self.accelerator.device)[None, None]
+        config = self.trainer.model.config.get_text_config()
+        if config._attn_implementation == "sdpa":
+            return allowed  # of no type that autocast could make differ from the queries'
         dtype = self.trainer.model.dtype
-        allowed = row.allowed().to(self.accelerator.device)
-        blocked = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=allowed.device)
-        return torch.where(allowed, torch.zeros_like(blocked), blocked)[None, None]
+        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
+            ~allowed, torch.finfo(dtype).min
+        )
 
     def _most(self, count: int) -> int:
         """The largest `count` of any process."""
