@@ -54,9 +54,11 @@ def collider_sampling(trainer: "GCPOTrainer") -> Iterator[None]:
             vllm.max_completion_length, vllm.temperature = before
         return
     config, kwargs = trainer.generation_config, trainer.generation_kwargs
-    changed = (
-        {"max_new_tokens": limit} if temperature is None else {"max_new_tokens": limit, "temperature": temperature}
-    )
+    changed: dict[str, float] = {"max_new_tokens": limit}
+    if temperature is not None:
+        changed["temperature"] = temperature
+    if kwargs.get("min_new_tokens"):  # asked for of candidates: colliders may be shorter
+        changed["min_new_tokens"] = min(kwargs["min_new_tokens"], limit)
     trainer.generation_kwargs = {**kwargs, **changed}
     trainer.generation_config = GenerationConfig(**trainer.generation_kwargs, disable_compile=True)
     try:

@@ -15,7 +15,7 @@ import pytest
 import torch
 import triton
 
-from gcpo_kernels import api, testing
+from gcpo_kernels import backends, testing
 from gcpo_kernels.triton_backend import linear, logprob
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -65,7 +65,7 @@ def _fast_interpreter() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _triton_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """`backend=None` is Triton, as on a GPU (but for float64, which goes to torch)."""
-    monkeypatch.setattr(api, "available_backends", lambda device="cpu": ("triton", "torch"))
+    monkeypatch.setattr(backends, "available_backends", lambda device="cpu": ("triton", "torch"))
     monkeypatch.setattr(grid, "BACKEND", "triton")
 
 
