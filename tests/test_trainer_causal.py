@@ -251,7 +251,7 @@ def test_account_adds_up(policy, tmp_path):
     trainer.train()
     logged = trainer.state.log_history[0]
     phases = [value for name, value in logged.items() if name.startswith("gcpo/seconds/")]
-    assert sum(phases) == pytest.approx(logged["step_time"], rel=0.05, abs=0.003)
+    assert sum(phases) == pytest.approx(logged["step_time"], rel=0.1, abs=0.03)
     assert min(phases) > 0
     # 8 candidates, 4 at a time per prompt; each is scored once under q and 3 times under contexts.
     assert logged["gcpo/tokens/trained"] == logged["gcpo/tokens/scored_query"]
