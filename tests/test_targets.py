@@ -17,10 +17,10 @@ from triton.runtime.jit import JITFunction
 import gcpo_kernels
 from gcpo_kernels import targets
 from gcpo_kernels.testing import make_linear_inputs, make_representations, make_token_inputs
-from gcpo_kernels.triton_backend import causal, common, linear, logprob, token_loss
+from gcpo_kernels.triton_backend import causal, common, linear, logprob, token_kernels, token_loss
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = (causal, common, linear, logprob, token_loss)
+MODULES = (causal, common, linear, logprob, token_kernels, token_loss)
 DOCUMENT = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- begin: python -m gcpo_kernels.targets -->", "<!-- end -->"
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}

@@ -14,7 +14,7 @@ from gcpo_kernels.testing import assert_close_to_truth, assert_gradient, make_li
 from gcpo_kernels.triton_backend import linear
 from gcpo_kernels.triton_backend import ops as triton_ops
 from gcpo_kernels.triton_backend.common import expm1, k3
-from gcpo_kernels.triton_backend.token_loss import _log_proj
+from gcpo_kernels.triton_backend.token_kernels import _log_proj
 
 
 @triton.jit

@@ -1,0 +1,323 @@
+"""Kernels of the token loss: the pass over the tokens, the sum of its parts, the backward. See token_loss.py."""
+
+import triton
+import triton.language as tl
+
+from gcpo_kernels.triton_backend.common import token_objective
+
+# What the pass leaves for each block of tokens.
+N_SUMS = tl.constexpr(7)  # count, loss, kl, kl_causal, proj_clamped, clip_low, clip_high
+
+
+@triton.jit
+def _log_proj(
+    first_ptr,  # of the block's tokens, context 0
+    inside,  # [BLOCK_T]
+    query,  # [BLOCK_T]
+    stride_ctx_l,
+    weights_ptr,  # of the row
+    stride_w_l,
+    L,
+    log_floor,
+    HAS_WEIGHTS: tl.constexpr,
+):
+    """log p' of a block of tokens and whether it was clamped: `reference.project`, with a running maximum over l."""
+    a = tl.load(first_ptr, mask=inside, other=0.0).to(tl.float32)
+    # Finite, so that tokens whose every probability is 0 do not become NaN.
+    top = tl.maximum(tl.maximum(a, query), -1.0e30)
+    mean = tl.zeros_like(query)
+    for l in range(0, L):
+        b = tl.load(first_ptr + l * stride_ctx_l, mask=inside, other=0.0).to(tl.float32)
+        if HAS_WEIGHTS:
+            weight = tl.load(weights_ptr + l * stride_w_l).to(tl.float32)
+            b = tl.where(weight != 0.0, b, -1.0e30)  # its scores do not matter, NaN included
+        else:
+            weight = 1.0 / L.to(tl.float32)
+        new_top = tl.where(b > top, b, top)
+        mean = mean * tl.exp(top - new_top) + weight * tl.exp(b - new_top)
+        top = new_top
+    total = tl.exp(a - top) - mean + tl.exp(query - top)
+    raw = tl.where(total <= 0.0, -float("inf"), top + tl.log(total))
+    clamped = (raw < log_floor) | (raw > 0.0)
+    return tl.where(raw < log_floor, log_floor, tl.where(raw > 0.0, 0.0, raw)), clamped
+
+
+@triton.jit(do_not_specialize=["T", "B", "L"])
+def token_loss_kernel(
+    logp_ptr,  # (B, T)
+    mask_ptr,  # (B, T)
+    adv_ptr,  # (B, T), or (B,) with stride_adv_t = 0
+    old_ptr,  # (B, T)
+    ref_ptr,  # (B, T)
+    query_ptr,  # (B, T)
+    causal_ptr,  # (B, T)
+    is_ptr,  # (B, T), or per sequence with stride_is_t = 0
+    ctx_ptr,  # (B, T, L)
+    weights_ptr,  # (B, L), or (L,) with stride_w_b = 0
+    d_logp_ptr,  # (B, T) float32, contiguous
+    d_causal_ptr,  # (B, T) float32, contiguous
+    sequence_ptr,  # (B,) float32: with a ratio per sequence, what each of its tokens adds to d_logp
+    sums_ptr,  # (N_SUMS, B, BLOCKS) float32
+    stride_logp_b,
+    stride_logp_t,
+    stride_mask_b,
+    stride_mask_t,
+    stride_adv_b,
+    stride_adv_t,
+    stride_old_b,
+    stride_old_t,
+    stride_ref_b,
+    stride_ref_t,
+    stride_query_b,
+    stride_query_t,
+    stride_causal_b,
+    stride_causal_t,
+    stride_is_b,
+    stride_is_t,
+    stride_ctx_b,
+    stride_ctx_t,
+    stride_ctx_l,
+    stride_w_b,
+    stride_w_l,
+    B,
+    T,
+    L,
+    beta,
+    kappa,
+    epsilon_low,
+    epsilon_high,
+    delta,
+    log_floor,
+    HAS_OLD: tl.constexpr,
+    HAS_REF: tl.constexpr,
+    HAS_QUERY: tl.constexpr,
+    HAS_CAUSAL: tl.constexpr,
+    HAS_IS: tl.constexpr,
+    HAS_CONTEXT: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    HAS_DELTA: tl.constexpr,
+    BY_SEQUENCE: tl.constexpr,
+    BLOCKS: tl.constexpr,  # programs per sequence
+    BLOCK_T: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    row = pid // BLOCKS
+    part = pid % BLOCKS
+    share = tl.cdiv(tl.cdiv(T, BLOCKS), BLOCK_T) * BLOCK_T
+    start = part * share
+    end = tl.minimum(start + share, T)
+    logp_ptr += row * stride_logp_b
+    mask_ptr += row * stride_mask_b
+    old_ptr += row * stride_old_b
+    block = tl.arange(0, BLOCK_T)
+    contexts = L.to(tl.int64)
+
+    sequence_log_ratio = 0.0
+    if BY_SEQUENCE and HAS_OLD:
+        ratio_sum = tl.zeros([BLOCK_T], tl.float32)
+        ratio_count = tl.zeros([BLOCK_T], tl.float32)
+        for t0 in range(start, end, BLOCK_T):
+            t = t0 + block  # [BLOCK_T]
+            keep = tl.load(mask_ptr + t * stride_mask_t, mask=t < end, other=0) != 0
+            logp = tl.load(logp_ptr + t * stride_logp_t, mask=keep, other=0.0).to(tl.float32)
+            old = tl.load(old_ptr + t * stride_old_t, mask=keep, other=0.0).to(tl.float32)
+            ratio_sum += logp - old
+            ratio_count += keep.to(tl.float32)
+        sequence_log_ratio = tl.sum(ratio_sum) / tl.maximum(tl.sum(ratio_count), 1.0)
+
+    n = tl.zeros([BLOCK_T], tl.float32)
+    sum_loss = tl.zeros([BLOCK_T], tl.float32)
+    sum_kl = tl.zeros([BLOCK_T], tl.float32)
+    sum_causal = tl.zeros([BLOCK_T], tl.float32)
+    sum_clamped = tl.zeros([BLOCK_T], tl.float32)
+    sum_low = tl.zeros([BLOCK_T], tl.float32)
+    sum_high = tl.zeros([BLOCK_T], tl.float32)
+    sum_ratio = tl.zeros([BLOCK_T], tl.float32)
+    for t0 in range(start, end, BLOCK_T):
+        t = t0 + block  # [BLOCK_T]
+        inside = t < end
+        keep = tl.load(mask_ptr + t * stride_mask_t, mask=inside, other=0) != 0
+        # Nothing is loaded where the mask is 0: whatever stands there, NaN included, takes no part.
+        logp = tl.load(logp_ptr + t * stride_logp_t, mask=keep, other=0.0).to(tl.float32)
+        adv = tl.load(adv_ptr + row * stride_adv_b + t * stride_adv_t, mask=keep, other=0.0).to(tl.float32)
+        old = logp
+        if HAS_OLD:
+            old = tl.load(old_ptr + t * stride_old_t, mask=keep, other=0.0).to(tl.float32)
+        if BY_SEQUENCE:
+            log_ratio = tl.zeros([BLOCK_T], tl.float32) + sequence_log_ratio
+        else:
+            log_ratio = logp - old
+        ref = logp
+        if HAS_REF:
+            ref = tl.load(ref_ptr + row * stride_ref_b + t * stride_ref_t, mask=keep, other=0.0).to(tl.float32)
+        causal = logp
+        if HAS_CAUSAL:
+            causal_at = causal_ptr + row * stride_causal_b + t * stride_causal_t
+            causal = tl.load(causal_at, mask=keep, other=0.0).to(tl.float32)
+        is_ratio = tl.full([BLOCK_T], 1.0, tl.float32)
+        if HAS_IS:
+            is_ratio = tl.load(is_ptr + row * stride_is_b + t * stride_is_t, mask=keep, other=0.0).to(tl.float32)
+        log_proj = logp
+        clamped = keep
+        if HAS_CONTEXT:
+            query = old
+            if HAS_QUERY:
+                query_at = query_ptr + row * stride_query_b + t * stride_query_t
+                query = tl.load(query_at, mask=keep, other=0.0).to(tl.float32)
+            log_proj, clamped = _log_proj(
+                ctx_ptr + row * stride_ctx_b + t * stride_ctx_t,
+                keep,
+                query,
+                stride_ctx_l,
+                weights_ptr + row * stride_w_b,
+                stride_w_l,
+                contexts,
+                log_floor,
+                HAS_WEIGHTS,
+            )
+        loss, d_ratio, d_logp, d_causal, kl, kl_causal, ratio = token_objective(
+            logp,
+            log_ratio,
+            adv,
+            is_ratio,
+            ref,
+            log_proj,
+            causal,
+            beta,
+            kappa,
+            epsilon_low,
+            epsilon_high,
+            delta,
+            HAS_DELTA,
+            HAS_REF,
+            HAS_CONTEXT,
+        )
+        if not HAS_CAUSAL:
+            d_logp += d_causal
+        if not BY_SEQUENCE:
+            d_logp += d_ratio
+        out = row * T + t
+        tl.store(d_logp_ptr + out, tl.where(keep, d_logp, 0.0), mask=inside)
+        if HAS_CAUSAL:
+            tl.store(d_causal_ptr + out, tl.where(keep, d_causal, 0.0), mask=inside)
+        n += keep.to(tl.float32)
+        sum_loss += tl.where(keep, loss, 0.0)
+        sum_kl += tl.where(keep, kl, 0.0)
+        sum_ratio += tl.where(keep, d_ratio, 0.0)
+        if HAS_CONTEXT:
+            sum_causal += tl.where(keep, kl_causal, 0.0)
+            sum_clamped += (keep & clamped).to(tl.float32)
+        sum_low += (keep & (ratio < 1.0 - epsilon_low) & (adv < 0)).to(tl.float32)
+        sum_high += (keep & (ratio > 1.0 + epsilon_high) & (adv > 0)).to(tl.float32)
+
+    step = B.to(tl.int64) * BLOCKS
+    tl.store(sums_ptr + pid, tl.sum(n))
+    tl.store(sums_ptr + step + pid, tl.sum(sum_loss))
+    tl.store(sums_ptr + 2 * step + pid, tl.sum(sum_kl))
+    tl.store(sums_ptr + 3 * step + pid, tl.sum(sum_causal))
+    tl.store(sums_ptr + 4 * step + pid, tl.sum(sum_clamped))
+    tl.store(sums_ptr + 5 * step + pid, tl.sum(sum_low))
+    tl.store(sums_ptr + 6 * step + pid, tl.sum(sum_high))
+    if BY_SEQUENCE:
+        tl.store(sequence_ptr + row, tl.sum(sum_ratio) / tl.maximum(tl.sum(n), 1.0))
+
+
+@triton.jit(do_not_specialize=["B"])
+def token_loss_finish_kernel(
+    sums_ptr,  # (N_SUMS, B, BLOCKS)
+    items_ptr,  # (1,): num_items_in_batch, where it is a tensor
+    out_ptr,  # (N_OUT,)
+    B,
+    divisor,
+    DIVIDE_BY: tl.constexpr,
+    ITEMS_ON_DEVICE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    step = B.to(tl.int64) * BLOCKS
+    rows = tl.arange(0, BLOCK_B)
+    parts = tl.arange(0, BLOCKS).to(tl.int64)
+    loss = tl.zeros([BLOCK_B], tl.float32)
+    total = tl.zeros([BLOCK_B], tl.float32)
+    kl = tl.zeros([BLOCK_B], tl.float32)
+    kl_causal = tl.zeros([BLOCK_B], tl.float32)
+    clamped = tl.zeros([BLOCK_B], tl.float32)
+    low = tl.zeros([BLOCK_B], tl.float32)
+    high = tl.zeros([BLOCK_B], tl.float32)
+    for b0 in range(0, B, BLOCK_B):
+        b = (b0 + rows).to(tl.int64)
+        inside = (b < B)[:, None] & (parts[None, :] < BLOCKS)
+        at = sums_ptr + b[:, None] * BLOCKS + parts[None, :]  # [BLOCK_B, BLOCKS]
+        n = tl.sum(tl.load(at, mask=inside, other=0.0), axis=1)
+        row_loss = tl.sum(tl.load(at + step, mask=inside, other=0.0), axis=1)
+        if DIVIDE_BY == 0:
+            row_loss = row_loss / tl.maximum(n, 1.0)
+        loss += row_loss
+        total += n
+        kl += tl.sum(tl.load(at + 2 * step, mask=inside, other=0.0), axis=1)
+        kl_causal += tl.sum(tl.load(at + 3 * step, mask=inside, other=0.0), axis=1)
+        clamped += tl.sum(tl.load(at + 4 * step, mask=inside, other=0.0), axis=1)
+        low += tl.sum(tl.load(at + 5 * step, mask=inside, other=0.0), axis=1)
+        high += tl.sum(tl.load(at + 6 * step, mask=inside, other=0.0), axis=1)
+    count = tl.maximum(tl.sum(total), 1.0)
+    denominator = count
+    if DIVIDE_BY == 0:
+        denominator = tl.maximum(B * 1.0, 1.0)
+    elif DIVIDE_BY == 2:
+        denominator = divisor
+        if ITEMS_ON_DEVICE:
+            denominator = tl.load(items_ptr).to(tl.float32)
+        denominator = tl.maximum(denominator, 1.0)
+    tl.store(out_ptr, tl.sum(loss) / denominator)
+    tl.store(out_ptr + 1, tl.sum(kl) / count)
+    tl.store(out_ptr + 2, tl.sum(kl_causal) / count)
+    tl.store(out_ptr + 3, tl.sum(clamped) / count)
+    tl.store(out_ptr + 4, tl.sum(low) / count)
+    tl.store(out_ptr + 5, tl.sum(high) / count)
+    tl.store(out_ptr + 6, 1.0 / denominator)
+
+
+@triton.jit(do_not_specialize=["T"])
+def token_loss_backward_kernel(
+    grad_ptr,  # (): upstream gradient
+    d_logp_ptr,  # (B, T) float32
+    d_causal_ptr,  # (B, T) float32
+    sequence_ptr,  # (B,) float32
+    sums_ptr,  # (N_SUMS, B, BLOCKS): the counts come first
+    out_ptr,  # (N_OUT,)
+    mask_ptr,  # (B, T)
+    stride_mask_b,
+    stride_mask_t,
+    grad_logp_ptr,  # (B, T), contiguous
+    grad_causal_ptr,  # (B, T), contiguous
+    T,
+    BY_COUNT: tl.constexpr,  # divide by each sequence's own count too
+    BY_SEQUENCE: tl.constexpr,
+    HAS_CAUSAL: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    row = pid // BLOCKS
+    share = tl.cdiv(tl.cdiv(T, BLOCKS), BLOCK_T) * BLOCK_T
+    start = (pid % BLOCKS) * share
+    end = tl.minimum(start + share, T)
+    scale = tl.load(grad_ptr).to(tl.float32) * tl.load(out_ptr + 6)
+    if BY_COUNT:
+        n = tl.sum(tl.load(sums_ptr + row * BLOCKS + tl.arange(0, BLOCKS)))
+        scale = scale / tl.maximum(n, 1.0)
+    for t0 in range(start, end, BLOCK_T):
+        t = t0 + tl.arange(0, BLOCK_T)  # [BLOCK_T]
+        inside = t < end
+        at = row * T + t
+        d = tl.load(d_logp_ptr + at, mask=inside, other=0.0)
+        if BY_SEQUENCE:
+            keep = tl.load(mask_ptr + row * stride_mask_b + t * stride_mask_t, mask=inside, other=0) != 0
+            d += tl.where(keep, tl.load(sequence_ptr + row), 0.0)
+        # 0 at masked tokens whatever the scale is, as autograd's `where` has it.
+        grad = tl.where(d == 0.0, 0.0, d * scale)
+        tl.store(grad_logp_ptr + at, grad.to(grad_logp_ptr.dtype.element_ty), mask=inside)
+        if HAS_CAUSAL:
+            d = tl.load(d_causal_ptr + at, mask=inside, other=0.0)
+            grad = tl.where(d == 0.0, 0.0, d * scale)
+            tl.store(grad_causal_ptr + at, grad.to(grad_causal_ptr.dtype.element_ty), mask=inside)
