@@ -5,33 +5,23 @@ All that concerns a group is computed here, on rows gathered from all processes:
 """
 
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
 
-from gcpo._trl import pad
 from gcpo.colliders import Group, generate_colliders, own_random_stream
-from gcpo.contexts import Prompt, PromptBuilder, check_length
-from gcpo.estimators import BranchRecorder, HiddenRecorder, estimate_weights
-from gcpo.packing import PackedRow, pack, pack_parallel
+from gcpo.contexts import PromptBuilder, check_length
+from gcpo.estimators import estimate_weights
+from gcpo.parallel import GroupReading, read_groups, score_copies
+from gcpo.rollout import Rollout
 from gcpo.sampling import ContextDraw, draw_contexts
+from gcpo.scoring import Reading, Scorer, pad_ids
 
 if TYPE_CHECKING:
     from gcpo.trainer import GCPOTrainer
 
 Ids = list[int]
-
-
-@dataclass
-class Rollout:
-    """What one generation produced on this process, before TRL pads and masks it."""
-
-    prompts: list[Prompt]
-    prompt_ids: list[Ids]
-    completion_ids: list[Ids]
 
 
 class CausalStep:
@@ -46,21 +36,23 @@ class CausalStep:
         self.trainer = trainer
         self.config = trainer.args
         self.accelerator = trainer.accelerator
+        self.groups: list[Group] = []  # of the last rollout, for whoever logs it
         self.builder = PromptBuilder(
             trainer._tokenizer, trainer.args, trainer.chat_template, trainer.chat_template_kwargs
         )
-        if trainer.args.context_attention == "parallel" and not can_share_prefixes(trainer.model):
+        self.scorer = Scorer(trainer)
+        self.z_size: int = trainer.model.config.get_text_config().hidden_size
+        config, kind = trainer.args, trainer.model.config.model_type
+        if config.context_attention == "parallel" and config.scores_contexts and not self.scorer.can_continue:
             raise ValueError(
-                "`context_attention='parallel'` needs `attn_implementation` 'sdpa' or 'eager' and a model without "
-                f"sliding windows, got {trainer.model.config.model_type} with "
-                f"{trainer.model.config._attn_implementation!r}."
+                "`context_attention='parallel'` needs a model whose every layer keeps the keys and values of all "
+                f"tokens, without sliding windows, got {kind}. Use `context_attention='full'`."
             )
-        self.shares_prefixes = trainer.args.share_prefix and can_share_prefixes(trainer.model)
-        if trainer.args.share_prefix and trainer.args.scores_contexts and not self.shares_prefixes:
+        if config.share_prefix and config.is_causal and not self.scorer.shares:
             warnings.warn(
-                "`share_prefix` needs `attn_implementation` 'sdpa' or 'eager' and a model without sliding windows; "
-                f"{trainer.model.config.model_type} with {trainer.model.config._attn_implementation!r} is not such a "
-                "model, so its contexts are scored one by one. `share_prefix=False` says so without this warning.",
+                "`share_prefix` needs a model whose every layer keeps the keys and values of all tokens, without "
+                f"sliding windows; {kind} is not such a model, so its contexts are scored one by one. "
+                "`share_prefix=False` says so without this warning.",
                 stacklevel=2,
             )
 
@@ -70,42 +62,43 @@ class CausalStep:
 
         Args:
             output: what TRL made of the rollout.
-            z: representations (B, H) of this process's candidates, where TRL's own scoring pass gave them.
+            z: representations (B, H) of this process's candidates, where a pass that was made anyway gave them.
         """
-        length = output["completion_ids"].size(1)
-        query_logp = output.get("old_per_token_logps")
-        parallel = self.config.context_attention == "parallel" and self.config.scores_contexts
-        if (query_logp is None or z is None) and not parallel:
-            query_logp, z = self.score(rollout.prompt_ids, rollout.completion_ids, length)
-        groups = self.make_groups(rollout)
+        config, length = self.config, output["completion_ids"].size(1)
+        query_logp = output.get("old_per_token_logps")  # without: the policy is what generated, and its own logps serve
+        if z is None and config.uses_weights:
+            query_logp, z = self._score_candidates(rollout, length)
+        groups = self.groups = self.make_groups(rollout)
         n, first = self.trainer.num_generations, self.accelerator.process_index * len(rollout.prompts)
         rows = [divmod(first + k, n) for k in range(len(rollout.prompts))]  # (group, candidate) of each local row
         has_content = torch.tensor([group.has_content for group in groups], device=self.accelerator.device)  # (P, L)
+        draw = self._draw(groups, rows) if config.scores_contexts else None
+        found = self._read_groups(rollout, groups, rows, draw)
         context_z = None
-        draw: ContextDraw | None = None
-        if self.config.scores_contexts:
-            draw = self._draw(groups, rows)
-            if parallel:
-                query_logp, z, context_logp, scored_z = self._score_parallel(rollout, groups, rows, draw, length)
+        if draw is not None:
+            if config.context_attention == "parallel":
+                context_logp, scored_z = self._score_parallel(groups, rows, draw, found, length)
             else:
                 context_logp, scored_z = self._score_contexts(rollout, groups, rows, draw, length)
-            if self.config.estimator == "scored":
+            if config.estimator == "scored":
                 context_z = self._by_context(scored_z, draw)
-        if self.config.estimator == "sampled":
+        if config.estimator == "sampled":
             context_z = self._sample_contexts(groups, rows)
-        assert z is not None
-        if self.config.uses_weights:
-            upsilon = self.weigh(output, groups, z, context_z, has_content)
+        if config.uses_weights:
+            assert z is not None
+            collider_z = self._represent_colliders(groups, found) if config.estimator == "loo" else None
+            upsilon = self.weigh(output, groups, z, collider_z, context_z, has_content)
             output["advantages"] = _scale_rows(output["advantages"], upsilon[first : first + len(rows)])
-        if self.config.kappa > 0:
+        if config.kappa > 0:
             assert draw is not None
             device = self.accelerator.device
-            output["query_logps"] = query_logp
+            if query_logp is not None:
+                output["query_logps"] = query_logp
             output["context_logps"] = context_logp
             output["context_weights"] = draw.weights.to(device)
             output["has_collider"] = draw.counted.to(device)
             output["causal_scale"] = torch.tensor(draw.scale, device=device)
-            if self.config.causal_policy_context == "context":
+            if config.causal_policy_context == "context":
                 output["context_ids"], output["context_mask"] = self._first_contexts(rollout, groups, rows, draw)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -164,9 +157,16 @@ class CausalStep:
             contexts, completions = [rollout.prompt_ids[0]], [rollout.completion_ids[0]]
         longest = max(len(x) + len(y) for x, y in zip(contexts, completions, strict=True))
         check_length(longest, self.trainer.max_positions, "A context with its candidate")
-        score = self.score_packed if self.shares_prefixes else self.score
-        with self.trainer._counted_as("contexts", "scored_contexts"):
-            scores, scored_z = score(contexts, completions, length)
+        scorer = self.scorer
+        # Attention over a packed row costs its square: where rows would be long, shared keys and values cost less.
+        packs = scorer.shares and scorer.can_pack and scorer.most(2 * longest) <= self.config.pack_tokens
+        if packs:
+            scores, scored_z = scorer.score_packed(contexts, completions, length)
+        elif scorer.shares:
+            scores, scored_z = scorer.score_by_level(contexts, completions, length, "scored_contexts")
+        else:
+            with self.trainer._counted_as("contexts", "scored_contexts"):
+                scores, scored_z = scorer.score(contexts, completions, length)
         width = draw.weights.shape[1]
         logp = scores.new_zeros(len(rows), width, length)
         z = scored_z.new_zeros(len(rows), width, scored_z.shape[1])
@@ -176,41 +176,62 @@ class CausalStep:
             z[at[:, 0], at[:, 1]] = scored_z
         return logp.transpose(1, 2), z
 
+    def _score_candidates(self, rollout: Rollout, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """log pi_old(y_i | q) (B, T) and z_i (B, H) of local rows, from a pass of their own."""
+        if self.scorer.shares:
+            return self.scorer.score_by_level(rollout.prompt_ids, rollout.completion_ids, length, "scored_query")
+        return self.scorer.score(rollout.prompt_ids, rollout.completion_ids, length)
+
+    def _read_groups(
+        self, rollout: Rollout, groups: list[Group], rows: list[tuple[int, int]], draw: ContextDraw | None
+    ) -> dict[int, GroupReading]:
+        """
+        Keys, values and representations of what this process must know of its groups: what parallel contexts look
+        back at, and the colliders of groups that begin here, for the closed-form estimate.
+        """
+        local = {p: groups[p] for p, _ in rows}
+        candidates: set[tuple[int, int]] = set()
+        colliders: set[tuple[int, int]] = set()
+        if self.config.context_attention == "parallel" and draw is not None:
+            for (p, i), drawn in zip(rows, draw.contexts, strict=True):
+                if drawn:
+                    candidates |= {(p, k) for k in range(len(groups[p].candidates)) if k != i}
+                    colliders |= {(p, l) for l in drawn}
+        if self.config.estimator == "loo" and self.scorer.shares:
+            colliders |= {(p, l) for p, i in rows if i == 0 for l in range(self.config.num_colliders)}
+        known: dict[int, GroupReading] = {}
+        states = rollout.states
+        if states is not None and states.cache is not None:
+            nothing = torch.zeros(0, device=self.accelerator.device)
+            for k, (p, i) in enumerate(rows):
+                group = known.setdefault(p, GroupReading(query=states.query(k, len(rollout.prompt_ids[k]))))
+                own = states.completion(k, len(rollout.completion_ids[k]))
+                group.candidates[i] = Reading(nothing, states.z[k], own)
+        return read_groups(self.scorer, local, known, sorted(candidates), sorted(colliders))
+
     def _score_parallel(
-        self, rollout: Rollout, groups: list[Group], rows: list[tuple[int, int]], draw: ContextDraw, length: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """
-        Scores and representations under q, (B, T) and (B, H), and under parallel contexts, (B, T, width) and
-        (B, width, H), of local rows. A prompt's first packed row gives the former.
-        """
-        packed: list[PackedRow] = []
-        for p in sorted({p for p, _ in rows}):
-            group = groups[p]
-            wanted = [(i, l) for k, (q, i) in enumerate(rows) if q == p for l in draw.contexts[k]]
+        self,
+        groups: list[Group],
+        rows: list[tuple[int, int]],
+        draw: ContextDraw,
+        found: dict[int, GroupReading],
+        length: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`_score_contexts`, under parallel contexts."""
+        local = {p: groups[p] for p, _ in rows}
+        for group in local.values():
             longest = len(group.prompt_ids) + max(map(len, group.candidates + group.colliders))
             longest += max(map(len, group.candidates))
             check_length(longest, self.trainer.max_positions, "A parallel context with its candidate")
-            shown = self.config.candidate_context_tokens
-            for row in pack_parallel(
-                group.prompt_ids, group.candidates, group.colliders, wanted, shown, self.config.pack_tokens
-            ):
-                for branch in row.branches:
-                    branch.key = (p, branch.key)
-                packed.append(row)
-        scores, states = {}, {}
-        for key, logp, z in self._forward_packed(packed):
-            scores[key], states[key] = logp, z
-        width = draw.weights.shape[1]
-        device, hidden = self.accelerator.device, next(iter(states.values())).shape[0]
-        query_logp, z = torch.zeros(len(rows), length, device=device), torch.zeros(len(rows), hidden, device=device)
-        context_logp = torch.zeros(len(rows), width, length, device=device)
-        context_z = torch.zeros(len(rows), width, hidden, device=device)
-        for k, (p, i) in enumerate(rows):
-            count = len(rollout.completion_ids[k])
-            query_logp[k, :count], z[k] = scores[p, ("query", i)], states[p, ("query", i)]
-            for place, l in enumerate(draw.contexts[k]):
-                context_logp[k, place, :count], context_z[k, place] = scores[p, (i, l)], states[p, (i, l)]
-        return query_logp, z, context_logp.transpose(1, 2), context_z
+        places = [(k, place) for k, drawn in enumerate(draw.contexts) for place in range(len(drawn))]
+        wanted = [(*rows[k], draw.contexts[k][place]) for k, place in places]
+        copies = score_copies(self.scorer, local, found, wanted, self.config.candidate_context_tokens)
+        width, device = draw.weights.shape[1], self.accelerator.device
+        logp = torch.zeros(len(rows), width, length, device=device)
+        z = torch.zeros(len(rows), width, self.z_size, device=device)
+        for (k, place), copy in zip(places, copies, strict=True):
+            logp[k, place, : len(copy.logp)], z[k, place] = copy.logp, copy.z
+        return logp.transpose(1, 2), z
 
     def _by_context(self, z: torch.Tensor, draw: ContextDraw) -> torch.Tensor:
         """(B, L, 1, H) from (B, width, H): every context was scored, but for colliders that say nothing."""
@@ -230,7 +251,7 @@ class CausalStep:
         outputs = [ids or [self.trainer._tokenizer.eos_token_id] for ids in outputs]
         self.trainer._account.add_tokens("generated_contexts", sum(map(len, outputs)))
         with self.trainer._counted_as("contexts", "scored_contexts"):
-            _, z = self.score(contexts, outputs, max(map(len, outputs)))
+            _, z = self.scorer.score(contexts, outputs, max(map(len, outputs)))
         return z.view(len(rows), colliders, m, -1)
 
     def _first_contexts(
@@ -241,24 +262,21 @@ class CausalStep:
             self._context(groups, row, 0) if drawn else rollout.prompt_ids[k]
             for k, (row, drawn) in enumerate(zip(rows, draw.contexts, strict=True))
         ]
-        return self._pad(ids, "left")
+        return pad_ids(self.trainer, ids, "left")
 
     def weigh(
         self,
         output: dict[str, Any],
         groups: list[Group],
         z: torch.Tensor,  # (B, H)
+        collider_z: torch.Tensor | None,  # (P, L, H)
         context_z: torch.Tensor | None,  # (B, L, m, H)
         has_content: torch.Tensor,  # (P, L)
     ) -> torch.Tensor:
         """Upsilon of all rows of all processes, (P * n,); also logs it."""
         n = self.trainer.num_generations
         z = self.accelerator.gather(z).view(-1, n, z.shape[-1])
-        collider_z = None
-        if self.config.estimator == "loo":
-            collider_z = self._represent_colliders(groups)
-        else:
-            assert context_z is not None
+        if context_z is not None:
             context_z = self.accelerator.gather(context_z.contiguous()).view(z.shape[0], n, *context_z.shape[1:])
         weights, metrics = estimate_weights(self.config, z, collider_z, context_z, has_content)
         upsilon = weights.flatten()
@@ -272,134 +290,31 @@ class CausalStep:
         logged = self.trainer._logs["advantages"]
         tail = [logged.pop() for _ in range(min(len(upsilon), len(logged)))][::-1]
         logged.extend(a * u for a, u in zip(tail, upsilon[-len(tail) :].tolist(), strict=True))
+        self.trainer._logs["extra"]["plain_advantage"].extend(tail)
         self.trainer._logs["extra"]["upsilon"].extend(upsilon.tolist())
         return upsilon
 
-    def _represent_colliders(self, groups: list[Group]) -> torch.Tensor:
+    def _represent_colliders(self, groups: list[Group], found: dict[int, GroupReading]) -> torch.Tensor:
         """z of every collider under its query, as candidates are represented: (P, L, H). Processes share the work."""
+        config, accelerator = self.config, self.accelerator
+        if self.scorer.shares:
+            n = self.trainer.num_generations
+            first = accelerator.process_index * (len(groups) * n // accelerator.num_processes)
+            z = torch.zeros(len(groups), config.num_colliders, self.z_size, device=accelerator.device)
+            for p, group in found.items():
+                if p * n >= first:  # the group begins on this process
+                    z[p] = torch.stack([group.colliders[l].z for l in range(config.num_colliders)])
+            return accelerator.reduce(z, reduction="sum")
         eos = [self.trainer._tokenizer.eos_token_id]
         tasks = [(group.prompt_ids, collider or eos) for group in groups for collider in group.colliders]
-        processes = self.accelerator.num_processes
-        share = -(-len(tasks) // processes)
-        padded = tasks + [tasks[-1]] * (share * processes - len(tasks))
-        start = self.accelerator.process_index * share
-        local = padded[start : start + share]
+        share = -(-len(tasks) // accelerator.num_processes)
+        padded = tasks + [tasks[-1]] * (share * accelerator.num_processes - len(tasks))
+        local = padded[accelerator.process_index * share :][:share]
         longest = max(len(collider) for _, collider in local)
         with self.trainer._counted_as("scoring", "scored_colliders"):
-            _, z = self.score([query for query, _ in local], [collider for _, collider in local], longest)
-        z = self.accelerator.gather(z)[: len(tasks)]
+            _, z = self.scorer.score([query for query, _ in local], [collider for _, collider in local], longest)
+        z = accelerator.gather(z)[: len(tasks)]
         return z.view(len(groups), -1, z.shape[-1])
-
-    # -----------------------------------------------------------------------------------------------------------------
-
-    def score(self, prompts: list[Ids], completions: list[Ids], length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Score each completion after its prompt with the policy, without gradient: log-probabilities (rows, length),
-        0 behind a completion's end, and representations (rows, H) float32. Rows of similar length share a forward.
-
-        Collective: every process runs as many forwards as the one with the most rows, as ZeRO-3 and FSDP need.
-        """
-        device, rows = self.accelerator.device, len(prompts)
-        step = self.config.context_batch_size or self.config.per_device_train_batch_size
-        order = sorted(range(rows), key=lambda k: len(prompts[k]) + len(completions[k]))
-        parts = [order[start : start + step] for start in range(0, rows, step)]
-        logp = torch.zeros(rows, length, device=device)
-        z: torch.Tensor | None = None
-        for number in range(self._most(len(parts))):
-            part = parts[number] if number < len(parts) else parts[0][:1]
-            x, x_mask = self._pad([prompts[k] for k in part], "left")
-            y, y_mask = self._pad([completions[k] for k in part], "right")
-            with self.trainer._recording(HiddenRecorder(self.config.representation)) as recorder:
-                scores, _, _ = self.trainer._get_per_token_logps_and_entropies(
-                    self.trainer.model, torch.cat([x, y], dim=1), torch.cat([x_mask, y_mask], dim=1), y.size(1)
-                )
-            reduced = recorder.result()
-            z = reduced.new_zeros(rows, reduced.shape[1]) if z is None else z
-            z[part] = reduced
-            width = min(y.size(1), length)
-            logp[part, :width] = torch.where(y_mask != 0, scores, 0.0)[:, :width].to(logp.dtype)
-        assert z is not None
-        return logp, z
-
-    def score_packed(
-        self, contexts: list[Ids], completions: list[Ids], length: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`score`, with tokens that contexts share passed through the model once: the same values, fewer tokens."""
-        logp = torch.zeros(len(contexts), length, device=self.accelerator.device)
-        states: list[Any] = [None] * len(contexts)
-        for key, scores, z in self._forward_packed(pack(contexts, completions, self.config.pack_tokens)):
-            width = min(len(scores), length)
-            logp[key, :width], states[key] = scores[:width].to(logp.dtype), z
-        return logp, torch.stack(states)
-
-    def _forward_packed(self, packed: list[PackedRow]) -> Iterator[tuple[Any, torch.Tensor, torch.Tensor]]:
-        """
-        Key, log-probabilities (T,) and representation (H,) of every scored branch of packed rows, a forward each.
-
-        Collective, as `score` is: a process with fewer rows repeats its last one.
-        """
-        trainer, device = self.trainer, self.accelerator.device
-        for number in range(self._most(len(packed))):
-            row = packed[min(number, len(packed) - 1)]
-            scored = [branch for branch in row.branches if branch.context_length < len(branch.path)]
-            if number < len(packed):
-                trainer._account.add_tokens("scored_query", row.base)
-                trainer._account.add_tokens("scored_contexts", len(row.ids) - row.base)
-            places = [branch.completion.to(device) for branch in scored]
-            recorder = BranchRecorder(self.config.representation, places)
-            with (
-                trainer._account.phase("contexts"),
-                recorder.attached(trainer._backbone()),
-                self.accelerator.autocast(),
-            ):
-                logp = trainer.model(
-                    input_ids=row.ids[None].to(device),
-                    attention_mask=self._tree_mask(row),
-                    position_ids=row.positions[None].to(device),
-                    shift_labels=row.labels()[None].to(device),
-                    fused_lm_head=True,
-                ).log_probs[0]
-            if number < len(packed):
-                for branch, z in zip(scored, recorder.result(), strict=True):
-                    yield branch.key, logp[branch.predictors.to(device)], z
-
-    def _tree_mask(self, row: PackedRow) -> torch.Tensor:
-        """The row's attention mask, (1, 1, S, S), as the model's attention takes it: bool, or additive."""
-        allowed = row.allowed().to(self.accelerator.device)[None, None]
-        config = self.trainer.model.config.get_text_config()
-        if config._attn_implementation == "sdpa":
-            return allowed  # of no type that autocast could make differ from the queries'
-        dtype = self.trainer.model.dtype
-        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
-            ~allowed, torch.finfo(dtype).min
-        )
-
-    def _most(self, count: int) -> int:
-        """The largest `count` of any process."""
-        if self.accelerator.num_processes == 1:
-            return count
-        return int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max())
-
-    def _pad(self, ids: list[Ids], side: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Padded ids and mask of one batch, on this process's device."""
-        tensors = [torch.tensor(row, dtype=torch.long) for row in ids]
-        multiple = self.trainer.pad_to_multiple_of
-        padded = pad(tensors, self.trainer._tokenizer.pad_token_id, side, multiple)
-        mask = pad([torch.ones_like(row) for row in tensors], 0, side, multiple)
-        return padded.to(self.accelerator.device), mask.to(self.accelerator.device)
-
-
-def can_share_prefixes(model: Any) -> bool:
-    """
-    Whether a model computes packed rows exactly: its attention must take a mask of our making, and every layer must
-    look back without a window, which a row's order would distort.
-    """
-    config = model.config.get_text_config()
-    if config._attn_implementation not in ("sdpa", "eager"):
-        return False
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-    return kinds == {"full_attention"} and not (windowed and not getattr(config, "layer_types", None))
 
 
 def _scale_rows(advantages: torch.Tensor, upsilon: torch.Tensor) -> torch.Tensor:

@@ -80,7 +80,7 @@ class GCPOConfig(GRPOConfig):
             `"full"`: a context is one text and its candidates attend to each other, the paper's reading.
             `"parallel"`, cheaper, another estimate: candidates and colliders are encoded once, each attending to q and
             itself, and a copy of y_i attends to q, the other candidates, one collider and itself; the forward that
-            scores y_i under q is the same one. Needs what `share_prefix` needs.
+            scores y_i under q is the same one. Needs what `share_prefix` needs, and raises without.
         num_kl_contexts (`int`, *optional*):
             S: score each candidate under x_{i,0} and S others, drawn anew every step, instead of all L - 1. The
             gradient's expectation stays the same (but for the clamp of p'), its variance grows. `None`: all of them.
@@ -91,11 +91,16 @@ class GCPOConfig(GRPOConfig):
             What pi_theta is conditioned on in the second KL term: `"query"`, q, which reuses the policy's own forward;
             `"context"`, x_i, the paper's form, at the price of a second forward and backward per candidate.
         share_prefix (`bool`, *optional*, defaults to `True`):
-            Pack contexts that begin alike into one row, in which the common beginning stands once: the same scores
-            within float error, from fewer tokens. Needs `sdpa` or `eager` attention without sliding windows;
-            elsewhere contexts are scored one by one, with a warning.
+            Pass what contexts (and prompts) begin with through the model once: the same scores within float error,
+            from fewer tokens. Needs a model without sliding windows; others score contexts one by one, with a warning.
         pack_tokens (`int`, *optional*, defaults to `1024`):
-            Tokens of a packed row, where that is more than twice its longest sequence. Attention costs its square.
+            Contexts are packed into rows of this many tokens, where that is at least twice the longest of them and
+            attention is `sdpa`, `eager` or `flex_attention`. Attention over a row costs its square, so longer contexts
+            are read level by level instead, each looking back at keys and values that it shares with others.
+        reuse_rollout (`bool`, *optional*, defaults to `True`):
+            Where the model generates in this process (no vLLM), take the candidates' representations, and for parallel
+            contexts their keys and values, from the generation itself instead of reading the candidates again. Keeps
+            the generation's key/value cache until the contexts are scored.
         num_estimator_samples (`int`, *optional*, defaults to `1`):
             m, outputs generated under every context by `estimator="sampled"`. The other estimators generate none.
         mask_truncated_colliders (`bool`, *optional*, defaults to `False`):
@@ -160,6 +165,9 @@ class GCPOConfig(GRPOConfig):
         default=True, metadata={"help": "Pack contexts that begin alike, so that the beginning is scored once."}
     )
     pack_tokens: int = field(default=1024, metadata={"help": "Tokens of a packed row."})
+    reuse_rollout: bool = field(
+        default=True, metadata={"help": "Take representations (and keys and values) from the generation itself."}
+    )
     num_estimator_samples: int = field(
         default=1, metadata={"help": "Outputs generated under every context by estimator 'sampled'."}
     )
@@ -183,6 +191,11 @@ class GCPOConfig(GRPOConfig):
     def uses_weights(self) -> bool:
         """Whether advantages are multiplied by Upsilon."""
         return self.estimator != "none"
+
+    @property
+    def uses_rollout_states(self) -> bool:
+        """Whether a step has use for the states, keys and values that generating the candidates leaves."""
+        return self.uses_weights or (self.kappa > 0 and self.context_attention == "parallel")
 
     @property
     def scores_contexts(self) -> bool:

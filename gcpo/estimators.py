@@ -19,10 +19,12 @@ class HiddenRecorder:
 
     Args:
         representation: "last", the state of the completion's last token, or "mean", the mean over its tokens.
+        mask: (rows, length), which tokens are the completion's. None: what the model's attention mask says.
     """
 
-    def __init__(self, representation: str):
+    def __init__(self, representation: str, mask: torch.Tensor | None = None):
         self.representation = representation
+        self.mask = mask
         self.rows: list[torch.Tensor] = []
 
     @contextmanager
@@ -30,7 +32,8 @@ class HiddenRecorder:
         """While active, every forward of `backbone` adds its rows; the last `completion_length` columns count."""
 
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            mask = kwargs["attention_mask"][:, -completion_length:]
+            mask = kwargs["attention_mask"] if self.mask is None else self.mask
+            mask = mask[:, -completion_length:]
             hidden = output.last_hidden_state[:, -completion_length:]
             self.rows.append(represent(hidden, mask, self.representation))
 
@@ -58,8 +61,8 @@ class BranchRecorder:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             hidden = output.last_hidden_state[0]
             for places in self.completions:
-                states = hidden[places if self.representation == "mean" else places[-1:]]
-                self.rows.append(states.float().mean(dim=0))
+                every = torch.ones(1, len(places), dtype=torch.long, device=hidden.device)
+                self.rows.append(represent(hidden[places][None], every, self.representation)[0])
 
         handle = backbone.register_forward_hook(hook)
         try:

@@ -7,10 +7,11 @@ the positions it would have in a sequence of its own: the forward of the row com
 would. The last token of a context predicts its completion's first token, so it is never shared.
 """
 
-from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 Ids = list[int]
 
@@ -19,9 +20,8 @@ Ids = list[int]
 class Branch:
     """One sequence of a packed row, as indices into the row."""
 
-    key: Hashable  # which sequence this is, of those that were packed
+    key: int  # which sequence this is, of those that were packed
     path: torch.Tensor  # (length,) int64: the places of everything its last token sees, itself last
-    new_from: int  # where in the path the tokens begin that no branch before has
     context_length: int  # where in the path the completion begins
 
     @property
@@ -40,24 +40,36 @@ class PackedRow:
     ids: torch.Tensor  # (S,) int64
     positions: torch.Tensor  # (S,) int64: position ids
     branches: list[Branch]
-    base: int = 0  # tokens at its beginning that score completions under the query alone
+
+    def ends(self) -> torch.Tensor:
+        """
+        (S,) int64: the place after the last token that sees this one. Depth first, those that see a token stand in one
+        run from it on: a token of place q sees one of place k exactly if k <= q < ends[k].
+        """
+        ends = torch.zeros(len(self.ids), dtype=torch.long)
+        for branch in self.branches:
+            ends[branch.path] = branch.path[-1] + 1  # branches come in the order of their ends
+        return ends
 
     def allowed(self) -> torch.Tensor:
         """(S, S) bool: may the token of this row attend to that of this column?"""
-        size = len(self.ids)
-        mask = torch.zeros(size, size, dtype=torch.bool)
-        for branch in self.branches:
-            path, start = branch.path, branch.new_from
-            depth = torch.arange(len(path))
-            mask[path[start:, None], path[None, :]] = depth[None, :] <= depth[start:, None]
-        return mask
+        place = torch.arange(len(self.ids))
+        return (place[None, :] <= place[:, None]) & (place[:, None] < self.ends()[None, :])
+
+    def block_mask(self, device: torch.device) -> BlockMask:
+        """`allowed` as FlexAttention takes it: blocks that no token may attend to are never computed."""
+        ends, size = self.ends().to(device), len(self.ids)
+
+        def sees(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            return (key <= query) & (query < ends[key])
+
+        return create_block_mask(sees, 1, 1, size, size, device=str(device))
 
     def labels(self) -> torch.Tensor:
         """(S,) int64: the token that each place must predict, -100 where none is scored."""
         labels = torch.full((len(self.ids),), -100, dtype=torch.long)
         for branch in self.branches:
-            if branch.context_length < len(branch.path):
-                labels[branch.predictors] = self.ids[branch.completion]
+            labels[branch.predictors] = self.ids[branch.completion]
         return labels
 
 
@@ -99,7 +111,7 @@ def pack(contexts: list[Ids], completions: list[Ids], max_tokens: int) -> list[P
         path = path[:shared] + list(range(len(ids), len(ids) + len(sequence) - shared))
         ids = ids + sequence[shared:]
         positions = positions + list(range(shared, len(sequence)))
-        branches.append(Branch(k, torch.tensor(path), shared, len(contexts[k])))
+        branches.append(Branch(k, torch.tensor(path), len(contexts[k])))
         before = k
     if branches:
         close()
@@ -113,67 +125,3 @@ def _common(left: Ids, right: Ids) -> int:
         if left[k] != right[k]:
             return k
     return max(limit, 0)
-
-
-def pack_parallel(
-    query: Ids,
-    candidates: list[Ids],  # n
-    colliders: list[Ids],  # L
-    wanted: list[tuple[int, int]],  # (i, l)
-    shown: int | None,
-    max_tokens: int,
-) -> list[PackedRow]:
-    """
-    Parallel contexts of one prompt: candidates and colliders are encoded once, each seeing the query and itself, and a
-    copy of candidate i sees the query, the other candidates, collider l and itself. No text stands between them.
-
-    Args:
-        query: at least one token. Its last token stands again before each candidate and each copy: there it predicts
-            their first token, which for a copy depends on what the copy sees.
-        wanted: which copies are made.
-        shown: how many tokens of another candidate a copy sees, counted from its end. None: all.
-        max_tokens: a row is closed before it would hold more, or more than twice what all rows begin with, if that is
-            more: the query, the candidates and the colliders.
-
-    Returns:
-        At least one row. Branches with key ("query", k) score candidate k under the query (in the first row), those
-        with key (i, l) score candidate i under its parallel context. Blocks begin at the position after the query,
-        copies at the one after the longest block, as if it were what they followed.
-    """
-    ids, positions = list(query), list(range(len(query)))
-    stem = list(range(len(query) - 1))
-    base: list[Branch] = []
-
-    def block(key: Hashable, before: list[int], own: Ids, first_position: int, scored: bool) -> Branch:
-        """Append a copy of the query's last token and `own`, which see `before` and themselves."""
-        places = list(range(len(ids), len(ids) + 1 + len(own)))
-        ids.extend([query[-1], *own])
-        positions.extend(range(first_position - 1, first_position + len(own)))
-        path = torch.tensor(before + places)
-        return Branch(key, path, len(before), len(before) + 1 if scored else len(path))
-
-    base.append(Branch("stem", torch.arange(len(query)), 0, len(query)))
-    blocks = [block(("query", k), stem, own, len(query), True) for k, own in enumerate(candidates)]
-    ends = [block(("collider", l), stem, own, len(query), False) for l, own in enumerate(colliders)]
-    base += [*blocks, *ends]
-    base_length = len(ids)
-    after = len(query) + max(map(len, [*candidates, *colliders]))
-    visible = [b.completion.tolist()[-shown:] if shown else b.completion.tolist() for b in blocks]
-    said = [b.path[len(stem) + 1 :].tolist() for b in ends]
-    rows: list[PackedRow] = []
-    copies: list[Branch] = []
-
-    def close() -> None:
-        # Scores under the query are the same in every row: the first one's count.
-        scoring = base if not rows else [Branch(b.key, b.path, b.new_from, len(b.path)) for b in base]
-        rows.append(PackedRow(torch.tensor(ids), torch.tensor(positions), scoring + copies, 0 if rows else base_length))
-
-    for i, l in wanted:
-        if copies and len(ids) + 1 + len(candidates[i]) > max(max_tokens, 2 * base_length):
-            close()
-            copies = []
-            del ids[base_length:], positions[base_length:]
-        seen = [place for k, places in enumerate(visible) if k != i for place in places]
-        copies.append(block((i, l), [*stem, *seen, *said[l]], candidates[i], after, True))
-    close()
-    return rows

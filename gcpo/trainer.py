@@ -2,7 +2,7 @@
 
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -10,12 +10,19 @@ from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import ProcessorMixin
 
-from gcpo._trl import check_version, disable_gradient_checkpointing, get_config_model_id
+from gcpo._trl import (
+    check_version,
+    disable_gradient_checkpointing,
+    explained_server,
+    get_config_model_id,
+    refuse_wrapped_head,
+)
 from gcpo.accounting import AccountedGRPOTrainer
-from gcpo.causal_step import CausalStep, Rollout
+from gcpo.causal_step import CausalStep
 from gcpo.config import GCPOConfig
 from gcpo.contexts import Prompt, check_length, longest_prompt
 from gcpo.estimators import HiddenRecorder
+from gcpo.rollout import GenerationRecorder, Rollout, RolloutStates, padded_width, read_repeated_prompts_once
 from gcpo_kernels import gcpo_loss
 
 # How each of TRL's loss types reduces its tokens, in terms of the four that gcpo_loss knows.
@@ -71,7 +78,9 @@ class GCPOTrainer(AccountedGRPOTrainer):
             )
         if args.is_causal:
             _refuse_unsupported(kwargs)
-        super().__init__(model, reward_funcs, args=args, **kwargs)
+        with explained_server(args, model):
+            super().__init__(model, reward_funcs, args=args, **kwargs)
+        refuse_wrapped_head(self.model)
         if args.is_causal and self._is_vlm:
             raise ValueError("`processing_class` must be a tokenizer: GCPO shows candidates as text, without images.")
         config = self.model.config.get_text_config()
@@ -82,6 +91,7 @@ class GCPOTrainer(AccountedGRPOTrainer):
         self._causal = CausalStep(self)
         self._recorder: HiddenRecorder | None = None
         self._rollout: Rollout | None = None
+        self._generated: RolloutStates | None = None  # what the last generation left, where it is watched
         self._scoring = super()._scored()  # phase and kind of tokens of the scoring passes that follow
         self._policy_logps: torch.Tensor | None = None  # of the forward that the loss is being computed from
 
@@ -90,8 +100,35 @@ class GCPOTrainer(AccountedGRPOTrainer):
     # -----------------------------------------------------------------------------------------------------------------
 
     def _generate(self, prompts: list[Prompt]) -> tuple:
+        self._generated = None
         result = super()._generate(prompts)
-        self._rollout = Rollout(prompts, result[0], result[1])
+        self._rollout = Rollout(prompts, result[0], result[1], self._generated)
+        self._generated = None
+        return result
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple:
+        call = super()._generate_single_turn
+        in_house = not (self.use_vllm or self.use_transformers_continuous_batching or self.rollout_func)
+        if not (in_house and self.args.is_causal):
+            return call(prompt_ids, *args, **kwargs)
+        backbone, scorer = self._backbone(), self._causal.scorer
+        # Every process must take the same path, whatever its own share of the prompts.
+        repeats = scorer.shares and scorer.most(len(prompt_ids) - len(set(map(tuple, prompt_ids)))) > 0
+        with ExitStack() as stack:
+            if repeats:
+                stack.enter_context(read_repeated_prompts_once(backbone))
+            if self._recorder is None or not (self.args.reuse_rollout and self.args.uses_rollout_states):
+                return call(prompt_ids, *args, **kwargs)
+            recorder = GenerationRecorder(
+                self.args.representation,
+                self.eos_token_ids,
+                self.max_completion_length,
+                padded_width(prompt_ids, self.pad_to_multiple_of),
+            )
+            stack.enter_context(recorder.attached(backbone))
+            result = call(prompt_ids, *args, **kwargs)
+            with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+                self._generated = recorder.finish(self, prompt_ids, result[0])
         return result
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
@@ -103,6 +140,10 @@ class GCPOTrainer(AccountedGRPOTrainer):
         lost = rewards.isnan().all(dim=1).view(-1, n).all(dim=1)
         self._metrics[mode]["gcpo/groups_without_reward"].append(lost.float().mean().item())
         return rewards
+
+    def _collider_texts(self) -> list[list[str]] | None:
+        groups = self._causal.groups
+        return [self._tokenizer.batch_decode(g.colliders, skip_special_tokens=True) for g in groups] or None
 
     def _scored(self) -> tuple[str, str]:
         return self._scoring
@@ -137,13 +178,14 @@ class GCPOTrainer(AccountedGRPOTrainer):
         with self._recording(HiddenRecorder(self.args.representation)) as recorder:
             output = super()._generate_and_score_completions(inputs)
         assert self._rollout is not None
-        z = None
+        z = None if self._rollout.states is None else self._rollout.states.z
         # Where TRL scores the rollout under the policy itself, its pass gives the representations too; a PEFT reference
         # pass over the same model comes after. It hides truncated completions when they are masked: then it is no use.
-        if recorder.rows and "old_per_token_logps" in output and not self.mask_truncated_completions:
+        if z is None and recorder.rows and "old_per_token_logps" in output and not self.mask_truncated_completions:
             z = recorder.result()[: len(self._rollout.prompts)]
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             self._causal.extend(output, self._rollout, z)
+        self._rollout = None  # with it go keys and values
         return output
 
     @contextmanager
@@ -212,11 +254,11 @@ class GCPOTrainer(AccountedGRPOTrainer):
         counted = mask * inputs["has_collider"].unsqueeze(1)
         loss, metrics = gcpo_loss(
             logp,
-            torch.zeros_like(inputs["query_logps"][:, 0]),
+            torch.zeros_like(logp[:, 0]),
             counted,
             old_logp=logp.detach(),
             causal_logp=causal_logp,
-            query_logp=inputs["query_logps"],
+            query_logp=inputs.get("query_logps"),
             context_logp=inputs["context_logps"],
             context_weights=inputs["context_weights"],
             kappa=self.args.kappa,

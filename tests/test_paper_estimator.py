@@ -61,12 +61,16 @@ def test_policy_under_the_context_has_its_own_gradient(policy, tmp_path):
         logp = torch.log_softmax(logits, dim=-1).gather(-1, torch.tensor(y)[:, None])[:, 0]
         rows.append(torch.nn.functional.pad(logp, (0, mask.size(1) - len(y))))
     causal_logp = torch.stack(rows)
+    ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+    attention = torch.cat([output["prompt_mask"], mask], dim=1)
+    with torch.no_grad():  # on-policy, the policy's own under q
+        query_logp, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, attention, mask.size(1))
     expected, _ = gcpo_loss(
         causal_logp.detach(),
         torch.zeros(8),
         mask,
         causal_logp=causal_logp,
-        query_logp=output["query_logps"],
+        query_logp=query_logp,
         context_logp=output["context_logps"],
         kappa=0.5,
     )

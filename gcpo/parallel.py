@@ -1,0 +1,75 @@
+"""
+Parallel contexts (`context_attention="parallel"`): candidates and colliders are read once, each seeing the query and
+itself, and a copy of candidate i sees the query, the other candidates, one collider and itself. No text stands between
+them. What a candidate was generated with is what it is read with here, so its keys and values can be the rollout's.
+"""
+
+from dataclasses import dataclass, field
+
+from gcpo.colliders import Group
+from gcpo.key_values import Piece, tail
+from gcpo.scoring import Continuation, Reading, Scorer
+
+
+@dataclass
+class GroupReading:
+    """What is known of one group's query, candidates and colliders."""
+
+    query: Piece = field(default_factory=list)  # of the query less its last token
+    candidates: dict[int, Reading] = field(default_factory=dict)
+    colliders: dict[int, Reading] = field(default_factory=dict)
+
+
+def read_groups(
+    scorer: Scorer,
+    groups: dict[int, Group],
+    known: dict[int, GroupReading],
+    candidates: list[tuple[int, int]],  # (group, k)
+    colliders: list[tuple[int, int]],  # (group, l)
+) -> dict[int, GroupReading]:
+    """
+    Read these candidates and colliders under their queries, those apart that are `known`. Each is read from the query's
+    last token on, which predicts its first.
+    """
+    found = {p: known.get(p) or GroupReading() for p in groups}
+    wanted = [
+        *((p, "candidates", k) for p, k in candidates if k not in found[p].candidates),
+        *((p, "colliders", l) for p, l in colliders if l not in found[p].colliders),
+    ]
+    missing = sorted({p for p, _, _ in wanted if not found[p].query and len(groups[p].prompt_ids) > 1})
+    stems = [Continuation([], groups[p].prompt_ids[:-1], 0, "scored_query") for p in missing]
+    for p, reading in zip(missing, scorer.read(stems, keep=True), strict=True):
+        found[p].query = reading.own
+    rows = []
+    for p, kind, k in wanted:
+        query = groups[p].prompt_ids
+        own = (groups[p].candidates if kind == "candidates" else groups[p].colliders)[k]
+        tokens = "scored_query" if kind == "candidates" else "scored_colliders"
+        rows.append(Continuation([found[p].query], [query[-1], *own], len(query) - 1, tokens))
+    for (p, kind, k), reading in zip(wanted, scorer.read(rows, keep=True), strict=True):
+        reading.own = tail(reading.own, len(reading.logp))  # without the query's last token
+        (found[p].candidates if kind == "candidates" else found[p].colliders)[k] = reading
+    return found
+
+
+def score_copies(
+    scorer: Scorer,
+    groups: dict[int, Group],
+    found: dict[int, GroupReading],
+    wanted: list[tuple[int, int, int]],  # (group, i, l)
+    shown: int | None,
+) -> list[Reading]:
+    """
+    Score candidate i under its parallel context with collider l.
+
+    A copy begins at the position after the longest candidate or collider, as if that were what it followed, and sees
+    the last `shown` tokens of every other candidate (None: all).
+    """
+    rows = []
+    for p, i, l in wanted:
+        group, reading = groups[p], found[p]
+        others = [tail(reading.candidates[k].own, shown) for k in range(len(group.candidates)) if k != i]
+        after = len(group.prompt_ids) + max(map(len, [*group.candidates, *group.colliders]))
+        ids = [group.prompt_ids[-1], *group.candidates[i]]
+        rows.append(Continuation([reading.query, *others, reading.colliders[l].own], ids, after - 1))
+    return scorer.read(rows)

@@ -1,0 +1,178 @@
+"""
+Generation by the transformers engine: what it computes anyway (representations, keys and values of its output) is kept,
+and prompts that stand several times in a batch are read once.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from gcpo.key_values import Piece, can_cut, cut
+
+if TYPE_CHECKING:
+    from gcpo.trainer import GCPOTrainer
+
+Ids = list[int]
+
+
+@dataclass
+class Rollout:
+    """What one generation produced on this process, before TRL pads and masks it."""
+
+    prompts: list[Any]
+    prompt_ids: list[Ids]
+    completion_ids: list[Ids]
+    states: "RolloutStates | None" = None
+
+
+@dataclass
+class RolloutStates:
+    z: torch.Tensor  # (B, H) float32
+    cache: DynamicCache | None  # of the prompts, padded on the left, and the completions; None where it is of no use
+    prompt_width: int
+
+    def query(self, row: int, length: int) -> Piece:
+        """Keys and values of a prompt of `length` tokens, less its last token."""
+        assert self.cache is not None
+        return cut(self.cache, row, self.prompt_width - length, self.prompt_width - 1)
+
+    def completion(self, row: int, length: int) -> Piece:
+        assert self.cache is not None
+        return cut(self.cache, row, self.prompt_width, self.prompt_width + length)
+
+
+class GenerationRecorder:
+    """
+    Watches a model's backbone while it generates. Each sampled token is fed back to the model to sample the next: the
+    state at that moment is the token's. Only the very last token of a batch is never fed; `finish` does it.
+
+    Args:
+        representation: "last" or "mean", as for `HiddenRecorder`.
+        eos_token_ids: what ends a completion; it is the last token that counts.
+        max_completion_length: most tokens of a completion.
+        prompt_width: columns of the padded prompts.
+    """
+
+    def __init__(self, representation: str, eos_token_ids: list[int], max_completion_length: int, prompt_width: int):
+        self.representation = representation
+        self.eos_token_ids = eos_token_ids
+        self.limit = max_completion_length
+        self.prompt_width = prompt_width
+        self.fed: list[torch.Tensor] = []  # (B,) each: the tokens fed after the prompt
+        self.cache: Any = None
+        self.z: torch.Tensor | None = None  # (B, H): the last state, or the sum of all
+        self._counts: torch.Tensor | None = None  # (B,) how many tokens count so far
+        self._open: torch.Tensor | None = None  # (B,) bool: not ended yet
+
+    @contextmanager
+    def attached(self, backbone: nn.Module) -> Iterator[None]:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            ids, cache = kwargs.get("input_ids"), output.past_key_values
+            if ids is None or cache is None or cache.get_seq_length() < self.prompt_width:
+                return  # a part of the prompts; or a way of decoding that is unknown here
+            self.cache = cache
+            if cache.get_seq_length() > self.prompt_width and ids.shape[1] == 1:
+                self._feed(ids[:, 0], output.last_hidden_state[:, -1])
+
+        handle = backbone.register_forward_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _feed(self, ids: torch.Tensor, hidden: torch.Tensor) -> None:
+        if self.z is None or self._open is None or self._counts is None:
+            self.z = torch.zeros_like(hidden, dtype=torch.float32)
+            self._open = torch.ones_like(ids, dtype=torch.bool)
+            self._counts = torch.zeros_like(ids)
+        counts = self._open & (len(self.fed) < self.limit)
+        if self.representation == "last":
+            self.z = torch.where(counts[:, None], hidden.float(), self.z)
+        else:
+            self.z = self.z + torch.where(counts[:, None], hidden.float(), 0.0)
+        self._counts = self._counts + counts
+        self._open = self._open & ~torch.isin(ids, torch.tensor(self.eos_token_ids, device=ids.device))
+        self.fed.append(ids)
+
+    def finish(self, trainer: "GCPOTrainer", prompt_ids: list[Ids], completion_ids: list[Ids]) -> RolloutStates | None:
+        """
+        Feed the last tokens. Call it while attached; collective.
+
+        Returns:
+            None where the model did not generate one token after the other, so that there is nothing to take.
+        """
+        if self.cache is None or self.cache.get_seq_length() != self.prompt_width + len(self.fed):
+            return None
+        longest = max(map(len, completion_ids))
+        device, rows = trainer.accelerator.device, len(completion_ids)
+        # Where processes wait for each other, one that is done may have fed its last tokens already: once more is idle.
+        width = self.prompt_width
+        mask = torch.zeros(rows, self.cache.get_seq_length() + 1, dtype=torch.long, device=device)
+        last = torch.full((rows, 1), trainer._tokenizer.pad_token_id, dtype=torch.long, device=device)
+        lengths = [len(ids) for ids in prompt_ids]
+        for k, ids in enumerate(completion_ids):
+            mask[k, width - lengths[k] :] = 1
+            if len(ids) == longest:
+                last[k] = ids[-1]
+        positions = mask.cumsum(dim=1)[:, -1:] - 1
+        with torch.no_grad():
+            trainer.model(
+                input_ids=last,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        fed = torch.stack(self.fed, dim=1).tolist()
+        if any(row[: len(ids)] != ids for row, ids in zip(fed, completion_ids, strict=True)):
+            return None
+        assert self.z is not None and self._counts is not None
+        z = self.z if self.representation == "last" else self.z / self._counts.clamp(min=1)[:, None]
+        return RolloutStates(z, self.cache if can_cut(self.cache) else None, width)
+
+
+@contextmanager
+def read_repeated_prompts_once(backbone: nn.Module) -> Iterator[None]:
+    """While active, the first forward of a generation reads each distinct row once, and the others take its cache."""
+    is_first = True
+
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        nonlocal is_first
+        ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+        if not is_first or ids is None or ids.shape[1] < 2 or cache is None or not can_cut(cache):
+            return None
+        is_first = False
+        mask, positions = kwargs.get("attention_mask"), kwargs["position_ids"].expand(len(ids), -1)
+        padded = torch.ones_like(ids) if mask is None else mask  # without padding, `generate` passes no mask
+        whole, place = torch.unique(torch.cat([ids, padded], dim=1), dim=0, return_inverse=True)
+        row = torch.stack([(place == k).nonzero()[0, 0] for k in range(len(whole))])  # where each stands first
+        once = DynamicCache(config=module.config)
+        # All but the last token, which every row reads itself: its state is what it samples from.
+        module(
+            input_ids=ids[row, :-1],
+            attention_mask=padded[row, :-1],
+            position_ids=positions[row, :-1],
+            past_key_values=once,
+            use_cache=True,
+        )
+        for number, layer in enumerate(once.layers):
+            cache.update(layer.keys[place], layer.values[place], number)
+        return args, {**kwargs, "input_ids": ids[:, -1:], "position_ids": positions[:, -1:]}
+
+    handle = backbone.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def padded_width(rows: list[Ids], multiple: int | None) -> int:
+    """Columns of a batch of these rows, padded to a multiple."""
+    longest = max(map(len, rows))
+    return longest if not multiple else -(-longest // multiple) * multiple

@@ -1,0 +1,96 @@
+"""What the generation leaves: the states, keys and values that reading its output again would give."""
+
+import pytest
+import torch
+from test_trainer_causal import make_trainer, plain_scores, represent
+from tiny_policy import save_policy
+from transformers import GenerationConfig
+
+from gcpo import GCPOTrainer
+from gcpo.rollout import GenerationRecorder, padded_width, read_repeated_prompts_once
+
+PROMPTS = [[20, 21, 22], [20, 21, 22], [30], [31, 32]]
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    return save_policy(tmp_path_factory.mktemp("policy"))
+
+
+def generate(trainer, prompts, likely_end, **kwargs):
+    """Outputs of TRL's generation path. `likely_end` makes rows end at different columns."""
+    bias = trainer._tokenizer.eos_token_id, likely_end
+    trainer.generation_config = GenerationConfig(
+        **trainer.generation_kwargs, sequence_bias=[[[bias[0]], bias[1]]], disable_compile=True
+    )
+    torch.manual_seed(5)
+    return super(GCPOTrainer, trainer)._generate_single_turn(prompts, None, {}, 1, **kwargs)[0]
+
+
+def watched(trainer, prompts, likely_end):
+    recorder = GenerationRecorder(
+        trainer.args.representation,
+        trainer.eos_token_ids,
+        trainer.max_completion_length,
+        padded_width(prompts, trainer.pad_to_multiple_of),
+    )
+    with recorder.attached(trainer._backbone()):
+        outputs = generate(trainer, prompts, likely_end)
+        return outputs, recorder.finish(trainer, prompts, outputs)
+
+
+@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize("likely_end", [0.0, 3.0, 60.0], ids=["none end", "some end", "all end at once"])
+@pytest.mark.parametrize("representation", ["last", "mean"])
+def test_states_are_those_of_a_forward(representation, likely_end, once, policy, tmp_path):
+    trainer = make_trainer(policy, tmp_path, representation=representation, pad_to_multiple_of=4 if once else None)
+    if once:
+        with read_repeated_prompts_once(trainer._backbone()):
+            outputs, states = watched(trainer, PROMPTS, likely_end)
+    else:
+        outputs, states = watched(trainer, PROMPTS, likely_end)
+    assert states is not None and states.cache is not None
+    lengths = {len(ids) for ids in outputs}
+    assert (lengths == {1}) == (likely_end == 60.0) and (len(lengths) > 1) == (likely_end == 3.0)
+    for row, (x, y) in enumerate(zip(PROMPTS, outputs, strict=True)):
+        _, hidden = plain_scores(trainer, x, y)
+        torch.testing.assert_close(states.z[row], represent(hidden, representation), atol=1e-5, rtol=1e-5)
+        with torch.no_grad():
+            cache = trainer.model(input_ids=torch.tensor([[*x, *y]]), use_cache=True).past_key_values
+        if len(x) > 1:
+            for (keys, values), layer in zip(states.query(row, len(x)), cache.layers, strict=True):
+                torch.testing.assert_close(keys, layer.keys[0, :, : len(x) - 1], atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(values, layer.values[0, :, : len(x) - 1], atol=1e-5, rtol=1e-5)
+        for (keys, values), layer in zip(states.completion(row, len(y)), cache.layers, strict=True):
+            torch.testing.assert_close(keys, layer.keys[0, :, len(x) :], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(values, layer.values[0, :, len(x) :], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, [[20, 21, 22]] * 4, [[7]] * 3], ids=["some", "all", "of one token"])
+def test_repeated_prompts_give_the_same_outputs_from_fewer_tokens(prompts, policy, tmp_path):
+    trainer = make_trainer(policy, tmp_path)
+    sizes = []
+    handle = trainer._backbone().register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    plain = generate(trainer, prompts, 3.0)
+    before = sum(sizes)
+    sizes.clear()
+    with read_repeated_prompts_once(trainer._backbone()):
+        assert generate(trainer, prompts, 3.0) == plain
+    handle.remove()
+    width, distinct = max(map(len, prompts)), len(set(map(tuple, prompts)))
+    # The outer call is seen with all its tokens before the hook takes them away: less those, what was read.
+    read = sum(sizes) - (len(prompts) * (width - 1) if width > 1 else 0)
+    assert before - read == (len(prompts) - distinct) * (width - 1)
+
+
+def test_a_generation_that_is_not_token_by_token_leaves_nothing(policy, tmp_path):
+    trainer = make_trainer(policy, tmp_path)
+    recorder = GenerationRecorder("last", trainer.eos_token_ids, 10, 3)
+    outputs = generate(trainer, PROMPTS, 0.0)
+    assert recorder.finish(trainer, PROMPTS, outputs) is None  # it was not watched
+    with recorder.attached(trainer._backbone()):
+        outputs = generate(trainer, PROMPTS, 0.0)
+        changed = [[*ids[:-2], 9, ids[-1]] for ids in outputs]
+        assert recorder.finish(trainer, PROMPTS, changed) is None  # not what was fed
