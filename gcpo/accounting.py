@@ -4,11 +4,15 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from trl import GRPOTrainer
+
+from gcpo.recording import RunRecorder, groups_of_last_rollout
+from gcpo.resume import ResumableGRPOTrainer
+from gcpo.runs import SAMPLES, append_line
 
 # GRPO's phases and GCPO's. "loss" is the policy's forward and backward; the optimizer runs outside all of them.
 SECONDS = ("rollout", "rewards", "scoring", "colliders", "contexts", "loss")
@@ -67,7 +71,7 @@ def _synchronize() -> None:
         torch.accelerator.synchronize()
 
 
-class AccountedGRPOTrainer(GRPOTrainer):
+class AccountedGRPOTrainer(ResumableGRPOTrainer):
     """
     TRL's GRPOTrainer, which also logs where its time and tokens go: `gcpo/seconds/PHASE` of the main process and
     `gcpo/tokens/KIND` of all processes, per optimizer step. GCPOTrainer builds on it; to compare the two, use it as is.
@@ -76,11 +80,27 @@ class AccountedGRPOTrainer(GRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         # Evaluation has counters of its own, which nothing reads: the two must not mix.
         self._accounts = {True: StepAccount(), False: StepAccount()}
+        self._logs_are_of_training = False  # what TRL keeps for its completions table
         super().__init__(*args, **kwargs)
+        self.add_callback(RunRecorder(self))
 
     @property
     def _account(self) -> StepAccount:
         return self._accounts[self.model.training]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if self.log_completions and self._logs_are_of_training and self.accelerator.is_main_process:
+            groups = groups_of_last_rollout(self._logs, self.num_generations, self._collider_texts())
+            append_line(Path(self.args.output_dir) / SAMPLES, {"step": self.state.global_step, "groups": groups})
+
+    def _collider_texts(self) -> list[list[str]] | None:
+        """The colliders of each prompt of the last rollout; None where there are none."""
+        return None
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._logs_are_of_training = self.model.training
+        return super()._generate_and_score_completions(inputs)
 
     def _generate(self, prompts: list[Any]) -> tuple:
         with self._account.phase("rollout"):

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import gather_object
 
-from gcpo.colliders import Group, generate_colliders, own_random_stream
+from gcpo.colliders import Group, generate_colliders, own_random_stream, reward_colliders
 from gcpo.contexts import PromptBuilder, check_length
-from gcpo.estimators import estimate_weights
+from gcpo.estimators import HiddenRecorder, estimate_weights
 from gcpo.parallel import GroupReading, read_groups, score_copies
 from gcpo.rollout import Rollout
 from gcpo.sampling import ContextDraw, draw_contexts
@@ -43,7 +43,8 @@ class CausalStep:
         self.scorer = Scorer(trainer)
         self.z_size: int = trainer.model.config.get_text_config().hidden_size
         config, kind = trainer.args, trainer.model.config.model_type
-        if config.context_attention == "parallel" and config.scores_contexts and not self.scorer.can_continue:
+        self.parallel = config.prefers_parallel and self.scorer.can_continue
+        if config.context_attention == "parallel" and config.scores_contexts and not self.parallel:
             raise ValueError(
                 "`context_attention='parallel'` needs a model whose every layer keeps the keys and values of all "
                 f"tokens, without sliding windows, got {kind}. Use `context_attention='full'`."
@@ -76,7 +77,7 @@ class CausalStep:
         found = self._read_groups(rollout, groups, rows, draw)
         context_z = None
         if draw is not None:
-            if config.context_attention == "parallel":
+            if self.parallel:
                 context_logp, scored_z = self._score_parallel(groups, rows, draw, found, length)
             else:
                 context_logp, scored_z = self._score_contexts(rollout, groups, rows, draw, length)
@@ -121,6 +122,9 @@ class CausalStep:
         self.trainer._log("colliders/mean_length", lengths.mean())
         self.trainer._log("colliders/ended", sum(ended) / max(len(content), 1))
         self.trainer._log("colliders/masked", 1.0 - sum(content) / max(len(content), 1))
+        if self.config.log_collider_reward:
+            with self.trainer._account.phase("rewards"):
+                self.trainer._log("colliders/reward", reward_colliders(self.trainer, rollout.inputs, groups))
         return groups
 
     def _seed(self, purpose: int) -> int:
@@ -132,7 +136,7 @@ class CausalStep:
     def _draw(self, groups: list[Group], rows: list[tuple[int, int]]) -> ContextDraw:
         available = [sum(groups[p].has_content) for p, _ in rows]
         generator = torch.Generator().manual_seed(self._seed(1) + 7 * self.accelerator.process_index)
-        return draw_contexts(available, self.config.num_kl_contexts, self.config.kl_fraction, generator)
+        return draw_contexts(available, self.config.drawn_contexts, self.config.drawn_fraction, generator)
 
     def _context(self, groups: list[Group], row: tuple[int, int], l: int) -> Ids:
         """Ids of x_{i,l}."""
@@ -192,7 +196,7 @@ class CausalStep:
         local = {p: groups[p] for p, _ in rows}
         candidates: set[tuple[int, int]] = set()
         colliders: set[tuple[int, int]] = set()
-        if self.config.context_attention == "parallel" and draw is not None:
+        if self.parallel and draw is not None:
             for (p, i), drawn in zip(rows, draw.contexts, strict=True):
                 if drawn:
                     candidates |= {(p, k) for k in range(len(groups[p].candidates)) if k != i}
@@ -246,11 +250,15 @@ class CausalStep:
         longest = max(map(len, contexts)) + self.trainer.max_completion_length
         check_length(longest, self.trainer.max_positions, "A context with an output sampled under it")
         seed = self._seed(2) + 7 * self.accelerator.process_index
-        with self.trainer._account.phase("contexts"), own_random_stream(seed):
-            outputs, _ = self.trainer._generate_single_turn(contexts, None, {}, 1)
-        outputs = [ids or [self.trainer._tokenizer.eos_token_id] for ids in outputs]
-        self.trainer._account.add_tokens("generated_contexts", sum(map(len, outputs)))
-        with self.trainer._counted_as("contexts", "scored_contexts"):
+        trainer, recorder = self.trainer, HiddenRecorder(self.config.representation)
+        with trainer._account.phase("contexts"), own_random_stream(seed), trainer._recording(recorder):
+            outputs, _ = trainer._generate_single_turn(contexts, None, {}, 1)
+        trainer._account.add_tokens("generated_contexts", sum(map(len, outputs)))
+        states, trainer._generated = trainer._generated, None
+        if states is not None:
+            return states.z.view(len(rows), colliders, m, -1)
+        outputs = [ids or [trainer._tokenizer.eos_token_id] for ids in outputs]
+        with trainer._counted_as("contexts", "scored_contexts"):
             _, z = self.scorer.score(contexts, outputs, max(map(len, outputs)))
         return z.view(len(rows), colliders, m, -1)
 

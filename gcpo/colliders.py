@@ -4,11 +4,12 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
 from transformers import GenerationConfig
+from trl import GRPOTrainer
 
 from gcpo.contexts import Prompt, PromptBuilder, check_length
 
@@ -109,3 +110,42 @@ def generate_colliders(
         drawn = sorted(drawn, key=lambda ids: not counts(ids))  # stable: order otherwise as drawn
         groups.append(Group(prompt, prompt_ids[p], candidates[p], drawn, list(map(counts, drawn))))
     return groups
+
+
+def reward_colliders(trainer: "GCPOTrainer", inputs: list[dict[str, Any]], groups: list[Group]) -> float:
+    """
+    Mean reward of all colliders, those without content included, by the trainer's reward functions and their weights:
+    beside `reward`, what integrating the candidates gains. Processes share the work.
+
+    Args:
+        inputs: the dataset rows of this process's candidates.
+    """
+    rows = gather_object(inputs)[:: trainer.num_generations]
+    tasks = [(row, group.prompt, ids) for row, group in zip(rows, groups, strict=True) for ids in group.colliders]
+    processes = trainer.accelerator.num_processes
+    share = -(-len(tasks) // processes)
+    padded = tasks + [tasks[-1]] * (share * processes - len(tasks))
+    local = padded[trainer.accelerator.process_index * share :][:share]
+    ids = [ids for _, _, ids in local]
+    texts: list[Any] = trainer._tokenizer.batch_decode(ids, skip_special_tokens=True)
+    if not isinstance(local[0][1], str):
+        texts = [[{"role": "assistant", "content": text}] for text in texts]
+    with _no_logs_of_reward_functions(trainer):
+        per_function = GRPOTrainer._calculate_rewards(
+            trainer, [row for row, _, _ in local], [prompt for _, prompt, _ in local], texts, ids
+        )
+    weights = trainer.reward_weights.to(per_function.device)
+    return float((per_function[: len(tasks)] * weights).nansum(dim=1).mean())
+
+
+@contextmanager
+def _no_logs_of_reward_functions(trainer: "GCPOTrainer") -> Iterator[None]:
+    """Columns and metrics that reward functions log are of candidates: what they say of colliders is dropped."""
+    names = ("_log_completion_extra", "_log_metric")
+    for name in names:
+        setattr(trainer, name, lambda *args, **kwargs: None)
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(trainer, name)

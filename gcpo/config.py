@@ -7,6 +7,8 @@ from typing import Any
 
 from trl import GRPOConfig
 
+from gcpo.processes import explained_groups
+
 ESTIMATORS = ("loo", "scored", "sampled", "none")
 REPRESENTATIONS = ("last", "mean")
 BASELINES = ("mean", "loo")
@@ -62,8 +64,9 @@ class GCPOConfig(GRPOConfig):
             cancel and only the leave-one-out weighting and a KL term to the old policy remain.
         collider_max_completion_length (`int`, *optional*, defaults to `256`):
             Most tokens of an integrated answer.
-        candidate_context_tokens (`int`, *optional*, defaults to `512`):
-            How many tokens of each candidate a prompt shows, counted from its end. `None`: all of them.
+        candidate_context_tokens (`int`, *optional*, defaults to `64`):
+            How many tokens of each candidate a prompt (or a parallel context) shows, counted from its end, where the
+            answer stands. `None`: all of them, as in the paper.
         fusion_prompt_template (`str`, *optional*):
             What asks for an integrated answer. Must hold `{question}` and `{candidates}`.
         context_prompt_template (`str`, *optional*):
@@ -76,17 +79,19 @@ class GCPOConfig(GRPOConfig):
         context_batch_size (`int`, *optional*):
             Rows per forward when scoring under contexts, which are longer than prompts. Defaults to
             `per_device_train_batch_size`.
-        context_attention (`str`, *optional*, defaults to `"full"`):
+        context_attention (`str`, *optional*):
             `"full"`: a context is one text and its candidates attend to each other, the paper's reading.
-            `"parallel"`, cheaper, another estimate: candidates and colliders are encoded once, each attending to q and
-            itself, and a copy of y_i attends to q, the other candidates, one collider and itself; the forward that
-            scores y_i under q is the same one. Needs what `share_prefix` needs, and raises without.
-        num_kl_contexts (`int`, *optional*):
+            `"parallel"`, cheaper, another estimate: candidates and colliders are read once, each attending to q and
+            itself, and a copy of y_i attends to q, the other candidates, one collider and itself. Needs what
+            `share_prefix` needs, and raises without. `None`: `"parallel"` where the model allows it, but `"full"` with
+            `estimator="sampled"` or `causal_policy_context="context"`, which need the text.
+        num_kl_contexts (`int`, *optional*, defaults to `1`):
             S: score each candidate under x_{i,0} and S others, drawn anew every step, instead of all L - 1. The
-            gradient's expectation stays the same (but for the clamp of p'), its variance grows. `None`: all of them.
-        kl_fraction (`float`, *optional*, defaults to `1.0`):
+            gradient's expectation stays the same (but for the clamp of p'), its variance grows. `None`: all of them,
+            as `estimator="scored"` does in any case.
+        kl_fraction (`float`, *optional*, defaults to `0.25`):
             Share of the candidates that the second KL term is computed on, drawn anew every step; the term is scaled
-            by its inverse. What is not drawn is not scored.
+            by its inverse. What is not drawn is not scored. `estimator="scored"` takes all in any case.
         causal_policy_context (`str`, *optional*, defaults to `"query"`):
             What pi_theta is conditioned on in the second KL term: `"query"`, q, which reuses the policy's own forward;
             `"context"`, x_i, the paper's form, at the price of a second forward and backward per candidate.
@@ -97,10 +102,14 @@ class GCPOConfig(GRPOConfig):
             Contexts are packed into rows of this many tokens, where that is at least twice the longest of them and
             attention is `sdpa`, `eager` or `flex_attention`. Attention over a row costs its square, so longer contexts
             are read level by level instead, each looking back at keys and values that it shares with others.
+        share_prompt (`bool`, *optional*, defaults to `False`):
+            In the policy's own forward, the one with gradient, read a prompt that several rows of a batch have once:
+            the same loss and gradients within float error, from fewer tokens; the longer prompts are beside
+            completions, the more it saves. Needs `gradient_checkpointing=False` and what `share_prefix` needs.
         reuse_rollout (`bool`, *optional*, defaults to `True`):
             Where the model generates in this process (no vLLM), take the candidates' representations, and for parallel
-            contexts their keys and values, from the generation itself instead of reading the candidates again. Keeps
-            the generation's key/value cache until the contexts are scored.
+            contexts their keys and values, from the generation itself instead of reading the candidates again; those
+            of outputs sampled under contexts too. Keeps the generation's key/value cache until contexts are scored.
         num_estimator_samples (`int`, *optional*, defaults to `1`):
             m, outputs generated under every context by `estimator="sampled"`. The other estimators generate none.
         mask_truncated_colliders (`bool`, *optional*, defaults to `False`):
@@ -109,6 +118,9 @@ class GCPOConfig(GRPOConfig):
             Show the candidates of a fusion prompt in an order of its own for every collider.
         collider_temperature (`float`, *optional*):
             Sampling temperature of the colliders. `None`: that of the candidates.
+        log_collider_reward (`bool`, *optional*, defaults to `False`):
+            Run the reward functions on the integrated answers too and log their mean as `gcpo/colliders/reward`, to
+            hold against `reward`. It changes nothing in training.
     """
 
     alpha: float = field(default=2.0, metadata={"help": "Scale of the causal weight Upsilon."})
@@ -131,7 +143,7 @@ class GCPOConfig(GRPOConfig):
     num_colliders: int = field(default=4, metadata={"help": "Integrated answers generated per prompt (L)."})
     collider_max_completion_length: int = field(default=256, metadata={"help": "Most tokens of an integrated answer."})
     candidate_context_tokens: int | None = field(
-        default=512,
+        default=64,
         metadata={"help": "Tokens of each candidate that a prompt shows, from its end. None: all."},
     )
     fusion_prompt_template: str = field(
@@ -151,13 +163,14 @@ class GCPOConfig(GRPOConfig):
         default=None,
         metadata={"help": "Rows per forward when scoring under contexts. Default: per_device_train_batch_size."},
     )
-    context_attention: str = field(
-        default="full", metadata={"help": "'full', or 'parallel': encode each candidate once."}
+    context_attention: str | None = field(
+        default=None,
+        metadata={"help": "'full', or 'parallel': read each candidate once. None: 'parallel' where possible."},
     )
     num_kl_contexts: int | None = field(
-        default=None, metadata={"help": "Contexts drawn per candidate beside the first. None: all are scored."}
+        default=1, metadata={"help": "Contexts drawn per candidate beside the first. None: all are scored."}
     )
-    kl_fraction: float = field(default=1.0, metadata={"help": "Share of candidates drawn for the second KL term."})
+    kl_fraction: float = field(default=0.25, metadata={"help": "Share of candidates drawn for the second KL term."})
     causal_policy_context: str = field(
         default="query", metadata={"help": "pi_theta in the second KL: under 'query' or 'context'."}
     )
@@ -165,6 +178,9 @@ class GCPOConfig(GRPOConfig):
         default=True, metadata={"help": "Pack contexts that begin alike, so that the beginning is scored once."}
     )
     pack_tokens: int = field(default=1024, metadata={"help": "Tokens of a packed row."})
+    share_prompt: bool = field(
+        default=False, metadata={"help": "Read a prompt that rows of a batch share once, in training too."}
+    )
     reuse_rollout: bool = field(
         default=True, metadata={"help": "Take representations (and keys and values) from the generation itself."}
     )
@@ -181,8 +197,13 @@ class GCPOConfig(GRPOConfig):
         default=None, metadata={"help": "Sampling temperature of the colliders. None: that of the candidates."}
     )
 
+    log_collider_reward: bool = field(
+        default=False, metadata={"help": "Log the mean reward of the integrated answers too."}
+    )
+
     def __post_init__(self) -> None:
-        super().__post_init__()
+        with explained_groups(self):
+            super().__post_init__()
         self._check_causal_options()
         if self.baseline is None:
             self.baseline = "loo" if self.estimator == "loo" else "mean"
@@ -193,9 +214,26 @@ class GCPOConfig(GRPOConfig):
         return self.estimator != "none"
 
     @property
+    def prefers_parallel(self) -> bool:
+        """Whether contexts are scored in parallel, if the model can."""
+        if self.context_attention is None:
+            return self.scores_contexts and self.estimator != "sampled" and self.causal_policy_context == "query"
+        return self.scores_contexts and self.context_attention == "parallel"
+
+    @property
+    def drawn_contexts(self) -> int | None:
+        """`num_kl_contexts`, as far as the estimator leaves a choice."""
+        return None if self.estimator == "scored" else self.num_kl_contexts
+
+    @property
+    def drawn_fraction(self) -> float:
+        """`kl_fraction`, as far as the estimator leaves a choice."""
+        return 1.0 if self.estimator == "scored" else self.kl_fraction
+
+    @property
     def uses_rollout_states(self) -> bool:
         """Whether a step has use for the states, keys and values that generating the candidates leaves."""
-        return self.uses_weights or (self.kappa > 0 and self.context_attention == "parallel")
+        return self.uses_weights or self.prefers_parallel
 
     @property
     def scores_contexts(self) -> bool:
@@ -231,6 +269,9 @@ class GCPOConfig(GRPOConfig):
             "baseline": "mean",
             "similarity": "cosine",
             "candidate_context_tokens": None,
+            "context_attention": "full",
+            "num_kl_contexts": None,
+            "kl_fraction": 1.0,
             "learning_rate": 1e-6,
             "weight_decay": 0.01,
         }
@@ -263,14 +304,13 @@ class GCPOConfig(GRPOConfig):
         _check_number("kl_fraction", self.kl_fraction, low=0.0, high=1.0, open_low=True)
         if self.collider_temperature is not None:
             _check_number("collider_temperature", self.collider_temperature, low=0.0, open_low=True)
-        if self.estimator == "scored":
-            for name, whole in (("num_kl_contexts", None), ("kl_fraction", 1.0)):
-                if getattr(self, name) != whole:
-                    raise ValueError(
-                        f"`{name}` must be {whole} with `estimator='scored'`, which needs every candidate's score "
-                        f"under every context, got {getattr(self, name)}."
-                    )
-        _check_choice("context_attention", self.context_attention, CONTEXT_ATTENTIONS)
+        if self.share_prompt and (self.gradient_checkpointing or self.activation_checkpointing):
+            raise ValueError(
+                "`share_prompt` must be False with `gradient_checkpointing`, whose layers drop the keys and values that"
+                " rows would share, got True. Set `gradient_checkpointing=False`."
+            )
+        if self.context_attention is not None:
+            _check_choice("context_attention", self.context_attention, CONTEXT_ATTENTIONS)
         if self.context_attention == "parallel" and self.causal_policy_context != "query":
             raise ValueError("`context_attention='parallel'` needs `causal_policy_context='query'`, got 'context'.")
         if self.context_attention == "parallel" and self.estimator == "sampled":

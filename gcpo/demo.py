@@ -8,17 +8,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import json
-import logging
 import platform
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 import transformers
 import trl
@@ -28,8 +23,11 @@ from trl import GRPOConfig, GRPOTrainer
 
 from gcpo import GCPOConfig, GCPOTrainer, __version__
 from gcpo.accounting import AccountedGRPOTrainer
-from gcpo.demo_report import RewardProgress, print_table, save_plot, summarize
-from gcpo.evaluate import EvalResult, evaluate_pass_at_1
+from gcpo.demo_report import RewardProgress, print_table, summarize
+from gcpo.evaluate import EvalResult, evaluate_pass_at_k
+from gcpo.plots import save_overview
+from gcpo.quiet import quiet
+from gcpo.runs import Run
 from gcpo.tasks import reasoning_gym_reward, train_and_held_out
 from gcpo.tiny import TINY_TEMPLATES, save_smollm2, save_tiny, tiny_model, tiny_tokenizer, warm_start
 
@@ -131,7 +129,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"`--steps` must be at least 1, got {settings.steps}.")
     task_config = TASKS[args.model].get(settings.task, {})
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    with _quiet():
+    with quiet():
         train, held_out = train_and_held_out(
             settings.task,
             settings.num_train,
@@ -169,9 +167,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "history": histories,
     }
     (args.output_dir / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
-    save_plot(histories, args.output_dir / "demo.png")
+    save_overview([Run(name, log=log) for name, log in histories.items()], args.output_dir / "demo.png")
     print_table(result)
     print(f"\nNumbers: {args.output_dir / 'demo.json'}   Plot: {args.output_dir / 'demo.png'}")
+    print(f"A page with samples: gcpo report {args.output_dir}")
     return result
 
 
@@ -221,6 +220,8 @@ def _train(method: str, folder: Path, train: Dataset, settings: Settings, args: 
         "report_to": "none",
         "disable_tqdm": False,
         "logging_steps": 1,
+        "log_completions": True,  # for `gcpo report`
+        "num_completions_to_print": 0,
     }
     if method == "GCPO":
         options["num_colliders"] = settings.num_colliders
@@ -241,7 +242,7 @@ def _train(method: str, folder: Path, train: Dataset, settings: Settings, args: 
 
 
 def _evaluate(model: Any, folder: Path, held_out: Dataset, settings: Settings, seed: int) -> EvalResult:
-    return evaluate_pass_at_1(
+    return evaluate_pass_at_k(
         model,
         AutoTokenizer.from_pretrained(folder),
         held_out,
@@ -251,30 +252,6 @@ def _evaluate(model: Any, folder: Path, held_out: Dataset, settings: Settings, s
         batch_size=settings.eval_batch_size,
         seed=seed,
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what libraries have to say about a run on a CPU, and their bars for things done in a blink."""
-    level = transformers.logging.get_verbosity()
-    had_no_bars = datasets.are_progress_bars_disabled()
-    trl_logger = logging.getLogger("trl")
-    trl_level = trl_logger.level
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    trl_logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers.logging.set_verbosity(level)
-        transformers.logging.enable_progress_bar()
-        trl_logger.setLevel(trl_level)
-        if not had_no_bars:
-            datasets.enable_progress_bars()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""What the demo measures beside TRL's own metrics, and how it shows it: summary, table, plot."""
+"""What the demo measures beside TRL's own metrics, and how it shows it: summary and table."""
 
 import statistics
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -88,57 +87,9 @@ def print_table(result: dict[str, Any]) -> None:
     console.print("One seed of a tiny problem: another seed can put either method ahead.")
 
 
-def save_plot(histories: dict[str, History], path: Path) -> None:
-    """Draw rewards, KLs, the causal weight and step times over steps, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    (rewards, kls), (weights, times) = axes
-    for color, (method, history) in zip(("tab:gray", "tab:blue"), histories.items(), strict=False):
-        reward = _series(history, "reward")
-        rewards.plot(*reward, color=color, alpha=0.3, linewidth=1)
-        rewards.plot(reward[0], _smooth(reward[1]), color=color, label=method)
-        kls.plot(*_series(history, "kl"), color=color, label=f"{method}, to the reference")
-        times.plot(*_series(history, "step_time"), color=color, label=method)
-    causal = histories.get("GCPO", [])
-    kls.plot(*_series(causal, "gcpo/kl_causal"), color="tab:red", label="GCPO, to the causal reference")
-    steps, mean = _series(causal, "gcpo/upsilon/mean")
-    low, high = (_series(causal, f"gcpo/upsilon/{bound}")[1] for bound in ("min", "max"))
-    if mean:
-        weights.plot(steps, mean, color="tab:blue", label="mean")
-    if len(low) == len(high) == len(steps):
-        weights.fill_between(steps, low, high, color="tab:blue", alpha=0.2, linewidth=0, label="min to max")
-    rewards.set_title("Reward (mean of a batch)")
-    kls.set_title("KL divergence per token (k3)")
-    weights.set_title("Causal weight of the advantages, Upsilon")
-    times.set_title("Seconds per step")
-    times.set_ylim(bottom=0)
-    for axis in axes.flat:
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
 def _median(history: History, key: str) -> float | None:
-    values = _series(history, key)[1]
+    values = [step[key] for step in history if step.get(key) is not None]
     return statistics.median(values) if values else None
-
-
-def _series(history: History, key: str) -> tuple[list[float], list[float]]:
-    """Steps at which a metric was logged, and its values."""
-    logged = [(step["step"], step[key]) for step in history if step.get(key) is not None]
-    return [step for step, _ in logged], [value for _, value in logged]
-
-
-def _smooth(values: list[float], window: int = 9) -> list[float]:
-    half = window // 2
-    return [statistics.fmean(values[max(0, k - half) : k + half + 1]) for k in range(len(values))]
 
 
 def _number(value: float | None, form: str = ".3f") -> str:

@@ -1,10 +1,10 @@
-"""pass@1 of a model on prompts with a verifier."""
+"""pass@1 and pass@k of a model on prompts with a verifier."""
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 @dataclass(frozen=True)
 class EvalResult:
     """
-    What `evaluate_pass_at_1` measured.
+    What `evaluate_pass_at_k` measured.
 
     Attributes:
         pass_at_1: share of samples whose score reached the threshold, averaged over prompts.
@@ -27,6 +27,10 @@ class EvalResult:
         num_prompts: number of prompts.
         num_samples: completions sampled per prompt.
         mean_completion_length: tokens per completion, the end token included.
+        pass_at_k: for each k asked for (as text, so that JSON keeps it), the unbiased estimate of the chance that at
+            least one of k samples passes, averaged over prompts, and its standard error over prompts.
+        num_passed: samples that passed, per prompt. Two models are compared prompt by prompt with it.
+        prompt_scores: average score, per prompt.
     """
 
     pass_at_1: float
@@ -36,15 +40,19 @@ class EvalResult:
     num_prompts: int
     num_samples: int
     mean_completion_length: float
+    pass_at_k: dict[str, list[float]] = field(default_factory=dict)
+    num_passed: list[int] = field(default_factory=list)
+    prompt_scores: list[float] = field(default_factory=list)
 
 
-def evaluate_pass_at_1(
+def evaluate_pass_at_k(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
     reward_func: Callable[..., list[float]],
     *,
     num_samples: int = 1,
+    ks: Sequence[int] = (1,),
     max_new_tokens: int,
     temperature: float = 1.0,
     batch_size: int = 64,
@@ -64,6 +72,7 @@ def evaluate_pass_at_1(
         dataset: N rows with a column `prompt` (text or messages); the other columns go to `reward_func`.
         reward_func: a reward function as TRL calls it; may not return None for a completion.
         num_samples: completions per prompt.
+        ks: values of k for pass@k, each at most `num_samples`.
         max_new_tokens: most tokens of a completion.
         temperature: of sampling; 0 takes the most likely token.
         batch_size: completions generated at a time.
@@ -72,11 +81,14 @@ def evaluate_pass_at_1(
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: an empty dataset, one without prompts, or a count below 1.
+        ValueError: an empty dataset, one without prompts, a count below 1, or a k that needs more samples.
     """
     for name, value in (("num_samples", num_samples), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    for k in ks:
+        if not 1 <= k <= num_samples:
+            raise ValueError(f"`ks` must be between 1 and `num_samples` ({num_samples}), got {k}.")
     if "prompt" not in dataset.column_names or len(dataset) == 0:
         raise ValueError(f"`dataset` must have rows and a column `prompt`, got {len(dataset)} rows of "
                          f"{', '.join(dataset.column_names) or 'no column'}.")  # fmt: skip
@@ -100,11 +112,38 @@ def evaluate_pass_at_1(
             module.training = training
     # (N, num_samples)
     table = np.array(scores, dtype=float).reshape(len(dataset), num_samples)
-    pass_at_1, pass_at_1_se = mean_and_standard_error(table >= threshold - 1e-9)
+    passed = table >= threshold - 1e-9
+    pass_at_1, pass_at_1_se = mean_and_standard_error(passed)
     mean_score, mean_score_se = mean_and_standard_error(table)
     return EvalResult(
-        pass_at_1, pass_at_1_se, mean_score, mean_score_se, len(dataset), num_samples, float(np.mean(lengths))
+        pass_at_1,
+        pass_at_1_se,
+        mean_score,
+        mean_score_se,
+        len(dataset),
+        num_samples,
+        float(np.mean(lengths)),
+        pass_at_k={str(k): list(mean_and_standard_error(pass_at_k(passed, k)[:, None])) for k in ks},
+        num_passed=passed.sum(axis=1).tolist(),
+        prompt_scores=table.mean(axis=1).tolist(),
     )
+
+
+def pass_at_k(passed: np.ndarray, k: int) -> np.ndarray:
+    """
+    Unbiased estimate, per prompt, of the chance that at least one of k samples passes: one minus the share of the
+    k-subsets of its samples in which none does (arXiv 2107.03374, eq. 1).
+
+    Args:
+        passed: (prompts, samples) of 0/1.
+        k: at most the number of samples.
+
+    Returns:
+        (prompts,) float64.
+    """
+    samples = passed.shape[1]
+    # C(failed, k) / C(samples, k), as integers: exact however many samples there are.
+    return np.array([1.0 - math.comb(samples - int(c), k) / math.comb(samples, k) for c in passed.sum(axis=1)])
 
 
 def mean_and_standard_error(table: np.ndarray) -> tuple[float, float]:

@@ -5,7 +5,7 @@ and prompts that stand several times in a batch are read once.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +28,7 @@ class Rollout:
     prompt_ids: list[Ids]
     completion_ids: list[Ids]
     states: "RolloutStates | None" = None
+    inputs: list[dict[str, Any]] = field(default_factory=list)  # the dataset rows
 
 
 @dataclass
@@ -72,7 +73,7 @@ class GenerationRecorder:
     @contextmanager
     def attached(self, backbone: nn.Module) -> Iterator[None]:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            ids, cache = kwargs.get("input_ids"), output.past_key_values
+            ids, cache = kwargs.get("input_ids"), getattr(output, "past_key_values", None)
             if ids is None or cache is None or cache.get_seq_length() < self.prompt_width:
                 return  # a part of the prompts; or a way of decoding that is unknown here
             self.cache = cache
@@ -90,13 +91,14 @@ class GenerationRecorder:
             self.z = torch.zeros_like(hidden, dtype=torch.float32)
             self._open = torch.ones_like(ids, dtype=torch.bool)
             self._counts = torch.zeros_like(ids)
+            self._ends = torch.tensor(self.eos_token_ids, device=ids.device)
         counts = self._open & (len(self.fed) < self.limit)
         if self.representation == "last":
             self.z = torch.where(counts[:, None], hidden.float(), self.z)
         else:
             self.z = self.z + torch.where(counts[:, None], hidden.float(), 0.0)
         self._counts = self._counts + counts
-        self._open = self._open & ~torch.isin(ids, torch.tensor(self.eos_token_ids, device=ids.device))
+        self._open = self._open & ~torch.isin(ids, self._ends)
         self.fed.append(ids)
 
     def finish(self, trainer: "GCPOTrainer", prompt_ids: list[Ids], completion_ids: list[Ids]) -> RolloutStates | None:
@@ -106,7 +108,8 @@ class GenerationRecorder:
         Returns:
             None where the model did not generate one token after the other, so that there is nothing to take.
         """
-        if self.cache is None or self.cache.get_seq_length() != self.prompt_width + len(self.fed):
+        most = trainer._causal.scorer.most  # a process without states is one too many: all go the same way
+        if most(int(self.cache is None or self.cache.get_seq_length() != self.prompt_width + len(self.fed))):
             return None
         longest = max(map(len, completion_ids))
         device, rows = trainer.accelerator.device, len(completion_ids)
@@ -130,7 +133,7 @@ class GenerationRecorder:
                 logits_to_keep=1,
             )
         fed = torch.stack(self.fed, dim=1).tolist()
-        if any(row[: len(ids)] != ids for row, ids in zip(fed, completion_ids, strict=True)):
+        if most(int(any(row[: len(ids)] != ids for row, ids in zip(fed, completion_ids, strict=True)))):
             return None
         assert self.z is not None and self._counts is not None
         z = self.z if self.representation == "last" else self.z / self._counts.clamp(min=1)[:, None]

@@ -122,8 +122,8 @@ class Scorer:
         readings: list[Any] = [None] * len(rows)
         # A process without rows of its own takes part with one token that is thrown away.
         offered = rows or [Continuation([], [self.trainer._tokenizer.eos_token_id], 0)]
-        sizes = [len(row.ids) + sum(map(length_of, filter(None, row.past))) for row in offered]
-        for part, counts in self._parts(sizes):
+        past = [sum(map(length_of, filter(None, row.past))) for row in offered]
+        for part, counts in self._parts([len(row.ids) for row in offered], past):
             read = self._forward([offered[k] for k in part], keep, counts and bool(rows))
             if counts and rows:
                 for k, reading in zip(part, read, strict=True):
@@ -223,11 +223,19 @@ class Scorer:
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    def _parts(self, sizes: list[int]) -> Iterator[tuple[list[int], bool]]:
-        """Rows of similar size, a forward's worth at a time; False with those repeated for other processes' sake."""
-        order = sorted(range(len(sizes)), key=lambda k: sizes[k])
-        step = self.rows_per_forward
-        parts = [order[start : start + step] for start in range(0, len(order), step)]
+    def _parts(self, lengths: list[int], past: list[int] | None = None) -> Iterator[tuple[list[int], bool]]:
+        """
+        Rows for a forward each, of similar length, so that little is padded; False with those that are repeated for
+        other processes' sake.
+        """
+        before = past or [0] * len(lengths)
+        parts: list[list[int]] = []
+        for k in sorted(range(len(lengths)), key=lambda k: (lengths[k], before[k])):
+            fits = parts and len(parts[-1]) < self.rows_per_forward
+            if fits and lengths[k] <= 1.25 * lengths[parts[-1][0]] + 16:
+                parts[-1].append(k)
+            else:
+                parts.append([k])
         for number in range(self.most(len(parts))):
             counts = number < len(parts)
             yield (parts[number] if counts else parts[0][:1]), counts

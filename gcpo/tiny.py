@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from gcpo.evaluate import evaluate_pass_at_1
+from gcpo.evaluate import evaluate_pass_at_k
 from gcpo.tasks import reasoning_gym_reward
 
 # GCPO's two extra prompts, in as few characters as they can be told apart by.
@@ -204,7 +204,7 @@ def warm_start(
             step += 1
             bar.update()
             if step % check_every == 0 or step == max_steps:
-                reached = evaluate_pass_at_1(
+                reached = evaluate_pass_at_k(
                     model,
                     tokenizer,
                     checked,

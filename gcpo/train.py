@@ -30,6 +30,8 @@ from gcpo.inputs import (
     load_task,
     take_split,
 )
+from gcpo.resume import check_same_model, checkpoints, last_complete_checkpoint, why_incomplete
+from gcpo.reward_timeout import with_timeout
 
 _LAUNCHED = "GCPO_LAUNCHED"
 
@@ -47,6 +49,20 @@ class GCPOScriptArguments(TaskArguments, GRPOScriptArguments):
     )
     task_eval_size: int = field(
         default=100, metadata={"help": "reasoning_gym: items held out when evaluation is on, as in `gcpo eval`."}
+    )
+    reward_timeout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Seconds that a reward function may take for one generation batch. Past them it is stopped and its "
+            "completions count as having no reward. Default: no limit, as in TRL."
+        },
+    )
+    resume: bool = field(
+        default=False,
+        metadata={
+            "help": "Go on from the newest whole checkpoint in output_dir, or start where there is none: the same "
+            "command again after a kill. Checkpoints that are not whole are skipped with a warning."
+        },
     )
 
 
@@ -135,26 +151,36 @@ def load_splits(args: GCPOScriptArguments, mixture: DatasetMixtureConfig, with_e
     return train, take_split(splits, "dataset_test_split", args.dataset_test_split) if with_eval else None
 
 
-def resolve_checkpoint(config: GCPOConfig) -> str | None:
-    """`--resume_from_checkpoint` as a folder; `last` and `true` name the newest one in `--output_dir`."""
+def resolve_checkpoint(config: GCPOConfig, resume: bool = False) -> str | None:
+    """
+    `--resume_from_checkpoint` as a folder; `last` and `true` name the newest whole one in `--output_dir`, as `--resume`
+    does. For `--resume`, None where there is no whole checkpoint: the run was stopped before its first.
+    """
     value = config.resume_from_checkpoint
-    if value is None or str(value).lower() in ("false", "none"):
-        return None
+    if value is not None and str(value).lower() in ("false", "none"):
+        value = None
+    if resume and value is not None:
+        raise ValueError(
+            f"`--resume` and `--resume_from_checkpoint {value}` are two answers to one question: give one."
+        )
+    if value is None:
+        return last_complete_checkpoint(str(config.output_dir)) if resume else None
     if str(value).lower() not in ("true", "last"):
         if not Path(value).is_dir():
             raise FileNotFoundError(f"`--resume_from_checkpoint` must be a checkpoint folder or 'last', got {value!r}.")
+        reason = why_incomplete(value)
+        if reason is not None:
+            raise ValueError(
+                f"`--resume_from_checkpoint` must be a whole checkpoint, got {value!r}: {reason}. `--resume` takes the "
+                "newest whole one."
+            )
         return str(value)
-    found = last_checkpoint(str(config.output_dir))
+    found = last_complete_checkpoint(str(config.output_dir))
     if found is None:
-        raise FileNotFoundError(f"`--resume_from_checkpoint {value}`: no checkpoint in {config.output_dir!r}.")
+        raise FileNotFoundError(
+            f"`--resume_from_checkpoint {value}`: no checkpoint in {config.output_dir!r} that is whole."
+        )
     return found
-
-
-def last_checkpoint(folder: str) -> str | None:
-    """The newest checkpoint in a folder."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    return get_last_checkpoint(folder) if Path(folder).is_dir() else None
 
 
 def count_steps(config: GCPOConfig, num_prompts: int | None) -> int | None:
@@ -221,7 +247,7 @@ def prepare(argv: list[str]) -> int | tuple[Any, str | None, str]:
         return launch(argv, launch_args)
     with argument_errors():
         model = check_model(model_args.model_name_or_path)
-        checkpoint = resolve_checkpoint(config)
+        checkpoint = resolve_checkpoint(config, script_args.resume)
         if mixture.datasets and script_args.dataset_name:
             print("gcpo train: warning: `datasets` is given, so --dataset_name is not read", file=sys.stderr)
             script_args.dataset_name = None
@@ -229,6 +255,8 @@ def prepare(argv: list[str]) -> int | tuple[Any, str | None, str]:
         rewards: list[Any] = load_rewards(
             script_args.reward_funcs, script_args.dataset_name, train_dataset.column_names
         )
+        if script_args.reward_timeout is not None:
+            rewards = [with_timeout(reward, script_args.reward_timeout) for reward in rewards]
         if script_args.reward_model_name_or_path:
             rewards = [script_args.reward_model_name_or_path, *rewards]
         if not rewards:
@@ -253,6 +281,8 @@ def prepare(argv: list[str]) -> int | tuple[Any, str | None, str]:
             peft_config=get_peft_config(model_args),
         )
         check_chat_template(trainer.processing_class, train_dataset, model)
+        if checkpoint is not None:
+            check_same_model(checkpoint, trainer.model)
     steps = count_steps(config, len(train_dataset) if hasattr(train_dataset, "__len__") else None)
     return trainer, checkpoint, summary(config, model, script_args.dataset_name or "a mixture of datasets", steps)
 
@@ -261,10 +291,12 @@ def train(trainer: Any, checkpoint: str | None, announcement: str) -> int:
     """Train, save, and return the exit code."""
     say, config = trainer.accelerator.print, trainer.args
     say(announcement, flush=True)
+    if checkpoint is not None:
+        say(f"gcpo train: going on from {checkpoint}", flush=True)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
-        kept = last_checkpoint(config.output_dir)
+        kept = next((path for path in checkpoints(config.output_dir) if why_incomplete(path) is None), None)
         where = f"continue with --resume_from_checkpoint {kept}" if kept else "no checkpoint was saved"
         print(f"gcpo train: interrupted at step {trainer.state.global_step}; {where}", file=sys.stderr)
         return 130

@@ -22,7 +22,9 @@ from gcpo.causal_step import CausalStep
 from gcpo.config import GCPOConfig
 from gcpo.contexts import Prompt, check_length, longest_prompt
 from gcpo.estimators import HiddenRecorder
+from gcpo.processes import check_processes_agree, explained_loss_of_process
 from gcpo.rollout import GenerationRecorder, Rollout, RolloutStates, padded_width, read_repeated_prompts_once
+from gcpo.shared_prompt import logps_sharing_prompts, repeats_prompts
 from gcpo_kernels import gcpo_loss
 
 # How each of TRL's loss types reduces its tokens, in terms of the four that gcpo_loss knows.
@@ -78,6 +80,8 @@ class GCPOTrainer(AccountedGRPOTrainer):
             )
         if args.is_causal:
             _refuse_unsupported(kwargs)
+        size = len(kwargs["train_dataset"]) if hasattr(kwargs.get("train_dataset"), "__len__") else None
+        check_processes_agree(args, train_dataset_size=size)
         with explained_server(args, model):
             super().__init__(model, reward_funcs, args=args, **kwargs)
         refuse_wrapped_head(self.model)
@@ -89,11 +93,24 @@ class GCPOTrainer(AccountedGRPOTrainer):
             longest = longest_prompt(args, self.max_completion_length)
             check_length(longest, self.max_positions, "Showing the candidates and colliders of one prompt")
         self._causal = CausalStep(self)
+        if args.share_prompt and (not self._causal.scorer.can_continue or self._is_vlm or self.aux_loss_enabled):
+            raise ValueError(
+                "`share_prompt` needs a text model whose every layer keeps the keys and values of all tokens, without "
+                f"sliding windows or an auxiliary loss, got {self.model.config.model_type}."
+            )
+        if args.share_prompt and (self._dist.is_fsdp or self._dist.is_zero3):
+            # Gradients reach a layer through the keys and values it leaves, which neither watches: its parameters
+            # would not be gathered for them.
+            raise ValueError("`share_prompt` must be False where parameters are sharded (FSDP, DeepSpeed ZeRO-3).")
         self._recorder: HiddenRecorder | None = None
         self._rollout: Rollout | None = None
         self._generated: RolloutStates | None = None  # what the last generation left, where it is watched
         self._scoring = super()._scored()  # phase and kind of tokens of the scoring passes that follow
         self._policy_logps: torch.Tensor | None = None  # of the forward that the loss is being computed from
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with explained_loss_of_process(self.args.ddp_timeout):
+            return super().train(*args, **kwargs)
 
     # -----------------------------------------------------------------------------------------------------------------
     # What TRL does, watched
@@ -131,6 +148,12 @@ class GCPOTrainer(AccountedGRPOTrainer):
                 self._generated = recorder.finish(self, prompt_ids, result[0])
         return result
 
+    def _all_share_prompts(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int) -> bool:
+        """Whether prompts are read once: as many forwards on every process, whatever its own share of the prompts."""
+        width = input_ids.shape[1] - logits_to_keep
+        most = self._causal.scorer.most
+        return not most(int(width < 2)) and most(int(repeats_prompts(input_ids, attention_mask, width))) > 0
+
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         # An infinite reward would make its group's mean, and then its advantages, infinite: no reward, as NaN is.
@@ -159,7 +182,11 @@ class GCPOTrainer(AccountedGRPOTrainer):
     ) -> tuple:
         call = super()._get_per_token_logps_and_entropies
         if torch.is_grad_enabled():
-            result = call(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+            if self.args.share_prompt and self._all_share_prompts(input_ids, attention_mask, logits_to_keep):
+                entropy = kwargs.get("compute_entropy", False)
+                result = logps_sharing_prompts(self, model, input_ids, attention_mask, logits_to_keep, entropy)
+            else:
+                result = call(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
             self._policy_logps = result[0]
             return result
         if self._recorder is None or model is not self.model:
@@ -178,6 +205,7 @@ class GCPOTrainer(AccountedGRPOTrainer):
         with self._recording(HiddenRecorder(self.args.representation)) as recorder:
             output = super()._generate_and_score_completions(inputs)
         assert self._rollout is not None
+        self._rollout.inputs = inputs
         z = None if self._rollout.states is None else self._rollout.states.z
         # Where TRL scores the rollout under the policy itself, its pass gives the representations too; a PEFT reference
         # pass over the same model comes after. It hides truncated completions when they are masked: then it is no use.

@@ -7,6 +7,8 @@ samples. "float" is float32, bfloat16 or float16 (float64 too on the torch backe
 devices and option values raise ValueError or TypeError naming the argument. Equations are those of arXiv 2508.05428.
 """
 
+from typing import Any
+
 import torch
 
 from gcpo_kernels import ops, reference
@@ -20,6 +22,7 @@ from gcpo_kernels.checks import (
     check_tensor,
     check_token_arguments,
 )
+from gcpo_kernels.head import gather_head, group_name
 from gcpo_kernels.options import (
     ADVANTAGE_SCALES,
     HeadOptions,
@@ -185,6 +188,7 @@ def linear_gcpo_loss(
     max_completion_length: int | None = None,
     num_items_in_batch: float | torch.Tensor | None = None,
     proj_floor: float = 1e-6,
+    process_group: Any = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, Metrics]:
     """
@@ -200,7 +204,7 @@ def linear_gcpo_loss(
         token_ids: (B, T) or (B * T,) int64, in [0, V) where the mask is not 0.
         advantages, mask: as in `gcpo_loss`; the mask gives B and T.
         bias: (V,) float.
-        temperature, logit_scale, logit_softcap: as in `linear_logprob`.
+        temperature, logit_scale, logit_softcap, process_group, and `weight` as a DTensor: as in `linear_logprob`.
         Everything else: as in `gcpo_loss`.
 
     Returns:
@@ -219,6 +223,8 @@ def linear_gcpo_loss(
         proj_floor=proj_floor,
     )
     head = HeadOptions(temperature, logit_scale, logit_softcap)
+    group = group_name(process_group)
+    weight, bias = gather_head(weight, bias, group)
     check_rank("hidden", hidden, (2, 3), "(B, T, H) or (B * T, H)")
     check_tensor("mask", mask, floating=False, like=hidden)
     if mask.dim() != 2:
@@ -271,6 +277,7 @@ def linear_gcpo_loss(
             grad and bias is not None and bias.requires_grad,
         ],
         "triton" if on_triton else "torch",
+        group,
     )
     # The value again from the log-probabilities, on (B, T): it also carries the gradient in causal_logp.
     if on_triton:
@@ -292,6 +299,7 @@ def linear_logprob(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     return_entropy: bool = False,
+    process_group: Any = None,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """
@@ -301,19 +309,26 @@ def linear_logprob(
 
     Args:
         hidden: (B, T, H) or (N, H) float; carries gradient.
-        weight: (V, H) float; carries gradient.
+        weight: (V, H) float; carries gradient. A DTensor (FSDP2's, say) is gathered, once, and its gradient is the mean
+            over its processes, each of which has tokens of its own.
         token_ids: (B, T) or (N,) int64 in [0, V). Outside, ValueError on a CPU, NaN on other devices.
         bias: (V,) float; carries gradient.
         temperature: > 0.
         logit_scale: multiplies logits before the softcap.
         logit_softcap: c > 0. None: no softcap.
         return_entropy: also return the entropy of each token's distribution, in nats, with its gradient.
+        process_group: processes (a `torch.distributed.ProcessGroup`) that share the vocabulary. `weight` and `bias` are
+            then this process's rows, in the order of ranks, not necessarily as many on each; hidden, token_ids (which
+            count from the whole vocabulary's first token) and all else are the same on every process, and so are the
+            results. Gradients are those of the whole, those in weight and bias this process's rows of it.
         backend: as in `gcpo_loss`.
 
     Returns:
         (B, T) or (N,) log-probabilities, or (log-probabilities, entropies).
     """
     head = HeadOptions(temperature, logit_scale, logit_softcap)
+    group = group_name(process_group)
+    weight, bias = gather_head(weight, bias, group)
     check_rank("hidden", hidden, (2, 3), "(B, T, H) or (N, H)")
     token_ids = check_ids("token_ids", token_ids, tuple(hidden.shape[:-1]), "of hidden without H", hidden)
     check_head(hidden, weight, bias)
@@ -326,6 +341,7 @@ def linear_logprob(
         storage,
         ops.head_arguments(head),
         "triton" if use_triton(backend, hidden, weight, bias, storage=storage) else "torch",
+        group,
     )
     logp, entropy = logp.view(token_ids.shape), entropy.view(token_ids.shape)
     return (logp, entropy) if return_entropy else logp

@@ -52,6 +52,24 @@ class TileGradient(NamedTuple):
     row_scale: torch.Tensor | None  # (M,); None: 1
 
 
+class RowState(NamedTuple):
+    """Of each row, (M,): what a part of the vocabulary says about a softmax over all of it."""
+
+    target: torch.Tensor  # the target's logit; 0 where the target is not in this part
+    weighted: torch.Tensor  # sum of exp(logit - peak) (logit - peak)
+    peak: torch.Tensor  # largest logit
+    total: torch.Tensor  # sum of exp(logit - peak)
+
+
+class RowScores(NamedTuple):
+    """Of each row, (M,), over the whole vocabulary: log p of a logit is (logit - peak) - log(total)."""
+
+    logp: torch.Tensor
+    entropy: torch.Tensor
+    peak: torch.Tensor
+    total: torch.Tensor
+
+
 @dataclass
 class Tiles(ABC):
     """What a backend does with a tile of logits."""
@@ -72,8 +90,8 @@ class Tiles(ABC):
         return self.head.logit_scale / self.head.temperature
 
     @abstractmethod
-    def rows(self) -> int:
-        """Tokens per tile."""
+    def rows(self, vocab: int | None = None) -> int:
+        """Tokens per tile of so wide a vocabulary; None: this one."""
 
     @abstractmethod
     def operand(self, x: torch.Tensor) -> torch.Tensor:
@@ -106,6 +124,21 @@ class Tiles(ABC):
         self, tile: torch.Tensor, token_ids: torch.Tensor, g_logp: torch.Tensor, g_entropy: torch.Tensor
     ) -> TileGradient:
         """The same from an unscored tile, for a loss that depends on the entropies too."""
+
+    @abstractmethod
+    def row_state(self, tile: torch.Tensor, token_ids: torch.Tensor) -> RowState:
+        """Of a tile over a part of the vocabulary, which it leaves as it is; ids count from the part's first."""
+
+    @abstractmethod
+    def part_gradient(
+        self,
+        tile: torch.Tensor,
+        token_ids: torch.Tensor,  # (M,), from the part's first; those outside are in other parts
+        scores: RowScores,
+        g_logp: torch.Tensor,  # (M,)
+        g_entropy: torch.Tensor | None,  # (M,)
+    ) -> TileGradient:
+        """The gradient of the raw logits of such a tile, whose scores are known; may use up the tile."""
 
     @abstractmethod
     def to_hidden(self, gradient: TileGradient) -> torch.Tensor:

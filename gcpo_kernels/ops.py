@@ -23,16 +23,24 @@ def _without_autocast(x: Tensor) -> torch.autocast:
 
 
 def _tiles(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, storage: torch.dtype, options: list[float], backend: str
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, storage: torch.dtype, options: list[float], *where: str
 ) -> linear.Tiles:
+    """`where`: the backend, and the name of the process group that the vocabulary is divided over, "" for none."""
+    backend, group = where
     temperature, logit_scale, softcap = options
     head = HeadOptions(temperature, logit_scale, softcap if softcap > 0 else None)
     dtype = compute_dtype(hidden, weight)
     if backend == "triton":
         from gcpo_kernels.triton_backend.linear import TritonTiles
 
-        return TritonTiles(weight, bias, head, dtype, storage)
-    return torch_backend.TorchTiles(weight, bias, head, dtype, storage)
+        tiles: linear.Tiles = TritonTiles(weight, bias, head, dtype, storage)
+    else:
+        tiles = torch_backend.TorchTiles(weight, bias, head, dtype, storage)
+    if not group:
+        return tiles
+    from gcpo_kernels.vocab_parallel import ShardedTiles, find_shards
+
+    return ShardedTiles.around(tiles, find_shards(group, hidden, weight))
 
 
 def head_arguments(head: HeadOptions) -> list[float]:
@@ -54,14 +62,15 @@ def linear_logprob(
     storage: torch.dtype,
     head: list[float],
     backend: str = "torch",
+    group: str = "",
 ) -> tuple[Tensor, Tensor]:
     with _without_autocast(hidden):
-        tiles = _tiles(hidden, weight, bias, storage, head, backend)
+        tiles = _tiles(hidden, weight, bias, storage, head, backend, group)
         return linear.linear_logprob_forward(hidden, tiles, token_ids)
 
 
 @linear_logprob.register_fake
-def _(hidden, weight, bias, token_ids, storage, head, backend="torch"):
+def _(hidden, weight, bias, token_ids, storage, head, backend="torch", group=""):
     dtype = compute_dtype(hidden, weight)
     return tuple(hidden.new_empty(token_ids.shape, dtype=dtype) for _ in range(2))
 
@@ -78,9 +87,10 @@ def linear_logprob_backward(
     head: list[float],
     need: list[bool],
     backend: str = "torch",
+    group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     with _without_autocast(hidden):
-        tiles = _tiles(hidden, weight, bias, storage, head, backend)
+        tiles = _tiles(hidden, weight, bias, storage, head, backend, group)
         needed = (need[0], need[1], need[2])
         return linear.linear_logprob_backward(hidden, tiles, token_ids, g_logp, g_entropy, needed)
 
@@ -95,7 +105,7 @@ def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, need: l
 
 
 @linear_logprob_backward.register_fake
-def _(hidden, weight, bias, token_ids, g_logp, g_entropy, storage, head, need, backend="torch"):
+def _(hidden, weight, bias, token_ids, g_logp, g_entropy, storage, head, need, backend="torch", group=""):
     return _fake_gradients(hidden, weight, bias, need)
 
 
@@ -108,11 +118,16 @@ def _linear_logprob_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _linear_logprob_grad(ctx: Any, g_logp: Tensor, g_entropy: Tensor) -> tuple:
     hidden, weight, bias, token_ids = ctx.saved_tensors
     need = list(ctx.needs_input_grad[:3])
-    storage, head, backend = ctx.options
-    grads = linear_logprob_backward(hidden, weight, bias, token_ids, g_logp, g_entropy, storage, head, need, backend)
+    storage, head, *where = ctx.options
+    if weight.dim() != 2:
+        raise RuntimeError(
+            "`weight` was put away between forward and backward (DeepSpeed ZeRO-3 does that), got shape "
+            f"{tuple(weight.shape)}: read it, and call this function, in the forward of the module that was wrapped."
+        )
+    grads = linear_logprob_backward(hidden, weight, bias, token_ids, g_logp, g_entropy, storage, head, need, *where)
     inputs = (hidden, weight, bias)
     found = (g.to(x.dtype) if n else None for g, n, x in zip(grads, need, inputs, strict=True))
-    return (*found, None, None, None, None)
+    return (*found, None, None, None, None, None)
 
 
 linear_logprob.register_autograd(_linear_logprob_grad, setup_context=_linear_logprob_setup)
@@ -145,6 +160,7 @@ def linear_loss(
     by_sequence: bool,
     need: list[bool],  # gradients of hidden, weight, bias
     backend: str = "torch",
+    group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities, entropies, and the gradients of sum(weights * per-token loss): three matrix products."""
     options = LossOptions(
@@ -168,14 +184,14 @@ def linear_loss(
         context_weights=context_weights,
     )
     with _without_autocast(hidden):
-        tiles = _tiles(hidden, weight, bias, storage, head, backend)
+        tiles = _tiles(hidden, weight, bias, storage, head, backend, group)
         needed = (need[0], need[1], need[2])
         return linear.linear_loss(hidden, tiles, token_ids, inputs, weights, options, needed)
 
 
 @linear_loss.register_fake
 def _(hidden, weight, bias, token_ids, mask, *rest):
-    # `need` is followed by `backend` only where that was given.
+    # `need` is followed by `backend` and `group` only where those were given.
     need: Any = next(x for x in reversed(rest) if isinstance(x, list | tuple))
     dtype = compute_dtype(hidden, weight)
     scores = (hidden.new_empty(mask.shape, dtype=dtype) for _ in range(2))

@@ -191,6 +191,24 @@ def causal_target(
     return project(query, inputs.context_logp, inputs.context_weights, options.proj_floor)
 
 
+# exp of what lies above overflows.
+LARGEST_LOG = {torch.float32: 88.72283, torch.float64: 709.78271}
+
+
+def bounded_log_ratio(log_ratio: torch.Tensor, inputs: TokenInputs, options: LossOptions) -> torch.Tensor:
+    """
+    log R, kept from overflowing for tokens whose loss does not grow with R there: with an advantage of at least 0 the
+    clip has taken over long before, or `delta` has, or the sampler's correction is 0. Their loss is what it was, and
+    their derivative 0, not 0 * inf. Where the loss itself is infinite it stays so.
+    """
+    bounded = log_ratio.clamp(max=LARGEST_LOG[log_ratio.dtype])
+    if options.delta is None:
+        bounded = torch.where(inputs.advantages < 0, log_ratio, bounded)
+    if inputs.importance_sampling_ratio is not None:
+        bounded = torch.where(inputs.importance_sampling_ratio == 0, log_ratio.clamp(max=0.0), bounded)
+    return bounded
+
+
 def token_objective(
     logp: torch.Tensor,
     log_ratio: torch.Tensor,
@@ -205,7 +223,7 @@ def token_objective(
 
     `delta` caps the unclipped R from above, as in TRL. `token_objective_gradient` is its derivative.
     """
-    ratio = torch.exp(log_ratio)
+    ratio = torch.exp(bounded_log_ratio(log_ratio, inputs, options))
     clipped = ratio.clamp(1.0 - options.epsilon_low, 1.0 + options.epsilon_high)
     capped = ratio if options.delta is None else ratio.clamp(max=options.delta)
     loss = -torch.minimum(capped * inputs.advantages, clipped * inputs.advantages)
@@ -232,7 +250,7 @@ def token_objective_gradient(
     For backends that make gradients in the forward, where autograd does not reach. Ties are split as autograd's: half
     to each side of the minimum.
     """
-    ratio = torch.exp(log_ratio)
+    ratio = torch.exp(bounded_log_ratio(log_ratio, inputs, options))
     unclipped = (ratio >= 1.0 - options.epsilon_low) & (ratio <= 1.0 + options.epsilon_high)
     clipped = ratio.clamp(1.0 - options.epsilon_low, 1.0 + options.epsilon_high)
     capped, uncapped = ratio, torch.ones_like(unclipped)

@@ -2,16 +2,19 @@
 Inputs and error budgets shared by the tests and the benchmarks.
 
 Inputs are drawn on the CPU in float64 and then cast, so that a seed means the same numbers on every device and in every
-type. They look like training: the old policy, the reference and the contexts are the current policy plus noise, and
-both sides of the clip range are hit, per token and per sequence. Arguments travel as dicts of keyword arguments.
+type (but for `make_head_inputs`, whose sizes would not bear it). They look like training: the old policy, the reference
+and the contexts are the current policy plus noise, and both sides of the clip range are hit, per token and per
+sequence. Arguments travel as dicts of keyword arguments.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 MASKS = ("ragged", "none", "all")
+LOGITS = ("peaked", "random")
 _SEQUENCE_SHIFT = 0.3  # of a sequence's mean log-ratio: beyond log(1.2) and log(0.8)
 
 
@@ -124,6 +127,50 @@ def make_linear_inputs(
     return {name: x.to(device) for name, x in (head | {"token_ids": token_ids}).items()} | rest
 
 
+def make_head_inputs(
+    rows: int,
+    hidden: int,
+    vocab: int,
+    *,
+    logits: str = "peaked",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> dict[str, torch.Tensor]:
+    """
+    hidden (N, H), weight (V, H) and token_ids (N,) of any size: nothing of size (N, V) is made, and numbers are drawn
+    on `device`, so that a seed means the same numbers on one kind of device only.
+
+    "peaked" is like a language model reading its own samples: a few candidates per token stand out, the token is drawn
+    from them, and the median one has a probability near 0.8. "random" is what a fresh layer gives: all are near 1 / V.
+    """
+    if logits not in LOGITS:
+        raise ValueError(f"`logits` must be one of {', '.join(map(repr, LOGITS))}, got {logits!r}.")
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def uniform(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator, device=device).clamp(min=1e-6)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    weight = (noise(vocab, hidden) / hidden**0.5).to(dtype)
+    x = noise(rows, hidden)
+    if logits == "random":
+        token_ids = torch.randint(0, vocab, (rows,), generator=generator, device=device)
+        return {"hidden": x.to(dtype), "weight": weight, "token_ids": token_ids}
+    candidates = torch.randint(0, vocab, (rows, 4), generator=generator, device=device)
+    # The other tokens' logits have mean 0 and variance 1: their log-sum-exp is log V + 1/2.
+    best = math.log(vocab) + 0.5 + 6.0 + 3.0 * noise(rows, 1)
+    behind = torch.arange(4.0, device=device) * (0.5 - 3.0 * uniform(rows, 4).log())
+    strength = (best - behind).clamp(min=0.0)
+    for k in range(4):  # rows of the weight have a norm near 1
+        x += strength[:, k, None] * weight[candidates[:, k]].float()
+    # The largest of strength + Gumbel noise is a draw from their softmax.
+    drawn = (strength - (-uniform(rows, 4).log()).log()).argmax(dim=1, keepdim=True)
+    return {"hidden": x.to(dtype), "weight": weight, "token_ids": candidates.gather(1, drawn).squeeze(1)}
+
+
 def make_representations(
     prompts: int = 3,
     group: int = 4,
@@ -220,9 +267,11 @@ def assert_close_to_truth(
     wide = torch.finfo(torch.float32 if narrow else ours.dtype)
     relative = roundings * wide.eps + (torch.finfo(ours.dtype).eps / 2 if narrow else 0.0)
     smallest = torch.finfo(ours.dtype).tiny * torch.finfo(ours.dtype).eps
-    truth = truth.detach().cpu()
-    error = (ours.detach().cpu().double() - truth).flatten()
-    plain_error = torch.zeros_like(error) if plain is None else (plain.detach().cpu().double() - truth).flatten()
+    truth = truth.detach()  # compared where it is: a gradient of a real output layer is gigabytes
+    error = (ours.detach().to(truth.device).double() - truth).flatten()
+    plain_error = torch.zeros_like(error)
+    if plain is not None:
+        plain_error = (plain.detach().to(truth.device).double() - truth).flatten()
     for measure, order in (("largest", float("inf")), ("root mean square", 2)):
         size = truth.numel() ** 0.5 if order == 2 else 1.0
         got, allowed, scale = (

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from gcpo_kernels.linear import Scores, TileGradient, Tiles, check_token_ids
+from gcpo_kernels.linear import RowScores, RowState, Scores, TileGradient, Tiles, check_token_ids
 from gcpo_kernels.options import HeadOptions
-from gcpo_kernels.reference import compute_dtype
+from gcpo_kernels.reference import compute_dtype, head_logits
 
 # Large enough for full-speed products, small enough that a tile stays well below the weight and its gradient.
 _TILE_BYTES = {"cpu": 96 << 20, "other": 1 << 30}
@@ -32,6 +32,12 @@ def tile_rows(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
     key = _device_key(device)
     rows = _TILE_BYTES[key] // (vocab * torch.empty((), dtype=dtype).element_size())
     return max(_MIN_TILE_ROWS[key], rows // 8 * 8)
+
+
+def _blocks(tile: torch.Tensor) -> Iterator[slice]:
+    """Rows of a tile, in blocks whose temporaries stay small."""
+    step = max(1, _BLOCK_ELEMENTS[_device_key(tile.device)] // max(tile.shape[1], 1))
+    return (slice(start, min(start + step, len(tile))) for start in range(0, len(tile), step))
 
 
 @dataclass
@@ -56,9 +62,7 @@ def softmax_tile_(
     """
     rows, vocab = tile.shape
     logp, entropy, total = (tile.new_empty(rows) for _ in range(3))
-    step = max(1, _BLOCK_ELEMENTS[_device_key(tile.device)] // max(vocab, 1))
-    for start in range(0, rows, step):
-        block = slice(start, min(start + step, rows))
+    for block in _blocks(tile):
         z = tile[block]
         ids = token_ids[block, None].clamp(0, vocab - 1)
         slope = None
@@ -100,8 +104,8 @@ def softmax_tile_(
 class TorchTiles(Tiles):
     """Products in the arithmetic type, of operands rounded to the storage type: right everywhere, fast on a CPU."""
 
-    def rows(self) -> int:
-        return tile_rows(self.vocab, self.dtype, self.weight.device)
+    def rows(self, vocab: int | None = None) -> int:
+        return tile_rows(vocab or self.vocab, self.dtype, self.weight.device)
 
     def operand(self, x: torch.Tensor) -> torch.Tensor:
         return x.to(self.storage).to(self.dtype)
@@ -137,6 +141,45 @@ class TorchTiles(Tiles):
     ) -> TileGradient:
         scores = softmax_tile_(tile, token_ids, self.head, keep=True, g_logp=g_logp, g_entropy=g_entropy)
         return TileGradient(tile, -self.chain / scores.total)
+
+    def row_state(self, tile: torch.Tensor, token_ids: torch.Tensor) -> RowState:
+        state = RowState(*(tile.new_empty(len(tile)) for _ in range(4)))
+        for block in _blocks(tile):
+            z, ids = head_logits(tile[block], self.head), token_ids[block, None]
+            near = ids.clamp(0, tile.shape[1] - 1)
+            state.target[block] = torch.where(ids == near, z.gather(1, near), 0.0)[:, 0]
+            peak = z.amax(dim=1, keepdim=True)
+            z.sub_(torch.where(peak == -torch.inf, 0.0, peak))
+            e = torch.exp(z)
+            state.peak[block], state.total[block] = peak[:, 0], e.sum(dim=1)
+            # Where e is 0, z may be -inf; where it is NaN, so is the sum.
+            state.weighted[block] = torch.where(e == 0, 0.0, e * z).sum(dim=1)
+        return state
+
+    def part_gradient(
+        self,
+        tile: torch.Tensor,
+        token_ids: torch.Tensor,
+        scores: RowScores,
+        g_logp: torch.Tensor,
+        g_entropy: torch.Tensor | None,
+    ) -> TileGradient:
+        for block in _blocks(tile):
+            z, ids = head_logits(tile[block], self.head), token_ids[block, None]
+            slope = None
+            if self.head.logit_softcap is not None:
+                slope = 1.0 - (z * (self.head.temperature / self.head.logit_softcap)).square()
+            logp, entropy, peak, total = (x[block, None] for x in scores)
+            log_p = z.sub_(peak).sub_(total.log())
+            p = torch.exp(log_p)
+            near = ids.clamp(0, tile.shape[1] - 1)
+            d = p * -g_logp[block, None]
+            hit = torch.where(ids == near, -torch.expm1(logp) * g_logp[block, None], d.gather(1, near))
+            d.scatter_(1, near, hit)  # 1 - p at the target, without the cancellation as p -> 1
+            if g_entropy is not None:
+                d -= torch.where(p == 0, 0.0, p * (log_p + entropy)) * g_entropy[block, None]
+            tile[block] = d if slope is None else d.mul_(slope)
+        return TileGradient(tile, tile.new_full((len(tile),), self.chain))
 
     def to_hidden(self, gradient: TileGradient) -> torch.Tensor:
         tile, row_scale = gradient

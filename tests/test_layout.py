@@ -63,10 +63,11 @@ def values_and_gradients(function: Callable[..., Any], arguments: dict[str, Any]
     return [out.detach(), *torch.autograd.grad(out, list(leaves.values()))]
 
 
+@pytest.mark.hazard(13)
 @pytest.mark.parametrize("layout", [transposed, sliced, expanded])
 @pytest.mark.parametrize("name", CALLS)
 def test_strides(name: str, layout: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Every argument on its own, and all of them, in an odd layout: the same values and gradients."""
+    """Every argument on its own, and all of them, in an odd layout: the same values and gradients (TE#2734)."""
     function, make, options = CALLS[name]
     inputs = make()
     for keys in [*([key] for key in inputs), list(inputs)]:
@@ -76,9 +77,11 @@ def test_strides(name: str, layout: Callable[[torch.Tensor], torch.Tensor]) -> N
             torch.testing.assert_close(ours, want, rtol=1e-5, atol=1e-6, msg=lambda m, keys=keys: f"{keys}: {m}")
 
 
+@pytest.mark.hazard(13)
 @pytest.mark.parametrize("name", ["linear_logprob", "selective_logprob", "causal_weights", "leave_one_out_mean"])
 @pytest.mark.parametrize("layout", [transposed, sliced, expanded])
 def test_strides_of_upstream_gradients(name: str, layout: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Seen in verl#6960."""
     function, make, options = CALLS[name]
     inputs = with_gradients(make(), *DIFFERENTIABLE)
     leaves = [x for x in inputs.values() if x.requires_grad]
@@ -90,8 +93,10 @@ def test_strides_of_upstream_gradients(name: str, layout: Callable[[torch.Tensor
     assert all(torch.equal(x, y) for x, y in zip(odd, plain, strict=True))
 
 
+@pytest.mark.hazard(14)
 @pytest.mark.parametrize("name", CALLS)
 def test_inputs_are_not_modified(name: str) -> None:
+    """Seen in Liger#272."""
     function, make, options = CALLS[name]
     inputs = make()
     copies = {key: x.clone() for key, x in inputs.items()}
@@ -103,9 +108,10 @@ def test_inputs_are_not_modified(name: str) -> None:
         assert torch.equal(x.detach(), copies[key]), key
 
 
+@pytest.mark.hazard(14)
 @pytest.mark.parametrize("name", CALLS)
 def test_backward_twice_and_outputs_used_twice(name: str) -> None:
-    """A graph that is kept gives the same gradients again; an output used twice gives their sum."""
+    """A graph that is kept gives the same gradients again; an output used twice gives their sum (Liger#1251)."""
     function, make, options = CALLS[name]
     inputs = with_gradients(make(), *DIFFERENTIABLE)
     leaves = [x for x in inputs.values() if x.requires_grad]
@@ -119,9 +125,10 @@ def test_backward_twice_and_outputs_used_twice(name: str) -> None:
         torch.testing.assert_close(3 * x, z)
 
 
+@pytest.mark.hazard(14)
 @pytest.mark.parametrize("name", CALLS)
 def test_two_losses_on_one_tensor(name: str) -> None:
-    """Two calls on the same tensors, one backward through both, and through a softmax of an input."""
+    """Two calls on the same tensors, one backward through both, and through a softmax of an input (unsloth#5002)."""
     function, make, options = CALLS[name]
     inputs = with_gradients(make(), *DIFFERENTIABLE)
     leaves = [x for x in inputs.values() if x.requires_grad]

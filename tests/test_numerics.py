@@ -38,10 +38,12 @@ def logits_of(kind: str, dtype: torch.dtype = torch.float32, rows: int = 6, voca
 KINDS = ("confident", "certain", "large", "negative", "spread", "equal", "padded", "one left")
 
 
+@pytest.mark.hazard(8, 9)
 @pytest.mark.parametrize("token", [0, 1, 899])
 @pytest.mark.parametrize("kind", KINDS)
 def test_selective_logprob(kind: str, token: int) -> None:
-    """Finite where the truth is, never above 0, and the truth to float32 rounding; so are the gradients."""
+    """Finite where the truth is, never above 0, and the truth to float32 rounding; so are the gradients.
+    Seen in verl#2656, flash-attention#1930."""
     logits, ids = logits_of(kind), torch.full((6,), token)
     leaves = [logits.clone().requires_grad_(), logits.double().requires_grad_(), logits.clone().requires_grad_()]
     outs = [
@@ -71,10 +73,12 @@ def test_selective_logprob(kind: str, token: int) -> None:
         assert not leaves[0].grad[:, 900:].any()
 
 
+@pytest.mark.hazard(8, 9)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_linear_logprob(kind: str, softcap: float | None, small_tiles: None) -> None:
-    """The same through the output layer: the offsets come with the bias, padding is a bias of -inf."""
+    """The same through the output layer: the offsets come with the bias, padding is a bias of -inf.
+    Seen in unsloth#10616, flash-attention#1930."""
     row = logits_of(kind, rows=1, vocab=60)[0]
     row[-4:] = -INF if kind == "padded" else row[-4:]
     hidden = torch.randn(9, 5, generator=torch.Generator().manual_seed(1)) * 0.1
@@ -94,9 +98,11 @@ def test_linear_logprob(kind: str, softcap: float | None, small_tiles: None) -> 
         torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=absolute or 1e-6)
 
 
+@pytest.mark.hazard(15)
 @pytest.mark.parametrize("gap", [10.0, 14.0, 17.0, 20.0, 24.0])
 def test_confident_tokens_keep_a_gradient(gap: float) -> None:
-    """As p -> 1 the gradients in the other logits keep their relative precision, the token's own a few roundings."""
+    """As p -> 1 the gradients in the other logits keep their relative precision, the token's own a few roundings.
+    Seen in Liger#1419."""
     logits = torch.zeros(1, 8)
     logits[0, 0] = gap
     ours, truth = logits.clone().requires_grad_(), logits.double().requires_grad_()
@@ -106,8 +112,9 @@ def test_confident_tokens_keep_a_gradient(gap: float) -> None:
     torch.testing.assert_close(ours.grad[0, 0].double(), truth.grad[0, 0], rtol=1e-5, atol=5e-7)
 
 
+@pytest.mark.hazard(15)
 def test_error_does_not_grow_with_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weight gradients accumulate in float32: 400 tiles of bfloat16 operands end as exact as one."""
+    """Weight gradients accumulate in float32: 400 tiles of bfloat16 operands end as exact as one (Liger#830)."""
     from gcpo_kernels import torch_backend
 
     inputs = make_linear_inputs(20, 20, 1, 8, 50, dtype=torch.bfloat16, masked="none")

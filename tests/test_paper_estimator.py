@@ -14,7 +14,8 @@ def policy(tmp_path_factory):
     return save_policy(tmp_path_factory.mktemp("policy"))
 
 
-def test_sampled_weights_are_those_of_the_outputs_drawn(policy, tmp_path):
+@pytest.mark.parametrize("reuse", [True, False], ids=["from the generation", "read again"])
+def test_sampled_weights_are_those_of_the_outputs_drawn(reuse, policy, tmp_path):
     drawn = []
 
     class Spy(GCPOTrainer):
@@ -23,7 +24,9 @@ def test_sampled_weights_are_those_of_the_outputs_drawn(policy, tmp_path):
             drawn.append((prompt_ids, result[0]))
             return result
 
-    trainer = make_trainer(policy, tmp_path, Spy, estimator="sampled", num_estimator_samples=2, kappa=0.0)
+    trainer = make_trainer(
+        policy, tmp_path, Spy, estimator="sampled", num_estimator_samples=2, kappa=0.0, reuse_rollout=reuse
+    )
     _, captured = first_batch(trainer)
     contexts, outputs = drawn[-1]  # candidates, colliders, then these
     n, colliders, m = 4, 3, 2
@@ -38,6 +41,7 @@ def test_sampled_weights_are_those_of_the_outputs_drawn(policy, tmp_path):
     group = captured["groups"][0]
     assert contexts[0] == trainer._causal.builder.context(group.prompt, group.candidates[1:], group.colliders[0])
     assert trainer._account.tokens["generated_contexts"] == sum(map(len, outputs))
+    assert (float(trainer._account.tokens["scored_contexts"]) == 0) is reuse
 
 
 def test_policy_under_the_context_has_its_own_gradient(policy, tmp_path):

@@ -35,6 +35,7 @@ def plain_loss(inputs: dict[str, Any], softcap: float | None) -> torch.Tensor:
     return reference.gcpo_loss(reference.selective_logprob(logits, ids), **rest, **OPTIONS)[0]
 
 
+@pytest.mark.hazard(16)
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("autocast", [None, BF16])
 @pytest.mark.parametrize(
@@ -43,6 +44,7 @@ def plain_loss(inputs: dict[str, Any], softcap: float | None) -> torch.Tensor:
 def test_linear_loss(
     hidden: torch.dtype, weight: torch.dtype, autocast: torch.dtype | None, softcap: float | None, small_tiles: None
 ) -> None:
+    """Seen in Liger#305, unsloth#7020."""
     inputs = make_linear_inputs(**SIZES, dtype=hidden, weight_dtype=weight)
     ours, plain = with_gradients(inputs, *LEAVES), with_gradients(inputs, *LEAVES)
     truth = with_gradients(in_float64(inputs), *LEAVES)
@@ -60,10 +62,11 @@ def test_linear_loss(
         assert_gradient(ours[key].grad, truth[key].grad, plain[key].grad, what=key)
 
 
+@pytest.mark.hazard(16)
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize(("hidden", "weight"), [(BF16, BF16), (FP16, FP16), (BF16, FP32), (FP32, FP32)], ids=str)
 def test_linear_logprob(hidden: torch.dtype, weight: torch.dtype, autocast: bool, small_tiles: None) -> None:
-    """Without autocast: float32 results to float32 rounding, whatever the type of the operands."""
+    """Without autocast: float32 results to float32 rounding, whatever the type of the operands (Liger#501)."""
     inputs = make_linear_inputs(**SIZES, dtype=hidden, weight_dtype=weight)
     inputs = {key: inputs[key] for key in (*LEAVES, "token_ids")}
     ours, plain = with_gradients(inputs, *LEAVES), with_gradients(inputs, *LEAVES)
@@ -84,8 +87,9 @@ def test_linear_logprob(hidden: torch.dtype, weight: torch.dtype, autocast: bool
         assert_gradient(ours[key].grad, truth[key].grad, plain[key].grad, what=key)
 
 
+@pytest.mark.hazard(16)
 def test_autocast_is_a_cast_of_the_operands() -> None:
-    """Under autocast, float32 operands give what operands rounded to bfloat16 give."""
+    """Under autocast, float32 operands give what operands rounded to bfloat16 give (Liger#501)."""
     inputs = make_linear_inputs(**SIZES)
     call = {key: inputs[key] for key in ("hidden", "weight", "token_ids")}
     rounded = {key: x if key == "token_ids" else x.to(BF16).float() for key, x in call.items()}

@@ -112,10 +112,11 @@ def test_order_of_sequences_does_not_matter(seed: int, loss_type: str, level: st
     torch.testing.assert_close(loss, other)
 
 
+@pytest.mark.hazard(28)
 @quick
 @given(seeds, st.integers(1, 9), st.sampled_from(["grpo", "bnpo", "dapo"]), st.sampled_from(["token", "sequence"]))
 def test_padding_does_not_matter(seed: int, extra: int, loss_type: str, level: str) -> None:
-    """More padding, full of NaN, gives the same loss."""
+    """More padding, full of NaN, gives the same loss (trl#6654)."""
     inputs = make_token_inputs(4, 6, dtype=torch.float64, seed=seed)
     options = {"loss_type": loss_type, "importance_sampling_level": level, "beta": 0.1, "kappa": 0.1}
     loss, _ = gcpo_kernels.gcpo_loss(**inputs, **options)
@@ -138,10 +139,11 @@ def test_shifting_rewards_changes_nothing(values: list[float], shift: float, sca
     torch.testing.assert_close(gcpo_kernels.group_advantages(x + shift, 4, scale=scale), ours, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.hazard(27)
 @quick
 @given(rewards, st.integers(1, 9), st.sampled_from(["group", "batch", "none"]), st.booleans())
 def test_equal_rewards_give_exactly_zero(value: float, group: int, scale: str, missing: bool) -> None:
-    """Although their rounded mean may differ from them; the other group is not affected."""
+    """Although their rounded mean may differ from them; the other group is not affected (trl#5588)."""
     x = torch.tensor([value] * group + [float(k) for k in range(group)])
     if missing and group > 1:
         x[0] = torch.nan

@@ -199,6 +199,17 @@ def test_on_policy_gradient_is_the_policy_gradient() -> None:
     torch.testing.assert_close(logp.grad, want)
 
 
+def test_the_causal_target_is_a_constant() -> None:
+    """Without scores of the old policy, the query's are the policy's own; no gradient flows through them into p'."""
+    inputs = make_token_inputs(dtype=torch.float64) | {"causal_logp": None, "old_logp": None, "query_logp": None}
+    options = {"kappa": 0.5, "loss_type": "bnpo"}
+    own = grid.run("gcpo_loss", inputs, options, backend=None)
+    given = grid.run("gcpo_loss", inputs | {"query_logp": inputs["logp"]}, options, backend=None)
+    assert torch.equal(own[0], given[0])
+    assert own[2]["logp"].any()
+    assert torch.equal(own[2]["logp"], given[2]["logp"])
+
+
 def test_mask_kinds() -> None:
     assert make_mask(3, 4, "none").all()
     assert not make_mask(3, 4, "all").any()

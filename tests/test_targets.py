@@ -30,10 +30,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.hazard(11, 30)
 @pytest.mark.parametrize("target", targets.TARGETS)
 @pytest.mark.parametrize("label", [specimen.label for specimen in targets.specimens()])
 def test_compiles(label: str, target: str) -> None:
-    """No spills, no offset computed in 32 bits, and shared memory for more than one program at a time."""
+    """No spills, no offset computed in 32 bits, and shared memory for more than one program at a time.
+    Seen in fla#1080, Liger#51, Liger#231."""
     specimen = next(x for x in targets.specimens() if x.label == label)
     report = targets.compile_for(specimen, targets.TARGETS[target])
     assert report.stack == 0
@@ -132,8 +134,10 @@ def test_a_planted_spill_is_found(target: str) -> None:
     assert targets.compile_for(planted(greedy_kernel, num_warps=1, BLOCK=block), targets.TARGETS[target]).stack > 0
 
 
+@pytest.mark.hazard(11, 12, 18)
 def test_sources_use_one_axis_and_64_bits() -> None:
-    """Every program id is axis 0 and widened at once; no atomics: sums have one order."""
+    """Every program id is axis 0 and widened at once; no atomics: sums have one order.
+    Seen in fla#1080, triton#3299, triton#7181."""
     found = 0
     for name, source in sources().items():
         assert "atomic" not in source, name
@@ -161,9 +165,10 @@ def test_the_committed_table_is_current() -> None:
     assert committed == targets.table().strip(), "run python -m gcpo_kernels.targets and paste its table"
 
 
+@pytest.mark.hazard(30)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, other tensors have a Triton backend")
 def test_an_explicit_request_does_not_fall_back() -> None:
-    """Without the interpreter Triton does not run on CPU tensors: asking for it raises."""
+    """Without the interpreter Triton does not run on CPU tensors: asking for it raises (Liger#51)."""
     heads, rest = make_linear_inputs(2, 3), make_representations(2, 3)
     head = {key: heads[key] for key in ("hidden", "weight", "token_ids")}
     index = torch.zeros(6, dtype=torch.int64)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from gcpo.evaluate import evaluate_pass_at_1, mean_and_standard_error
+from gcpo.evaluate import evaluate_pass_at_k, mean_and_standard_error
 from gcpo.tasks import extract_answer, reasoning_gym_dataset, reasoning_gym_reward, train_and_held_out
 from gcpo.tiny import tiny_model, tiny_tokenizer
 
@@ -130,7 +130,7 @@ def test_evaluation(tiny, conversational):
     model.lm_head.eval()
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     options = {"max_new_tokens": 4, "batch_size": 4, "num_samples": 3, "progress": False}
-    result = evaluate_pass_at_1(model, tokenizer, make_rows(conversational), reward, **options)
+    result = evaluate_pass_at_k(model, tokenizer, make_rows(conversational), reward, **options)
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
     assert model.training
     assert not model.lm_head.training
@@ -140,7 +140,7 @@ def test_evaluation(tiny, conversational):
     assert (result.pass_at_1_se, result.mean_score_se) == pytest.approx((1 / 3, math.sqrt(0.25 / 3)))
     assert 1 <= result.mean_completion_length <= 4
     assert isinstance(seen[0], list if conversational else str)
-    assert evaluate_pass_at_1(model, tokenizer, make_rows(conversational), reward, **options) == result
+    assert evaluate_pass_at_k(model, tokenizer, make_rows(conversational), reward, **options) == result
 
 
 def test_evaluation_restores_when_it_fails(tiny):
@@ -149,13 +149,13 @@ def test_evaluation_restores_when_it_fails(tiny):
     state = torch.get_rng_state()
     for bad in (lambda completions, **kwargs: [None] * len(completions), lambda completions, **kwargs: [1.0]):
         with pytest.raises(ValueError, match="`reward_func`"):
-            evaluate_pass_at_1(model, tokenizer, make_rows(True), bad, max_new_tokens=2, progress=False)
+            evaluate_pass_at_k(model, tokenizer, make_rows(True), bad, max_new_tokens=2, progress=False)
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(ValueError, match="`dataset`"):
-        evaluate_pass_at_1(model, tokenizer, Dataset.from_list([]), bad, max_new_tokens=2)
+        evaluate_pass_at_k(model, tokenizer, Dataset.from_list([]), bad, max_new_tokens=2)
     with pytest.raises(ValueError, match="`num_samples`"):
-        evaluate_pass_at_1(model, tokenizer, make_rows(True), bad, max_new_tokens=2, num_samples=0)
+        evaluate_pass_at_k(model, tokenizer, make_rows(True), bad, max_new_tokens=2, num_samples=0)
 
 
 def test_left_padding_does_not_change_what_is_generated(tiny):
@@ -169,6 +169,6 @@ def test_left_padding_does_not_change_what_is_generated(tiny):
             return [0.0] * len(completions)
 
         options = {"max_new_tokens": 5, "temperature": 0, "batch_size": batch_size, "progress": False}
-        evaluate_pass_at_1(model, tokenizer, make_rows(False), record, **options)
+        evaluate_pass_at_k(model, tokenizer, make_rows(False), record, **options)
         runs.append(texts)
     assert runs[0] == runs[1]

@@ -45,17 +45,20 @@ def compare(function: str, inputs: dict[str, Any], options: dict[str, Any], dtyp
         assert_near(grads[key], want, dtype, key)
 
 
+@pytest.mark.hazard(1)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("case", grid.cases(), ids=grid.name)
 def test_loss(case: Any, dtype: torch.dtype) -> None:
+    """Seen in Liger#1082."""
     options, changes = case
     compare("gcpo_loss", grid.change(make_token_inputs(dtype=dtype), changes), options, dtype)
 
 
+@pytest.mark.hazard(1)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("case", grid.cases(), ids=grid.name)
 def test_linear_loss(case: Any, dtype: torch.dtype, small_tiles: None) -> None:
-    """Tiles of three tokens: shorter than the sequences, and not a divisor of anything."""
+    """Tiles of three tokens: shorter than the sequences, and not a divisor of anything (Liger#1082)."""
     options, changes = case
     inputs = grid.change(make_linear_inputs(dtype=dtype), changes)
     head = dict(grid.HEADS[len(grid.name(case)) % len(grid.HEADS)])

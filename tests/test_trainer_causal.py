@@ -16,8 +16,13 @@ def policy(tmp_path_factory):
 TRAINER_ARGUMENTS = ("reward_funcs", "eval_dataset", "peft_config", "quantization_config")
 
 
+# Everything the paper scores, so that it can be compared; the defaults draw and approximate.
+EVERYTHING = {"context_attention": "full", "num_kl_contexts": None, "kl_fraction": 1.0}
+
+
 def make_trainer(policy, tmp_path, trainer_class=GCPOTrainer, conversational=False, **overrides):
     settings = {
+        **EVERYTHING,
         "num_colliders": 3,
         "collider_max_completion_length": 6,
         "per_device_train_batch_size": 8,
@@ -193,6 +198,7 @@ def test_second_kl_term_is_added_to_trls_loss(loss_type, policy, tmp_path):
 @pytest.mark.parametrize(
     "changed",
     [
+        {"context_attention": None, "num_kl_contexts": 1, "kl_fraction": 0.25},
         {"conversational": True},
         {"reward_funcs": [count_low, lambda completions, **kwargs: [0.5] * len(completions)]},
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "num_iterations": 2},
@@ -277,3 +283,28 @@ def test_account_adds_up(policy, tmp_path):
     # 8 candidates, 4 at a time per prompt; each is scored 3 times under contexts, and represented by the generation.
     assert logged["gcpo/tokens/scored_query"] == 0
     assert logged["gcpo/tokens/scored_contexts"] > 3 * (logged["gcpo/tokens/generated"] + 8)
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_reward_of_the_colliders(conversational, policy, tmp_path):
+    """Their mean reward is logged, by the same functions; columns those log stay the candidates'."""
+
+    def with_columns(completions, log_extra, log_metric, **kwargs):
+        log_extra("length", [len(c) for c in completions])
+        log_metric("seen", len(completions))
+        return count_low(completions)
+
+    trainer = make_trainer(
+        policy,
+        tmp_path,
+        conversational=conversational,
+        log_collider_reward=True,
+        reward_funcs=[with_columns, count_low],
+        reward_weights=[1.0, 0.5],
+    )
+    _, captured = first_batch(trainer)
+    texts = [trainer._tokenizer.decode(c, skip_special_tokens=True) for g in captured["groups"] for c in g.colliders]
+    (logged,) = trainer._metrics["train"]["gcpo/colliders/reward"]
+    assert logged == pytest.approx(1.5 * sum(count_low(texts)) / len(texts))
+    assert len(trainer._logs["extra"]["length"]) == 8
+    assert trainer._metrics["train"]["seen"] == [8]

@@ -51,7 +51,10 @@ def test_rewards_that_are_no_numbers(bad, rows, policy, tmp_path):
     assert_finite(trainer)
 
 
+@pytest.mark.hazard(27)
 def test_equal_rewards_leave_only_the_kl_terms(policy, tmp_path):
+    """Seen in trl#7068."""
+
     def equal(completions, **kwargs):
         return [0.1] * len(completions)
 

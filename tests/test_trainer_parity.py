@@ -36,6 +36,7 @@ def test_three_steps_equal_grpo(loss_type, beta, policy, tmp_path):
     assert worst_difference(parameters(grpo.model), parameters(gcpo.model)) <= 1e-5
 
 
+@pytest.mark.hazard(1)
 @pytest.mark.parametrize(
     "changed",
     [
@@ -55,6 +56,7 @@ def test_three_steps_equal_grpo(loss_type, beta, policy, tmp_path):
     ids=lambda changed: "-".join(f"{k}={v}" for k, v in changed.items()),
 )
 def test_option_passes_through(changed, policy, tmp_path):
+    """Seen in trl#6808, trl#7270."""
     shared = options(tmp_path, **changed)
     grpo, grpo_losses = run(GRPOTrainer, GRPOConfig(**shared), policy)
     gcpo, gcpo_losses = run(GCPOTrainer, GCPOConfig(**shared, **OFF), policy)

@@ -68,9 +68,11 @@ def assert_same(got: list[torch.Tensor | None], want: list[torch.Tensor | None])
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.hazard(19, 22)
 @pytest.mark.parametrize("name", CALLS)
 def test_compiled_whole(name: str, fresh_compiler: None) -> None:
-    """One graph, the same values and gradients, and one more compilation at most for any further length."""
+    """One graph, the same values and gradients, and one more compilation at most for any further length.
+    Seen in flash-attention#911, fla#52, pytorch#171289."""
     function, make = CALLS[name]
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     first = make()
@@ -125,8 +127,9 @@ def test_compiled_with_a_schedule(name: str, compilations: int, fresh_compiler: 
     assert counter.frame_count <= compilations
 
 
+@pytest.mark.hazard(19)
 def test_marked_dynamic(fresh_compiler: None) -> None:
-    """Lengths declared dynamic compile once."""
+    """Lengths declared dynamic compile once (flash-attention#911)."""
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(CALLS["linear_gcpo_loss"][0], fullgraph=True, backend=counter)
     for tokens in (7, 9, 12):
@@ -138,17 +141,21 @@ def test_marked_dynamic(fresh_compiler: None) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.hazard(22)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gcpo_loss", "linear_gcpo_loss"])
 def test_compiled_with_inductor(name: str, fresh_compiler: None) -> None:
+    """Seen in pytorch#147828."""
     function, make = CALLS[name]
     compiled = torch.compile(function, fullgraph=True, backend="inductor")
     assert_same(results(compiled, make()), results(function, make()))
 
 
+@pytest.mark.hazard(22)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", CALLS)
 def test_checkpointed(name: str, reentrant: bool) -> None:
+    """Seen in pytorch#177396."""
     function, make = CALLS[name]
 
     def checkpointed(**arguments: Any) -> Any:

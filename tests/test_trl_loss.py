@@ -66,12 +66,14 @@ def trl_loss(inputs: dict[str, Any], options: dict[str, Any]) -> tuple[torch.Ten
     return GRPOTrainer._compute_loss(trainer, None, given), metrics["train"]
 
 
+@pytest.mark.hazard(1)
 @pytest.mark.parametrize("on_policy", [False, True])
 @pytest.mark.parametrize("ratio", [None, "(B, T)", "(B, 1)"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
 def test_loss(loss_type: str, level: str, options: dict[str, Any], ratio: str | None, on_policy: bool) -> None:
+    """Seen in Liger#1082, trl#7063."""
     options = options | {"loss_type": loss_type, "importance_sampling_level": level}
     if loss_type == "dapo":
         options["num_items_in_batch"] = 31
@@ -94,9 +96,11 @@ def test_loss(loss_type: str, level: str, options: dict[str, Any], ratio: str | 
             assert metrics[key].item() == pytest.approx(logged[name][0], rel=1e-6), key
 
 
+@pytest.mark.hazard(1)
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_linear_loss(level: str, small_tiles: None) -> None:
-    """From hidden states: TRL's loss of the log-probabilities that a plain output layer gives."""
+    """From hidden states: TRL's loss of the log-probabilities that a plain output layer gives.
+    Seen in Liger#1082, trl#7063."""
     options = {"loss_type": "dapo", "importance_sampling_level": level, "beta": 0.05}
     inputs = make_linear_inputs(dtype=torch.float64) | {"causal_logp": None}
     ours, theirs = (with_gradients(inputs, "hidden", "weight", "bias") for _ in range(2))
@@ -118,11 +122,12 @@ def test_advantages_per_token() -> None:
     torch.testing.assert_close(loss, trl_loss(inputs, {"loss_type": "bnpo"})[0], rtol=1e-12, atol=0)
 
 
+@pytest.mark.hazard(27)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("missing", [(), (1,), (0, 1, 2, 3), (4, 5, 7), (0, 6)])
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_group_advantages(scale: str, missing: tuple[int, ...], dtype: torch.dtype) -> None:
-    """As TRL computes them: unbiased std, eps = 1e-4, NaN rewards left out and given 0."""
+    """As TRL computes them: unbiased std, eps = 1e-4, NaN rewards left out and given 0 (NeMo-RL#4158)."""
     rewards = torch.tensor([1.0, 0.0, 0.5, 0.25, 2.0, -1.0, 2.5, 0.0], dtype=dtype)
     rewards[list(missing)] = torch.nan
     grouped = rewards.view(-1, 4)

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+LARGEST_LOG = tl.constexpr(88.72283)  # exp of what lies above overflows
+
 
 @triton.jit
 def expm1(x):
@@ -52,7 +54,12 @@ def token_objective(
     Eq. 10 for one block of tokens: the loss, its derivatives in log R, in logp and in causal_logp, both k3 terms, and
     the ratio as metrics count it. `reference.token_objective` and `token_objective_gradient`, in one pass.
     """
-    ratio = tl.exp(log_ratio)
+    # As `reference.bounded_log_ratio`: R may overflow only where the loss grows with it.
+    bounded = at_most(log_ratio, LARGEST_LOG)
+    if not HAS_DELTA:
+        bounded = tl.where(advantage < 0.0, log_ratio, bounded)
+    bounded = tl.where(is_ratio == 0.0, at_most(log_ratio, 0.0), bounded)
+    ratio = tl.exp(bounded)
     low = 1.0 - epsilon_low
     high = 1.0 + epsilon_high
     capped = ratio
@@ -63,7 +70,7 @@ def token_objective(
     left = capped * advantage
     right = at_most(at_least(ratio, low), high) * advantage
     unclipped = (ratio >= low) & (ratio <= high)
-    # `left` where it is NaN (an infinite ratio, advantage 0): the minimum hides nothing.
+    # `left` where it is NaN: the minimum hides nothing.
     loss = -tl.where((left < right) | (left != left), left, right) * is_ratio
     # Where the minimum is a tie, each side has half of the derivative, as in torch.
     tie = 0.5 * (uncapped.to(tl.float32) + unclipped.to(tl.float32))

@@ -4,7 +4,8 @@ from functools import cached_property
 
 import torch
 
-from gcpo_kernels.linear import Scores, TileGradient, Tiles
+from gcpo_kernels import linear
+from gcpo_kernels.linear import RowState, Scores, TileGradient, Tiles
 from gcpo_kernels.options import LossOptions
 from gcpo_kernels.reference import TokenInputs
 from gcpo_kernels.triton_backend.logprob import RowScores, logprob_backward, logprob_forward
@@ -18,9 +19,9 @@ _SLICE_ROWS, _SLICE_VOCAB = 2048, 4096
 
 
 class TritonTiles(Tiles):
-    def rows(self) -> int:
+    def rows(self, vocab: int | None = None) -> int:
         bytes_per_entry = 4 + self.storage.itemsize
-        rows = _TILE_BYTES // (bytes_per_entry * max(self.vocab, 1))
+        rows = _TILE_BYTES // (bytes_per_entry * max(vocab or self.vocab, 1))
         return min(_MAX_ROWS, max(_MIN_ROWS, rows // 256 * 256))
 
     def operand(self, x: torch.Tensor) -> torch.Tensor:
@@ -65,6 +66,20 @@ class TritonTiles(Tiles):
         self, tile: torch.Tensor, token_ids: torch.Tensor, g_logp: torch.Tensor, g_entropy: torch.Tensor
     ) -> TileGradient:
         return self._gradient(tile, token_ids, logprob_forward(tile, token_ids, self.head), g_logp, g_entropy)
+
+    def row_state(self, tile: torch.Tensor, token_ids: torch.Tensor) -> RowState:
+        unfinished = logprob_forward(tile, token_ids, self.head, finish=False)
+        return RowState(unfinished.logp, unfinished.entropy, unfinished.peak, unfinished.total)
+
+    def part_gradient(
+        self,
+        tile: torch.Tensor,
+        token_ids: torch.Tensor,
+        scores: linear.RowScores,
+        g_logp: torch.Tensor,
+        g_entropy: torch.Tensor | None,
+    ) -> TileGradient:
+        return self._gradient(tile, token_ids, RowScores(*scores), g_logp, g_entropy)
 
     def _gradient(
         self,

@@ -191,8 +191,12 @@ def logprob_forward(
     so_far: RowScores | None = None,  # of the slices before this one: taken over, and updated in place
     first_v: int = 0,  # where in the vocabulary this slice begins
     whole_v: int | None = None,  # size of the vocabulary; None: this is all of it
+    finish: bool = True,
 ) -> RowScores:
-    """Scores of each row. Between slices of a vocabulary they are unfinished; those of the last one are final."""
+    """
+    Scores of each row. Between slices of a vocabulary they are unfinished, the target's logit (0 if it is in none so
+    far) for logp and sum of exp(z - peak) (z - peak) for the entropy; those of the last one are final, if `finish`.
+    """
     rows, per_batch, strides = _rows(u)
     whole_v = u.shape[-1] if whole_v is None else whole_v
     scores = so_far
@@ -210,7 +214,7 @@ def logprob_forward(
             whole_v,
             HAS_SOFTCAP=head.logit_softcap is not None,
             FIRST=so_far is None,
-            LAST=first_v + u.shape[-1] == whole_v,
+            LAST=finish and first_v + u.shape[-1] == whole_v,
             V=u.shape[-1],
             BLOCK_V=block_v(u.shape[-1]),
             num_warps=8,

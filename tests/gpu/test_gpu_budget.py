@@ -31,9 +31,11 @@ def test_loss(case: Any, dtype: torch.dtype) -> None:
     budget.compare("gcpo_loss", on_gpu(grid.change(make_token_inputs(5, 300, dtype=dtype), changes)), **options)
 
 
+@pytest.mark.hazard(1, 17)
 @DTYPES
 @CASES
 def test_linear_loss(case: Any, dtype: torch.dtype) -> None:
+    """Seen in Liger#1082, triton#5895."""
     options, changes = case
     inputs = grid.change(make_linear_inputs(5, 40, 3, 72, 1003, dtype=dtype), changes)
     head = dict(grid.HEADS[len(grid.name(case)) % len(grid.HEADS)])
@@ -95,9 +97,10 @@ def test_causal_weights(baseline: str, similarity: str, masked: bool, dtype: tor
     budget.compare("leave_one_out_mean", {"z": inputs["z"]})
 
 
+@pytest.mark.hazard(18)
 @pytest.mark.parametrize("name", test_layout.CALLS)
 def test_runs_repeat_bit_for_bit(name: str) -> None:
-    """The first call, which compiles, and two more."""
+    """The first call, which compiles, and two more (triton#6547)."""
     function, make, options = test_layout.CALLS[name]
     inputs = on_gpu(make())
     runs = [test_layout.values_and_gradients(function, inputs, options) for _ in range(3)]
@@ -105,9 +108,11 @@ def test_runs_repeat_bit_for_bit(name: str) -> None:
         assert all(torch.equal(x, y) for x, y in zip(run, runs[0], strict=True))
 
 
+@pytest.mark.hazard(13)
 @pytest.mark.parametrize("layout", [test_layout.transposed, test_layout.sliced, test_layout.expanded])
 @pytest.mark.parametrize("name", test_layout.CALLS)
 def test_strides(name: str, layout: Any) -> None:
+    """Seen in TE#2734."""
     function, make, options = test_layout.CALLS[name]
     odd = {key: layout(x) if key != "token_ids" else x for key, x in on_gpu(make()).items()}
     plain = {key: x.contiguous() for key, x in odd.items()}
@@ -138,9 +143,10 @@ def test_no_sync(level: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.hazard(19)
 @pytest.mark.parametrize("name", ["gcpo_loss", "linear_gcpo_loss"])
 def test_few_compiled_variants(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twenty lengths compile a handful of variants of each kernel, not twenty."""
+    """Twenty lengths compile a handful of variants of each kernel, not twenty (fla#1207)."""
     import triton
 
     compiled: list[str] = []
@@ -184,9 +190,10 @@ def test_rows_outside_the_hidden_states_give_nan() -> None:
     assert out[1].isnan().all()
 
 
+@pytest.mark.hazard(22)
 @pytest.mark.parametrize("name", ["gcpo_loss", "linear_gcpo_loss"])
 def test_compiled(name: str, fresh_compiler: None) -> None:
-    """torch.compile with its default backend gives the same gradients."""
+    """torch.compile with its default backend gives the same gradients (fla#52)."""
     function, make, options = test_layout.CALLS[name]
     inputs = on_gpu(make())
     compiled = torch.compile(lambda **k: function(**k, **options), fullgraph=True)

@@ -23,9 +23,10 @@ def ends(count: int) -> torch.Tensor:
     return torch.tensor([0, 1, 2, count // 2, count - 3, count - 2, count - 1], device=CUDA)
 
 
+@pytest.mark.hazard(11)
 @pytest.mark.parametrize("padded", [0, 3])
 def test_logits_beyond_32_bits(padded: int) -> None:
-    """Contiguous, and as a slice whose rows lie `padded` elements further apart."""
+    """Contiguous, and as a slice whose rows lie `padded` elements further apart (fla#1080)."""
     needs(24)
     vocab, rows = 131_072, 16_500
     whole = torch.empty(rows, vocab + padded, dtype=torch.bfloat16, device=CUDA).normal_(std=3.0)
@@ -47,9 +48,11 @@ def test_logits_beyond_32_bits(padded: int) -> None:
     assert_gradient(logits.grad[some], truth.grad, plain.grad)
 
 
+@pytest.mark.hazard(11, 12)
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_contexts_beyond_32_bits(level: str) -> None:
-    """(B, T, L) context scores of more than 2**31 elements, and more sequences than another axis holds."""
+    """(B, T, L) context scores of more than 2**31 elements, and more sequences than another axis holds.
+    Seen in fla#1080, Liger#1294."""
     needs(16)
     tokens, contexts = 1000, 32
     logp = -torch.rand(ROWS, tokens, device=CUDA)
@@ -85,8 +88,9 @@ def test_contexts_beyond_32_bits(level: str) -> None:
     assert not leaf.grad[~mask].any()
 
 
+@pytest.mark.hazard(12)
 def test_many_short_sequences() -> None:
-    """Loss and metrics, summed by one program over all sequences, against the torch backend."""
+    """Loss and metrics, summed by one program over all sequences, against the torch backend (Liger#1294)."""
     logp = -torch.rand(3 * ROWS, 3, device=CUDA)
     old = logp + 0.2 * torch.randn_like(logp)
     advantages = torch.randn(3 * ROWS, device=CUDA)
@@ -102,8 +106,10 @@ def test_many_short_sequences() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.hazard(12)
 @pytest.mark.parametrize("baseline", ["mean", "loo"])
 def test_many_groups(baseline: str) -> None:
+    """Seen in fla#1077."""
     z = torch.randn(ROWS, 2, 24, device=CUDA)
     context_z = z[:, :, None, None] + 0.5 * torch.randn(ROWS, 2, 2, 1, 24, device=CUDA)
     results = []
@@ -117,8 +123,9 @@ def test_many_groups(baseline: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.hazard(11)
 def test_representations_beyond_32_bits() -> None:
-    """context_z of more than 2**31 elements, in bfloat16."""
+    """context_z of more than 2**31 elements, in bfloat16 (megablocks#186)."""
     needs(16)
     groups, hidden = 150, 4096
     context_z = torch.empty(groups, 8, 8, 64, hidden, dtype=torch.bfloat16, device=CUDA).normal_()

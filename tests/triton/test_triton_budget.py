@@ -15,17 +15,20 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=st
 CASES = pytest.mark.parametrize("case", grid.cases(), ids=grid.name)
 
 
+@pytest.mark.hazard(1)
 @DTYPES
 @CASES
 def test_loss(case: Any, dtype: torch.dtype) -> None:
+    """Seen in Liger#1082."""
     options, changes = case
     budget.compare("gcpo_loss", grid.change(make_token_inputs(4, 6, 3, dtype=dtype), changes), **options)
 
 
+@pytest.mark.hazard(1)
 @DTYPES
 @CASES
 def test_linear_loss(case: Any, dtype: torch.dtype, small_tiles: None) -> None:
-    """Tiles of three tokens: shorter than the sequences, and not a divisor of anything."""
+    """Tiles of three tokens: shorter than the sequences, and not a divisor of anything (Liger#1082)."""
     options, changes = case
     inputs = grid.change(make_linear_inputs(4, 5, 2, dtype=dtype), changes)
     head = dict(grid.HEADS[len(grid.name(case)) % len(grid.HEADS)])
@@ -76,9 +79,10 @@ def test_linear_logprob(head: dict[str, Any], entropy: bool, dtype: torch.dtype,
     budget.compare("linear_logprob", call, **options, return_entropy=entropy)
 
 
+@pytest.mark.hazard(8)
 @pytest.mark.parametrize(("vocab", "hidden"), [(1, 5), (7, 1), (1000, 33), (4096, 3), (4097, 7), (8200, 3)])
 def test_vocabularies_of_the_head(vocab: int, hidden: int) -> None:
-    """In one block, in several, and in several slices where no gradient is asked for."""
+    """In one block, in several, and in several slices where no gradient is asked for (verl#2656)."""
     inputs = make_linear_inputs(2, 3, 2, hidden, vocab, masked="none", seed=1) | {"context_weights": None}
     options = {"beta": 0.04, "kappa": 0.06}
     if vocab > 1:  # one token: every gradient of the head is 0

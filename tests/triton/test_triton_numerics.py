@@ -130,11 +130,13 @@ HOLES = {
 }
 
 
+@pytest.mark.hazard(8, 9)
 @pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])
 @pytest.mark.parametrize("hole", HOLES.values(), ids=HOLES)
 @pytest.mark.parametrize("through_head", [False, True])
 def test_impossible_blocks(through_head: bool, hole: slice, offset: float, small_tiles: None) -> None:
-    """Whole blocks of -inf, and huge offsets: no NaN, and the truth to rounding, in blocks of sixteen columns."""
+    """Whole blocks of -inf, and huge offsets: no NaN, and the truth to rounding, in blocks of sixteen columns.
+    Seen in verl#2656, flash-attention#1930."""
     logits = torch.randn(3, 61, generator=torch.Generator().manual_seed(0)) + offset
     logits[:, hole] = -inf
     ids = torch.isfinite(logits[0]).nonzero().flatten()[[-1, 0, -1]]
@@ -160,10 +162,12 @@ def test_impossible_blocks(through_head: bool, hole: slice, offset: float, small
         torch.testing.assert_close(scored, results[0][0], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.hazard(10)
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("delta", [None, 1.5])
 def test_ratios_at_their_ends(delta: float | None, level: str) -> None:
-    """From 0 to inf, and exactly at the clip's bounds, where the derivative is split: what torch gives."""
+    """From 0 to inf, and exactly at the clip's bounds, where the derivative is split: what torch gives.
+    Seen in NeMo-RL#4154."""
     ratios = [-400.0, -100.0, -20.0, log(0.8), -1e-6, 0.0, 1e-6, log(1.2), 20.0, 80.0, 100.0]
     old = torch.full((3 * len(ratios), 1), -1.0)
     logp = old + torch.tensor(ratios * 3).unsqueeze(1)
@@ -202,9 +206,10 @@ def test_kl_of_almost_equal_policies(step: float) -> None:
     assert metrics["kl_causal"].item() == pytest.approx(truth, rel=2e-7 / step + 1e-5)  # log p' is rounded
 
 
+@pytest.mark.hazard(15)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_error_does_not_grow_with_tiles(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weight gradients accumulate in float32: tiles of one row end as exact as one tile."""
+    """Weight gradients accumulate in float32: tiles of one row end as exact as one tile (Liger#830)."""
     inputs = make_linear_inputs(8, 10, 1, 8, 50, dtype=dtype, masked="none") | {"context_weights": None}
     keys = ("hidden", "weight", "bias")
     truth = with_gradients({k: x.double() if k in keys else x for k, x in inputs.items()}, *keys)

@@ -111,10 +111,11 @@ def test_autocast_is_a_cast_of_the_operands(function: str) -> None:
 CALLS = {name: (function, make) for name, (function, make, _) in test_layout.CALLS.items()}
 
 
+@pytest.mark.hazard(21)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CALLS)
 def test_refused_types(name: str, dtype: torch.dtype) -> None:
-    """One argument of a type that the backend does not take is enough."""
+    """One argument of a type that the backend does not take is enough (triton#11584)."""
     function, make = CALLS[name]
     for key, x in make().items():
         if x.is_floating_point() and key != "mask":
@@ -122,8 +123,10 @@ def test_refused_types(name: str, dtype: torch.dtype) -> None:
                 function(**(make() | {key: x.to(dtype)}), backend="triton")
 
 
+@pytest.mark.hazard(21)
 @pytest.mark.parametrize("name", ["linear_gcpo_loss", "linear_logprob"])
 def test_refused_autocast(name: str) -> None:
+    """Seen in triton#11584."""
     function, make = CALLS[name]
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="`backend`"):
         function(**make(), backend="triton")

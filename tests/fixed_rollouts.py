@@ -1,18 +1,10 @@
-"""
-One process of a run whose rollouts depend on nothing but the prompts: trains two steps of plain SGD and saves the
-gradients of the first. Started by test_distributed.py, alone or under torch.distributed.run, with a JSON of options.
-"""
+"""A trainer whose rollouts depend on nothing but the prompts, and what it gives the optimizer."""
 
-import json
 import random
-import sys
-from pathlib import Path
 
-import torch
-from tiny_policy import SHORT_TEMPLATES, count_low, options, prompts
 from transformers import TrainerCallback
 
-from gcpo import GCPOConfig, GCPOTrainer
+from gcpo import GCPOTrainer
 
 
 class FixedRollouts(GCPOTrainer):
@@ -42,37 +34,3 @@ class KeepGradients(TrainerCallback):
         if not self.gradients:
             named = getattr(model, "module", model).named_parameters()
             self.gradients = {name: parameter.grad.clone() for name, parameter in named}
-
-
-def main() -> None:
-    policy, out, extra = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-    settings = {
-        "optim": "sgd",
-        "learning_rate": 0.5,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "shuffle_dataset": False,
-        "kappa": 0.5,
-        "beta": 0.1,
-        "num_colliders": 3,
-        "collider_max_completion_length": 5,
-        "ddp_find_unused_parameters": False,
-        **SHORT_TEMPLATES,
-        **extra,
-    }
-    trainer = FixedRollouts(
-        model=policy,
-        reward_funcs=count_low,
-        args=GCPOConfig(**options(Path(out).parent, **settings)),
-        train_dataset=prompts(16),
-    )
-    keep = KeepGradients()
-    trainer.add_callback(keep)
-    trainer.train()
-    if trainer.accelerator.is_main_process:
-        history = [entry for entry in trainer.state.log_history if "loss" in entry]
-        torch.save({"gradients": keep.gradients, "history": history}, out)
-
-
-if __name__ == "__main__":
-    main()

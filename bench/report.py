@@ -1,0 +1,201 @@
+"""
+Results as tables and files, and the block of the README that is made from them: `python -m bench.report` rewrites it.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bench.registry import OPERATIONS, TITLES
+from bench.roofline import phase_of, plots
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+BEGIN, END = "<!-- begin: python -m bench.report -->", "<!-- end -->"
+FILE = "kernels.json"
+
+
+def describe(environment: dict[str, Any]) -> str:
+    packages = ", ".join(f"{name} {v}" for name, v in environment["packages"].items() if v)
+    drivers = f", driver {environment['driver']}" if environment["driver"] else ""
+    commit = (environment["commit"] or "unknown")[:10] + (" with changes" if environment["uncommitted_changes"] else "")
+    return f"{environment['device']}{drivers}; {packages}; commit {commit}; {environment['date']}"
+
+
+def table(result: dict[str, Any]) -> str:
+    """Every case, as Markdown."""
+    lines = [
+        f"# {'CPU' if result['environment']['device_type'] == 'cpu' else 'GPU'}: kernels beside their peers",
+        "",
+        f"{describe(result['environment'])}.",
+        "",
+        f"`{result['command']}`, {result['seconds']:.0f} s.",
+        "",
+        "Times are medians over rounds in which implementations alternate; ± is half the distance of the quartiles. "
+        "The floor was measured in the same rounds. Memory is " + result["memory_method"] + ". Errors are "
+        "root-mean-square, relative, against float64: of the value, and of the worst gradient.",
+    ]
+    for op in OPERATIONS:
+        entries = [entry for entry in result["cases"] if entry["op"] == op]
+        if entries:
+            lines += ["", f"## {TITLES[op]}"]
+        for entry in entries:
+            lines += ["", f"### {title(entry)}", "", *rows(entry)]
+    if result["left_out"]:
+        lines += ["", "Not run, for want of time: " + ", ".join(f"`{key}`" for key in result["left_out"]) + "."]
+    return "\n".join(lines)
+
+
+def title(entry: dict[str, Any]) -> str:
+    return f"`{entry['key']}`" + (f" ({entry['model']})" if entry["model"] else "")
+
+
+def rows(entry: dict[str, Any]) -> Iterator[str]:
+    if "problem" in entry:
+        yield entry["problem"]
+        return
+    floor, phase = entry["floor"], phase_of(entry)
+    rate = "TFLOP/s" if "flops" in floor[phase] else "GB/s"
+    yield f"| | forward ms | backward ms | both ms | to floor | {rate} | extra memory | error: value / gradient |"
+    yield "|---|---|---|---|---|---|---|---|"
+    cells = [_time(floor.get(name)) for name in ("forward", "backward", "both")]
+    cells = cells if phase == "both" else [cells[0], "", ""]
+    yield f"| *floor: {floor['kind']}* | " + " | ".join([*cells, "1.00x", _rate(floor[phase], rate), "", ""]) + " |"
+    for row in entry["results"]:
+        note = "; computes less: mean cross-entropy only" if row["computes_less"] else ""
+        note += "; drops small gradients" if row["approximate"] else ""
+        if "times" not in row:
+            reason = f": {row['reason']}" if row.get("reason") else ""
+            yield f"| {row['name']}{note} | {row['status']}{reason} | | | | | | {_errors(row)} |"
+            continue
+        found = row["times"]
+        cells = [_time(found.get(name)) for name in ("forward", "backward", "both")]
+        cells += [
+            f"{found[phase]['to_floor']:.2f}x",
+            _rate(found[phase], rate),
+            _bytes(row["memory_bytes"]),
+            _errors(row),
+        ]
+        yield f"| {row['name']}{note} | " + " | ".join(cells) + " |"
+
+
+def _time(found: dict[str, Any] | None) -> str:
+    if not found:
+        return ""
+    digits = 3 if found["median"] < 10 else 1
+    return f"{found['median']:.{digits}f} ± {(found['high'] - found['low']) / 2:.{digits}f}"
+
+
+def _rate(found: dict[str, Any], unit: str) -> str:
+    return f"{found['per_second'] / (1e12 if unit == 'TFLOP/s' else 1e9):.4g}"
+
+
+def _bytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**20:,.1f} MiB"
+
+
+def _errors(row: dict[str, Any]) -> str:
+    errors = dict(row.get("errors") or {})
+    if not errors:
+        return ""
+    value = errors.pop("value")
+    return f"{value:.1e}" + (f" / {max(errors.values(), key=lambda e: (math.isnan(e), e)):.1e}" if errors else "")
+
+
+def failures(result: dict[str, Any]) -> list[str]:
+    """Where one of this project's functions is wrong or fails."""
+    found = [f"{entry['key']}: {entry['problem']}" for entry in result["cases"] if "problem" in entry]
+    return found + [
+        f"{entry['key']}: {row['status']}{': ' + row['reason'] if row.get('reason') else ''}"
+        for entry in result["cases"]
+        for row in entry["results"]
+        if row["ours"] and row["status"] != "ok"
+    ]
+
+
+def regressions(old: dict[str, Any], new: dict[str, Any], tolerance: float) -> list[str]:
+    """Where this project's ratio to the floor has grown by more than the tolerance."""
+    before = {entry["key"]: entry for entry in old["cases"]}
+    found = []
+    if old["environment"]["device"] != new["environment"]["device"]:
+        print(f"comparing with {old['environment']['device']}: ratios to the floor of two devices")
+    for entry in new["cases"]:
+        phase = phase_of(entry)
+        for row in entry["results"]:
+            earlier = {r["name"]: r for r in before.get(entry["key"], {"results": []})["results"]}.get(row["name"], {})
+            if not row["ours"] or "times" not in row or "times" not in earlier:
+                continue
+            was, now = earlier["times"][phase]["to_floor"], row["times"][phase]["to_floor"]
+            if now > was * (1 + tolerance):
+                found.append(f"{entry['key']}: {was:.2f}x of the floor then, {now:.2f}x now")
+    return found
+
+
+def write(result: dict[str, Any], folder: Path, finished: bool = True) -> None:
+    """kernels.json; once finished, kernels.md and the plots."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FILE).write_text(json.dumps(result, indent=1) + "\n")
+    if finished:
+        (folder / "kernels.md").write_text(table(result) + "\n")
+        plots(result, folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The README
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def readme_block(folder: Path = RESULTS) -> str:
+    """Per device with results, GPUs first, one line per case and implementation that computes the same."""
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob(f"*/{FILE}"))]
+    results.sort(key=lambda result: result["environment"]["device_type"] == "cpu")
+    lines = []
+    if not any(result["environment"]["device_type"] != "cpu" for result in results):
+        lines += ["**There is no result from a GPU yet**, so nothing is said about one."]
+    for result in results:
+        lines += ["", f"{describe(result['environment'])}. From `{result['command']}`:", ""]
+        lines += _summary(result)
+    return "\n".join(lines).strip()
+
+
+def _summary(result: dict[str, Any]) -> Iterator[str]:
+    names = list(dict.fromkeys(row["name"] for entry in result["cases"] for row in entry["results"] if "times" in row))
+    yield "| time to floor (extra memory, MiB) | " + " | ".join(names) + " |"
+    yield "|---|" + "---|" * len(names)
+    for entry in result["cases"]:
+        if "floor" not in entry:
+            continue
+        phase = phase_of(entry)
+        found = {row["name"]: row for row in entry["results"]}
+        cells = []
+        for name in names:
+            row = found.get(name, {})
+            if "times" not in row:
+                cells.append("")
+                continue
+            memory = row["memory_bytes"]
+            beside = "" if memory is None else f" ({memory / 2**20:,.0f})"
+            cells.append(f"{row['times'][phase]['to_floor']:.2f}x{beside}{'*' if row['computes_less'] else ''}")
+        yield f"| `{entry['key']}`: {entry['floor'][phase]['median']:.3g} ms | " + " | ".join(cells) + " |"
+    if any(row["computes_less"] and "times" in row for entry in result["cases"] for row in entry["results"]):
+        yield ""
+        yield "\\* computes less: cross-entropy's mean only, from which no loss per token can be made."
+
+
+def with_block(text: str, block: str) -> str:
+    """`text` with what is between the markers replaced."""
+    if BEGIN not in text:
+        raise ValueError(f"the text must have a line {BEGIN}, and {END} after it.")
+    before, rest = text.split(BEGIN, 1)
+    return before + BEGIN + "\n" + block + "\n" + END + rest.split(END, 1)[1]
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    readme.write_text(with_block(readme.read_text(), readme_block()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,317 @@
+"""`gcpo diagnose`: names the ways in which a run goes wrong, with the number that shows it and the option to change."""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from gcpo.inputs import argument_errors
+from gcpo.runs import Run, Step, read_runs
+
+
+@dataclass(frozen=True)
+class Finding:
+    """
+    One thing that is wrong with a run.
+
+    Attributes:
+        name: the signature.
+        number: what was measured, and the limit that it broke.
+        change: what it means and which option to change.
+    """
+
+    name: str
+    number: str
+    change: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """From where on a number is a failure. Shares and ratios are those of a run's second half, where not said else."""
+
+    near_zero: float = 0.2  # share of |Upsilon| < 0.1
+    norm_ratio: float = 1e-3  # |Zbar - Zprime| / |zbar|, median
+    spike: float = 10.0  # gradient norm over the run's median
+    clamped: float = 0.3  # share of tokens whose p' was clamped
+    zero_variance: float = 0.8  # share of groups whose rewards are all the same
+    length: float = 0.4  # mean length of the last quarter of the steps over that of the first
+    cut_off: float = 0.5  # share of completions that reached the length limit
+    colliders: float = 0.5  # share of colliders that were cut off or said nothing
+    overhead: float = 4.0  # step time over what GRPO's part of it took
+
+
+_MIN_STEPS = 8  # below, a trend or a spike is noise
+
+
+def diagnose(run: Run, limits: Limits = Limits()) -> list[Finding]:
+    """The signatures that a run shows, none for a healthy one."""
+    return [finding for check in CHECKS if (finding := check(run, limits)) is not None]
+
+
+def answer_about_loss(run: Run) -> str:
+    """What the size of the loss says, which is what people ask first."""
+    losses, norms = run.values("loss"), run.values("grad_norm")
+    if not losses:
+        return "Loss: the log does not hold it."
+    size = statistics.fmean(map(abs, losses))
+    said = f"Loss is {'0' if size < 5e-4 else 'near 0' if size < 0.05 else 'not 0'} (mean |loss| {size:.2g})"
+    if not norms:
+        return f"{said}. Whether the run learns shows in `reward`; the log holds no gradient norm."
+    norm = statistics.median(norms)
+    if norm == 0:
+        return f"{said}, and so is the gradient (median norm 0): nothing is being learnt. See below for the reason."
+    return (
+        f"{said}, and that says nothing: advantages average to 0 within a group, the ratio is 1 at first, and both KL "
+        f"terms start near 0, so the loss does too. Its gradient is not 0 (median norm {norm:.2g}): the run learns. "
+        "Watch `reward`."
+    )
+
+
+def overhead(step: Step) -> float | None:
+    """
+    A step's time over GRPO's part of it: without colliders, contexts, and the share of scoring that went to colliders.
+    None where the phases were not logged or the step did nothing causal.
+    """
+    total = step.get("step_time")
+    seconds = {name: step.get(f"gcpo/seconds/{name}") or 0.0 for name in ("colliders", "contexts", "scoring")}
+    if not total or not seconds["colliders"] + seconds["contexts"]:
+        return None
+    query, colliders = (step.get(f"gcpo/tokens/scored_{kind}") or 0.0 for kind in ("query", "colliders"))
+    scoring = seconds["scoring"] * colliders / (query + colliders) if query + colliders else 0.0
+    own = total - seconds["colliders"] - seconds["contexts"] - scoring
+    return total / own if own > 0 else None
+
+
+def _near_zero(run: Run, limits: Limits) -> Finding | None:
+    share = _recent_mean(run, "gcpo/upsilon/near_zero")
+    if share is None or share <= limits.near_zero:
+        return None
+    alpha = run.config.get("alpha")
+    if alpha is not None and alpha < 0.2:
+        change = f"`alpha` is {alpha}, and Upsilon at most that: advantages vanish. Raise it (the paper: 2)."
+    else:
+        change = (
+            "Representations have collapsed or point apart, or there are too few samples: try `representation='mean'`, "
+            "more `num_colliders`, or `estimator='scored'`; `estimator='none'` leaves advantages alone."
+        )
+    return Finding("Upsilon near 0", f"{share:.0%} of |Upsilon| below 0.1 (limit {limits.near_zero:.0%})", change)
+
+
+def _no_signal(run: Run, limits: Limits) -> Finding | None:
+    ratios = _recent(run.values("gcpo/projection/norm_ratio"))
+    if not ratios or statistics.median(ratios) >= limits.norm_ratio:
+        return None
+    if run.config.get("num_colliders") == 1:
+        change = "With `num_colliders=1` Zbar and Zprime are the same and cancel. Use 2 or more (default 4)."
+    else:
+        change = (
+            "The colliders are all alike, so the projection adds nothing to the group's mean: raise "
+            "`collider_temperature` or `num_colliders`, or try `estimator='scored'`. Expect parity with GRPO otherwise."
+        )
+    number = f"median |Zbar - Zprime| / |zbar| is {statistics.median(ratios):.2g} (limit {limits.norm_ratio:g})"
+    return Finding("projection without signal", number, change)
+
+
+def _spikes(run: Run, limits: Limits) -> Finding | None:
+    broken = [row["step"] for row in run.log if "grad_norm" in row and not _finite(row["grad_norm"])]
+    if broken:
+        number = f"gradient norm is not finite at step {broken[0]:g} ({len(broken)} of {len(run.log)} steps)"
+        return Finding("gradient-norm spikes", number, _spike_change(run, True))
+    steps, norms = run.series("grad_norm")
+    if len(norms) < _MIN_STEPS or (median := statistics.median(norms)) == 0:
+        return None
+    worst = max(norms)
+    if worst <= limits.spike * median:
+        return None
+    at = steps[norms.index(worst)]
+    count = sum(norm > limits.spike * median for norm in norms)
+    number = (
+        f"{count} of {len(norms)} steps above {limits.spike:g} times the median norm; the largest is "
+        f"{worst / median:.0f} times, at step {at:g}"
+    )
+    kl = dict(zip(*run.series("gcpo/kl_causal"), strict=True))
+    with_kl = bool(kl) and kl.get(at, 0.0) > 3 * statistics.median(kl.values())
+    return Finding("gradient-norm spikes", number, _spike_change(run, with_kl))
+
+
+def _spike_change(run: Run, with_kl: bool) -> str:
+    kappa = run.config.get("kappa")
+    if with_kl and kappa != 0 and (kappa is not None or run.values("gcpo/kl_causal")):
+        return (
+            f"kl_causal spikes with it: lower `kappa`{'' if kappa is None else f' ({kappa:g} now)'} (the paper: 0.06), "
+            "or raise `proj_floor`."
+        )
+    return "kl_causal does not spike with it: lower `learning_rate`, or `alpha`, which scales every advantage."
+
+
+def _clamped(run: Run, limits: Limits) -> Finding | None:
+    share = _recent_mean(run, "gcpo/proj_clamped")
+    if share is None or share <= limits.clamped:
+        return None
+    return Finding(
+        "clamped p'",
+        f"p' left [proj_floor, 1] on {share:.0%} of the tokens (limit {limits.clamped:.0%})",
+        "The second KL pulls to a clamp, not to a distribution: contexts disagree with the query about most tokens. "
+        "Check `context_prompt_template` and `proj_floor` (default 1e-6), show more of the candidates "
+        "(`candidate_context_tokens`), or lower `kappa`.",
+    )
+
+
+def _zero_variance(run: Run, limits: Limits) -> Finding | None:
+    share = _recent_mean(run, "frac_reward_zero_std")
+    if share is None or share <= limits.zero_variance:
+        return None
+    rewards = [row["reward"] for row in run.log if _finite(row.get("reward"))]
+    reward = statistics.fmean(_recent(rewards)) if rewards else 0.0
+    return Finding(
+        "zero-variance groups",
+        f"{share:.0%} of the groups have equal rewards, so advantage 0 (limit {limits.zero_variance:.0%}); mean reward "
+        f"{reward:.3g}",
+        "Prompts are too easy or too hard, or the reward does not tell answers apart: choose other prompts or a graded "
+        "reward, raise `num_generations` or `temperature`.",
+    )
+
+
+def _length_collapse(run: Run, limits: Limits) -> Finding | None:
+    lengths = run.values("completions/mean_length")
+    if len(lengths) < _MIN_STEPS:
+        return None
+    quarter = len(lengths) // 4
+    first, last = statistics.fmean(lengths[:quarter]), statistics.fmean(lengths[-quarter:])
+    if first == 0 or last >= limits.length * first:
+        return None
+    return Finding(
+        "length collapse",
+        f"completions went from {first:.1f} to {last:.1f} tokens ({last / first:.0%}, limit {limits.length:.0%})",
+        "The reward pays for short answers, or the policy left the reference: check the reward on an empty answer, "
+        "raise `beta`, lower `learning_rate`, or use `loss_type='dr_grpo'`, which does not divide by length.",
+    )
+
+
+def _cut_off(run: Run, limits: Limits) -> Finding | None:
+    share = _recent_mean(run, "completions/clipped_ratio")
+    if share is None or share <= limits.cut_off:
+        return None
+    return Finding(
+        "completions cut off",
+        f"{share:.0%} reached the length limit (limit {limits.cut_off:.0%})",
+        "Their last token is not an end, which is most of what Upsilon sees with `representation='last'`: raise "
+        "`max_completion_length`, or use `representation='mean'` or `mask_truncated_completions`.",
+    )
+
+
+def _colliders(run: Run, limits: Limits) -> Finding | None:
+    masked, ended = _recent_mean(run, "gcpo/colliders/masked"), _recent_mean(run, "gcpo/colliders/ended")
+    if masked is not None and masked > limits.colliders:
+        number = f"{masked:.0%} of the colliders are left out (limit {limits.colliders:.0%})"
+    elif ended is not None and 1 - ended > limits.colliders:
+        number = f"{1 - ended:.0%} of the colliders were cut off (limit {limits.colliders:.0%})"
+    else:
+        return None
+    return Finding(
+        "colliders say little",
+        number,
+        "Raise `collider_max_completion_length`, or check `fusion_prompt_template` with this model.",
+    )
+
+
+def _overhead(run: Run, limits: Limits) -> Finding | None:
+    ratios = [ratio for row in run.log[1:] or run.log if (ratio := overhead(row)) is not None]
+    if not ratios or statistics.median(ratios) <= limits.overhead:
+        return None
+    phases = {name: run.values(f"gcpo/seconds/{name}") for name in ("colliders", "contexts")}
+    longest = max(phases, key=lambda name: statistics.fmean(phases[name] or [0.0]))
+    if longest == "colliders":
+        change = "Most of it is spent on colliders: lower `num_colliders` or `collider_max_completion_length`."
+    elif run.config.get("estimator") == "sampled":
+        change = "Most of it is spent under contexts, on fresh samples: use `estimator='loo'` or `'scored'`."
+    else:
+        change = (
+            "Most of it is spent under contexts: lower `num_kl_contexts`, `kl_fraction` or `candidate_context_tokens`, "
+            "or use `context_attention='parallel'`."
+        )
+    number = f"a step takes {statistics.median(ratios):.2f} times GRPO's part of it (plan {limits.overhead:g})"
+    return Finding("overhead above plan", number, change)
+
+
+def _undefined(run: Run, limits: Limits) -> Finding | None:
+    fallback, lost = _mean(run.values("gcpo/upsilon/fallback")), _mean(run.values("gcpo/groups_without_reward"))
+    if fallback:
+        number = f"{fallback:.1%} of the weights were undefined and replaced by 1"
+        return Finding("undefined weights", number, "Hidden states are NaN: train in bfloat16 or float32, not float16.")
+    if lost:
+        return Finding(
+            "groups without reward",
+            f"{lost:.1%} of the groups have no finite reward",
+            "The reward function returns None, NaN or infinity for whole groups: check it on their completions.",
+        )
+    return None
+
+
+CHECKS: tuple[Callable[[Run, Limits], Finding | None], ...] = (
+    _near_zero,
+    _no_signal,
+    _spikes,
+    _clamped,
+    _zero_variance,
+    _length_collapse,
+    _cut_off,
+    _colliders,
+    _overhead,
+    _undefined,
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of `gcpo diagnose`."""
+    parser = argparse.ArgumentParser(
+        prog="gcpo diagnose",
+        description="Names what is wrong with a run, from its log. Exit code 1 if anything is.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("run", nargs="+", metavar="RUN", help="output folder of a run, or its trainer_state.json")
+    parser.add_argument("--overhead", type=float, default=Limits.overhead, help="planned step time over GRPO's part")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def main(flags: list[str]) -> int:
+    """Run the command: 0 where nothing was found, 1 where something was."""
+    args = parser().parse_args(flags)
+    with argument_errors():
+        found = {run.name: (run, diagnose(run, Limits(overhead=args.overhead))) for run in read_runs(args.run)}
+    if args.json:
+        listed = {name: [asdict(finding) for finding in findings] for name, (_, findings) in found.items()}
+        print(json.dumps(listed, indent=1))
+    else:
+        for name, (run, findings) in found.items():
+            print(as_text(name, run, findings))
+    return int(any(findings for _, findings in found.values()))
+
+
+def as_text(name: str, run: Run, findings: list[Finding]) -> str:
+    """What the command prints about a run."""
+    lines = [f"{name}: {len(run.log)} logged steps", f"  {answer_about_loss(run)}"]
+    if not findings:
+        lines.append(f"  Nothing is wrong by {len(fields(Limits))} limits.")
+    for finding in findings:
+        lines += [f"  ! {finding.name}: {finding.number}", f"      {finding.change}"]
+    return "\n".join(lines)
+
+
+def _recent(values: list[Any]) -> list[Any]:
+    return values[len(values) // 2 :]
+
+
+def _mean(values: list[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def _recent_mean(run: Run, key: str) -> float | None:
+    return _mean(_recent(run.values(key)))
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and value == value and abs(value) != float("inf")

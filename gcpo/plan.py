@@ -1,0 +1,212 @@
+"""
+What a step of GCPO will cost beside one of GRPO, before anything runs. Tokens come from `gcpo.workload`, floating-point
+operations and memory from the model's config, seconds from a device's rates.
+
+Left out: the optimizer's own step, rewards, padding, communication between devices, and launch overheads.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from gcpo.architecture import Architecture
+from gcpo.config import GCPOConfig
+from gcpo.workload import Pass, tokens_by_kind
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Multiples of a forward: the backward costs two, gradient checkpointing repeats the forward, and TRL's output layer
+# computes its logits again in the backward whether or not the rest is checkpointed.
+_TRAINED, _CHECKPOINTED = 3.0, 4.0
+
+
+@dataclass(frozen=True)
+class Device:
+    """
+    What one device does in a second.
+
+    Args:
+        tflops: peak 10^12 floating-point operations, dense, in the type of the computation.
+        bandwidth: peak 10^9 bytes read from its memory.
+        mfu: share of `tflops` that forwards and backwards reach.
+        mbu: share of `bandwidth` that decoding reaches.
+    """
+
+    tflops: float
+    bandwidth: float
+    mfu: float = 0.4
+    mbu: float = 0.6
+
+
+# The makers' peak figures for 16-bit types without sparsity: 10^12 operations and 10^9 bytes per second.
+DEVICES = {
+    "a100": Device(312, 2039),
+    "h100": Device(989, 3352),
+    "h200": Device(989, 4800),
+    "b200": Device(2250, 8000),
+    "l40s": Device(362, 864),
+    "mi300x": Device(1307, 5300),
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of the passes of one kind, per optimizer step."""
+
+    phase: str  # as in `gcpo/seconds/PHASE`
+    what: str
+    tokens: float  # of all devices
+    flops: float  # of all devices
+    seconds: float | None  # of the devices together; None where nothing is known of them
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, with a whole copy of the model on each: roughly, to see what dominates."""
+
+    held: dict[str, float]  # throughout the step
+    phases: dict[str, float]  # by each phase on top of that
+
+    @property
+    def peak(self) -> float:
+        return sum(self.held.values()) + max(self.phases.values())
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What a step of one method costs."""
+
+    costs: list[Cost]
+    memory: Memory
+    tokens: dict[str, float]  # as a run logs them, by kind
+
+    def total(self, name: str, phase: str | None = None) -> float:
+        """Sum of `tokens`, `flops` or `seconds` over a phase, or the step."""
+        return sum(getattr(cost, name) or 0.0 for cost in self.costs if phase in (None, cost.phase))
+
+    @property
+    def scored(self) -> float:
+        """Tokens that pass through the model without gradient, those generated and their prompts left out."""
+        return sum(count for kind, count in self.tokens.items() if kind.startswith("scored_"))
+
+
+def plan_step(
+    config: GCPOConfig,
+    architecture: Architecture,
+    passes: list[Pass],
+    device: Device | None = None,
+    dtype: str = "float32",
+    num_processes: int = 1,
+) -> StepPlan:
+    """
+    Plan a step that consists of these passes.
+
+    Args:
+        config: of a run in which one process takes the turns of all `num_processes`, so that its batch is everyone's.
+        architecture: the model's.
+        passes: of `grpo_passes` or `gcpo_passes`.
+        device: rates of one device. None: no seconds.
+        dtype: type of the weights, one of `BYTES`.
+        num_processes: devices that share the rows evenly, each with a copy of the model.
+    """
+    costs: dict[tuple[str, str], Cost] = {}
+    for item in passes:
+        flops = pass_flops(item, architecture, config.gradient_checkpointing)
+        seconds = None
+        if device is not None:
+            seconds = flops / num_processes / (device.tflops * 1e12 * device.mfu)
+            if item.mode == "decode":
+                moved = decode_bytes(item, architecture, config, dtype, num_processes)
+                seconds = max(seconds, moved / (device.bandwidth * 1e9 * device.mbu))
+        before = costs.get((item.phase, item.what), Cost(item.phase, item.what, 0.0, 0.0, None))
+        costs[item.phase, item.what] = replace(
+            before,
+            tokens=before.tokens + item.tokens,
+            flops=before.flops + flops,
+            seconds=None if seconds is None else (before.seconds or 0.0) + seconds,
+        )
+    memory = estimate_memory(config, architecture, passes, dtype, num_processes)
+    return StepPlan(list(costs.values()), memory, tokens_by_kind(passes))
+
+
+def pass_flops(item: Pass, architecture: Architecture, checkpointing: bool) -> float:
+    """Floating-point operations of all rows of a pass."""
+    body = item.new * architecture.matrix_flops() + architecture.attention_flops(item.new, item.before, item.dense)
+    head = item.predicted * architecture.head_flops()
+    if item.mode == "train":
+        body *= _CHECKPOINTED if checkpointing else _TRAINED
+        head *= _CHECKPOINTED
+    return item.rows * (body + head)
+
+
+def decode_bytes(item: Pass, architecture: Architecture, config: GCPOConfig, dtype: str, num_processes: int) -> float:
+    """Bytes that one device reads while it decodes: per token, all weights once and every row's keys and values."""
+    calls = rollouts_per_step(config)
+    rows = item.rows / calls / num_processes
+    weights = BYTES[dtype] * (architecture.layer_weights + architecture.hidden * architecture.vocab)
+    pairs = rows * (item.before + item.new / 2) * architecture.key_value_bytes(compute_bytes(config, dtype))
+    return calls * item.new * (weights + pairs)
+
+
+def estimate_memory(
+    config: GCPOConfig, architecture: Architecture, passes: Iterable[Pass], dtype: str, num_processes: int
+) -> Memory:
+    """
+    Weights, gradients and optimizer state by type; per phase what dominates: keys and values that it makes, or that are
+    kept from phases before, a packed row's mask, and what a backward needs.
+    """
+    size, compute, weights = BYTES[dtype], compute_bytes(config, dtype), architecture.parameters
+    held = {"weights": size * weights, "optimizer": _optimizer_bytes(config, size) * weights}
+    if config.beta != 0:
+        held["reference"] = size * weights
+    pair, rows_at_once = architecture.key_value_bytes(compute), config.per_device_train_batch_size
+    working = compute * (6 * architecture.hidden + 4 * architecture.intermediate)  # of one layer's forward, per token
+    scored_at_once = config.context_batch_size or rows_at_once
+    phases: dict[str, float] = {}
+    kept: dict[str, float] = defaultdict(float)
+    trained = 0.0
+    for item in passes:
+        per_device = item.rows / rollouts_per_step(config) / num_processes
+        if item.mode == "train":
+            trained += rows_at_once * item.new * architecture.activation_bytes(compute, config.gradient_checkpointing)
+            trained += rows_at_once * item.predicted * architecture.hidden * (compute + 4)
+            continue
+        if item.mode == "score":
+            at_once = 1 if item.dense else min(scored_at_once, per_device)
+            own = at_once * (item.new * working + (item.new**2 if item.dense else item.before * pair))
+        elif item.mode == "decode":
+            own = per_device * (item.before + item.new) * pair
+        else:
+            own = per_device * item.new * max(pair, working)
+        phases[item.phase] = max(phases.get(item.phase, 0.0), own)
+        if item.keeps:
+            kept[item.phase] += per_device * (item.new + (item.before if item.mode == "decode" else 0.0)) * pair
+    until_now = 0.0
+    for phase in ("rollout", "colliders", "scoring", "contexts"):
+        if phase in phases:  # while it generates, a rollout holds what is kept of it anyway
+            phases[phase] += until_now + (kept[phase] if phase != "rollout" else 0.0)
+        until_now += kept[phase]
+    if compute < size:  # autocast keeps the weights it has cast until the forward ends
+        trained += compute * weights
+    # The output layer's gradient is added up in float32.
+    phases["loss"] = size * weights + trained + 4.0 * architecture.hidden * architecture.vocab
+    return Memory(held, phases)
+
+
+def compute_bytes(config: GCPOConfig, dtype: str) -> int:
+    """Of one number of the type that forwards compute in."""
+    return 2 if config.bf16 or config.fp16 else BYTES[dtype]
+
+
+def rollouts_per_step(config: GCPOConfig) -> float:
+    """How often an optimizer step generates."""
+    return config.gradient_accumulation_steps / (int(config.steps_per_generation or 1) * config.num_iterations)
+
+
+def _optimizer_bytes(config: GCPOConfig, size: int) -> float:
+    """Of its state, per weight. Adam's two moments have the weight's type, unless it is one of the 8-bit kinds."""
+    name = str(getattr(config.optim, "value", config.optim)).lower()
+    if "8bit" in name:
+        return 2.0
+    if name.startswith(("sgd", "adafactor")):
+        return 0.0
+    return float(size if "lion" in name or "rmsprop" in name else 2 * size)

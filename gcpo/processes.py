@@ -1,0 +1,95 @@
+"""What the processes of one run owe each other: the same options, whole groups, and an end when one of them is lost."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from trl import GRPOConfig
+
+# Of GRPOConfig's own fields, those that may differ: what is logged where, and where a server is.
+_MAY_DIFFER = ("log_", "vllm_server_", "num_completions_to_print")
+# Of TrainingArguments, those that decide how many batches there are, of which size, and what a step does with them.
+_SHARED = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "max_steps",
+    "num_train_epochs",
+    "learning_rate",
+    "max_grad_norm",
+    "seed",
+    "data_seed",
+    "bf16",
+    "fp16",
+    "eval_strategy",
+    "eval_steps",
+    "save_strategy",
+    "save_steps",
+)
+# How torch's backends say that a peer is gone, or that it did not come in time.
+_LOST = ("closed by peer", "timed out", "timeout", "connection reset", "broken pipe", "remote process exited")
+
+
+def check_processes_agree(args: Any, **others: Any) -> None:
+    """
+    Compare options over all processes of the run: one that takes another path leaves the rest waiting for it.
+
+    Args:
+        args: the GCPOConfig of this process.
+        **others: further values to compare, by name.
+
+    Raises:
+        ValueError: on every process, naming each option that differs and its value by rank.
+    """
+    if PartialState().num_processes == 1:
+        return
+    own = {field.name for field in fields(args)} - {field.name for field in fields(GRPOConfig)}
+    grpo = {name for name in GRPOConfig.__annotations__ if not name.startswith(_MAY_DIFFER)}
+    mine = {name: repr(getattr(args, name)) for name in sorted(own | grpo | set(_SHARED))}
+    mine |= {name: repr(value) for name, value in others.items()}
+    everyone = gather_object([mine])
+    wrong = [name for name in mine if len({values[name] for values in everyone}) > 1]
+    if wrong:
+        found = "; ".join(f"`{name}`: {', '.join(values[name] for values in everyone)}" for name in wrong)
+        raise ValueError(f"Every process must get the same options, got by rank {found}.")
+
+
+@contextmanager
+def explained_groups(args: Any) -> Iterator[None]:
+    """TRL's refusal of a rollout that holds no whole number of groups, with where its size comes from."""
+    try:
+        yield
+    except ValueError as error:
+        rows, n = getattr(args, "generation_batch_size", None), getattr(args, "num_generations", None)
+        if not (rows and n) or rows % n == 0 or "num_generations" not in str(error):
+            raise
+        processes = max(args.world_size, 1)
+        raise ValueError(
+            f"`num_generations` must divide the rows of a rollout, which are per_device_train_batch_size x processes x "
+            f"steps_per_generation = {args.per_device_train_batch_size} x {processes} x {args.steps_per_generation} = "
+            f"{rows}, got {n}: a group may be spread over processes, but must be whole."
+        ) from error
+
+
+@contextmanager
+def explained_loss_of_process(timeout: float) -> Iterator[None]:
+    """
+    What torch raises here where another process has died, or hangs for longer than `timeout` seconds, as an error that
+    says so.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        spread = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not spread or not any(word in str(error).lower() for word in _LOST):
+            raise
+        state = PartialState()
+        raise RuntimeError(
+            f"Process {state.process_index} of {state.num_processes} stops: another one has ended, or did not come to "
+            f"a collective operation within `ddp_timeout` = {timeout:g} s. Its own output says why. Continue from the "
+            "last checkpoint once that is mended."
+        ) from error

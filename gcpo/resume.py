@@ -1,0 +1,197 @@
+"""Going on after a kill: which checkpoint is whole and of this model, and what of TRL's and ours belongs in one."""
+
+import json
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from safetensors import SafetensorError, safe_open
+from transformers.trainer import TRAINER_STATE_NAME
+from trl import GRPOTrainer
+
+_FOLDER = re.compile(r"checkpoint-(\d+)")
+# What must be equal for one model's weights to fit another.
+_SHAPES = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The checkpoint folders in `folder`, newest first by their step, whole or not."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if _FOLDER.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+
+
+def last_complete_checkpoint(folder: str | Path) -> str | None:
+    """The newest whole checkpoint in `folder`, or None. Newer ones that are not whole are skipped with a warning."""
+    for path in checkpoints(folder):
+        reason = why_incomplete(path)
+        if reason is None:
+            return str(path)
+        warnings.warn(f"Skipping {path}, which is not a whole checkpoint: {reason}.", stacklevel=2)
+    return None
+
+
+def why_incomplete(folder: str | Path) -> str | None:
+    """
+    What is missing from a checkpoint or cut short in it, in words; None for a whole one.
+
+    The trainer writes `trainer_state.json` last, after all processes have written theirs. Files are checked for their
+    own end all the same: after a power cut, those written first may be the ones that are short.
+    """
+    folder = Path(folder)
+    if not (folder / TRAINER_STATE_NAME).is_file():
+        return f"{TRAINER_STATE_NAME}, which is written last, is missing"
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    for path in files:
+        if not _is_readable(path):
+            return f"{path.relative_to(folder)} is damaged or was not written to its end"
+    names = {str(path.relative_to(folder)) for path in files}
+    for index in folder.glob("*.index.json"):
+        missing = set(json.loads(index.read_text())["weight_map"].values()) - names
+        if missing:
+            return f"{min(missing)}, which {index.name} names, is missing"
+    # FSDP and DeepSpeed keep weights and optimizer in folders of their own.
+    sharded = [path for path in folder.iterdir() if path.is_dir()]
+    for part in sharded:
+        if any(part.glob("*.distcp")) and not (part / ".metadata").is_file():
+            return f"{part.name}/.metadata, which is written last, is missing"
+    if sharded:
+        return None
+    if not any(name.endswith((".safetensors", ".bin")) and "model" in name for name in names):
+        return "it holds no weights"
+    if any(name.startswith("rng_state") for name in names) and "optimizer.pt" not in names:
+        return "optimizer.pt is missing"
+    return None
+
+
+def _is_readable(path: Path) -> bool:
+    """Whether a file's own format says that it is there to its end; its contents are not read."""
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.suffix == ".safetensors":
+            with safe_open(path, framework="pt"):
+                pass
+        elif path.suffix in (".pt", ".pth", ".bin"):  # torch.save writes zip archives, whose index is at the end
+            return zipfile.is_zipfile(path)
+    except (ValueError, OSError, SafetensorError):
+        return False
+    return True
+
+
+def check_same_model(checkpoint: str | Path, model: Any) -> None:
+    """
+    Refuse a checkpoint whose weights cannot be those of `model`.
+
+    Raises:
+        ValueError: the configurations differ in a size, or one is an adapter and the other is not, or of another shape.
+    """
+    checkpoint = Path(checkpoint)
+    wanted = f"The checkpoint to resume from must be one of the model being trained: {checkpoint} "
+    adapter, config = checkpoint / "adapter_config.json", checkpoint / "config.json"
+    if adapter.is_file() != is_peft_model(model):
+        got = (
+            "an adapter, and this run trains a whole model"
+            if adapter.is_file()
+            else "no adapter, which this run trains"
+        )
+        raise ValueError(f"{wanted}holds {got}.")
+    if adapter.is_file():
+        saved = json.loads(adapter.read_text())
+        current = model.peft_config[model.active_adapters[0]].to_dict()
+        for name in ("peft_type", "r", "target_modules"):
+            _compare(wanted, name, saved.get(name), current.get(name))
+    elif config.is_file():
+        text = json.loads(config.read_text())
+        text = text.get("text_config", text)
+        for name in _SHAPES:
+            _compare(wanted, name, text.get(name), getattr(model.config.get_text_config(), name, None))
+
+
+def _compare(wanted: str, name: str, saved: Any, current: Any) -> None:
+    if isinstance(saved, list) and isinstance(current, list | set | tuple):
+        saved, current = sorted(saved), sorted(current)
+    if saved is not None and current is not None and saved != current:
+        raise ValueError(f"{wanted}has {name} {saved}, the model {current}.")
+
+
+class ResumableGRPOTrainer(GRPOTrainer):
+    """
+    TRL's GRPOTrainer, whose checkpoints also hold what a run needs to go on as if it had not stopped: where it is in
+    the cycle of `steps_per_generation * num_iterations` micro-batches that share a rollout, that rollout if the
+    cycle is not over, and what was to be logged next. `train(resume_from_checkpoint=True)` takes the newest whole
+    checkpoint in `output_dir`.
+
+    vLLM keeps random states of its own, which no checkpoint holds: with it a resumed run is a valid one, not the same.
+    """
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"`resume_from_checkpoint=True`: no whole checkpoint in {self.args.output_dir!r}.")
+        if resume_from_checkpoint:
+            check_same_model(resume_from_checkpoint, self.accelerator.unwrap_model(self.model))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        epochs_trained, steps_trained = super()._init_training_state(*args, **kwargs)
+        sampler = getattr(self, "_train_sampler", None)
+        if sampler is not None:
+            # It draws the order of every epoch from one stream, which a new process starts from its beginning.
+            for _ in range(epochs_trained):
+                next(iter(sampler), None)
+        return epochs_trained, steps_trained
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # A folder of this step that a killed run left must not look whole while it is written over.
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        cycle = self.args.steps_per_generation * self.num_iterations
+        state = {
+            "step": self._step,
+            "rollout": self._buffered_inputs if self._step % cycle else None,
+            "metrics": dict(self._metrics["train"]),
+            "loss": self._tr_loss,
+            "last_logged": self._globalstep_last_logged,
+        }
+        torch.save(state, self._own_state(output_dir))
+        # trainer_state.json comes next, and says that the checkpoint is whole: of all processes.
+        self.accelerator.wait_for_everyone()
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        path = self._own_state(checkpoint)
+        if not path.is_file():
+            # Of another trainer, or of another number of processes: in step with the sampler, and a fresh rollout.
+            self._step = self.state.global_step * self.args.gradient_accumulation_steps
+            return
+        state = torch.load(path, weights_only=True, map_location=self.accelerator.device)
+        self._step, self._buffered_inputs = state["step"], state["rollout"]
+        self._metrics["train"].update(state["metrics"])
+        self._tr_loss, self._globalstep_last_logged = state["loss"], state["last_logged"]
+
+    def _own_state(self, folder: str) -> Path:
+        return Path(folder) / f"gcpo_state_{self.accelerator.process_index}.pt"

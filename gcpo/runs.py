@@ -1,0 +1,159 @@
+"""
+What a run leaves in its output folder for `gcpo report` and `gcpo diagnose`, and how they read it back.
+
+- `gcpo_run.json`: the options it ran with, and versions;
+- `gcpo_log.jsonl`: every logged step, as TRL logs it, written while the run goes on;
+- `gcpo_samples.jsonl`, with `log_completions`: the prompts of the last rollout before each log, with their candidates,
+  rewards, A, Upsilon, B, and the colliders that they led to.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+CONFIG, LOG, SAMPLES = "gcpo_run.json", "gcpo_log.jsonl", "gcpo_samples.jsonl"
+
+Step = dict[str, Any]
+
+
+@dataclass
+class Run:
+    """
+    A run as it was read.
+
+    Attributes:
+        name: what to call it.
+        config: its options; empty where they were not recorded.
+        log: its training steps in order, each a dict of metrics with `step`.
+        samples: prompts with candidates and colliders, in order of their steps.
+    """
+
+    name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    log: list[Step] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+    def series(self, key: str) -> tuple[list[float], list[float]]:
+        """Steps at which a metric was logged as a finite number, and its values."""
+        logged = [(row["step"], row[key]) for row in self.log if _is_number(row.get(key))]
+        return [step for step, _ in logged], [value for _, value in logged]
+
+    def values(self, key: str) -> list[float]:
+        """The values of `series`."""
+        return self.series(key)[1]
+
+
+def read_run(path: str | Path, name: str | None = None) -> Run:
+    """
+    Read a run from its output folder, or from a `trainer_state.json`.
+
+    Looks for `gcpo_log.jsonl`, then `trainer_state.json`, then that of the newest checkpoint. Where a run was resumed,
+    the last entry of a step counts.
+
+    Raises:
+        FileNotFoundError: nothing of the kind is there.
+        ValueError: there is, and it is not what it should be, or no training step was logged.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    log_file = path if path.is_file() else _find_log(path)
+    if log_file is None:
+        raise FileNotFoundError(
+            f"`RUN` must be the output folder of a run, with {LOG}, trainer_state.json or a checkpoint in it, "
+            f"got {str(path)!r}."
+        )
+    text = log_file.read_text()
+    if log_file.suffix == ".jsonl":
+        rows = list(_lines(log_file, text))
+    else:
+        try:
+            rows = json.loads(text)["log_history"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{log_file} must be JSON with a `log_history` ({error!r}).") from error
+    # Evaluations and the summary at the end are no training steps.
+    steps = {row["step"]: row for row in rows if "step" in row and ("reward" in row or "grad_norm" in row)}
+    if not steps:
+        raise ValueError(f"{log_file} holds no training step that was logged.")
+    config_file, samples_file = folder / CONFIG, folder / SAMPLES
+    config = json.loads(config_file.read_text()) if config_file.is_file() else {}
+    samples: dict[int, list[dict[str, Any]]] = {}
+    if samples_file.is_file():
+        for row in _lines(samples_file, samples_file.read_text()):
+            samples[row["step"]] = row["groups"]
+    return Run(
+        name or folder.resolve().name,
+        config,
+        [steps[step] for step in sorted(steps)],
+        [{"step": step, **group} for step in sorted(samples) for group in samples[step]],
+    )
+
+
+def read_runs(paths: list[str]) -> list[Run]:
+    """
+    Runs under several paths; a folder that holds no run itself stands for those right below it. Names that would be the
+    same get their parent folder's before them.
+    """
+    folders: list[Path] = []
+    for path in map(Path, paths):
+        below = sorted(child for child in path.iterdir() if child.is_dir()) if path.is_dir() else []
+        inner = [child for child in below if (child / LOG).is_file()]
+        folders += inner if inner and _find_log(path) is None else [path]
+    runs = [read_run(folder) for folder in folders]
+    names = [run.name for run in runs]
+    for folder, run in zip(folders, runs, strict=True):
+        if names.count(run.name) > 1:
+            run.name = str(folder)
+    return runs
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write `gcpo_run.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps(config, indent=1, default=str) + "\n")
+
+
+def append_line(path: Path, row: dict[str, Any]) -> None:
+    """Add a line to a file that one process writes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(_clean(row), default=str) + "\n")
+
+
+def _find_log(folder: Path) -> Path | None:
+    if not folder.is_dir():
+        return None
+    checkpoints = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: _number(path.parent.name))
+    places = [folder / LOG, folder / "trainer_state.json", *checkpoints[::-1]]
+    return next((place for place in places if place.is_file()), None)
+
+
+def _lines(path: Path, text: str) -> Iterator[dict[str, Any]]:
+    lines = text.splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            if number == len(lines):  # a run that was killed while it wrote, or is writing now
+                return
+            raise ValueError(f"{path}, line {number} is not JSON ({error}).") from error
+
+
+def _number(name: str) -> int:
+    tail = name.rsplit("-", 1)[-1]
+    return int(tail) if tail.isdigit() else -1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _clean(value: Any) -> Any:
+    """JSON has no NaN: None instead, as TRL logs a metric without values."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _clean(inner) for key, inner in value.items()}
+    return [_clean(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,1 @@
+"""`gcpo study`: what each part of the method does, on the demo's model in minutes or on another one unchanged."""

@@ -1,0 +1,171 @@
+"""The studies: which runs each compares, with what, and what its table shows beside the score."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Arm:
+    """
+    One way to train.
+
+    Attributes:
+        name: what the table calls it.
+        method: `"gcpo"` or `"grpo"`.
+        options: options of the trainer that differ from the workbench's.
+        reference: what the second KL term pulls to: `"causal"` (eq. 13), `"query"`, `"context"` or `"ensemble"`.
+        scaled_by: for GRPO: the arm whose mean Upsilon, step by step and of the same seed, multiplies its advantages.
+        open_ended: scored by a programmable reward instead of the task's verifier.
+        against: the arm, by name, that a difference is paired with.
+    """
+
+    name: str
+    method: str = "gcpo"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    reference: str = "causal"
+    scaled_by: "Arm | None" = None
+    open_ended: bool = False
+    against: str | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """What decides how its runs come out: two arms that agree in it share them."""
+        scaled_by = None if self.scaled_by is None else self.scaled_by.settings()
+        return {
+            "method": self.method,
+            "options": dict(self.options),
+            "reference": self.reference,
+            "scaled_by": scaled_by,
+            "open_ended": self.open_ended,
+        }
+
+
+@dataclass(frozen=True)
+class Study:
+    """
+    A comparison.
+
+    Attributes:
+        question: what it answers, in a line.
+        arms: in the order of the table. An arm comes after the one that it is scaled by.
+        score: `"pass_at_1"` or `"mean_score"`.
+        columns: metrics of the runs to show (see `gcpo.study.workbench.summarize`), with their headings.
+    """
+
+    question: str
+    arms: tuple[Arm, ...]
+    score: str = "pass_at_1"
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+
+GRPO = Arm("GRPO", method="grpo")
+GCPO = Arm("GCPO", against="GRPO")
+NO_KL = {"kappa": 0.0}
+WEIGHT_COLUMNS = {"upsilon_mean": "mean Upsilon", "upsilon_std": "std Upsilon"}
+
+
+def _scaled(arm: Arm, name: str, **changes: Any) -> Arm:
+    return Arm(name, method="grpo", scaled_by=arm, against="GRPO", **changes)
+
+
+def _values(option: str, symbol: str, values: tuple[float, ...]) -> tuple[Arm, ...]:
+    return tuple(Arm(f"{symbol} = {value:g}", options={option: value}, against="GRPO") for value in values)
+
+
+def _pairs(option: str, symbol: str, values: tuple[Any, ...]) -> tuple[Arm, ...]:
+    """GRPO and GCPO at each value of an option of both."""
+    arms = []
+    for value in values:
+        options = {option: value}
+        arms.append(Arm(f"GRPO, {symbol} = {value:g}", method="grpo", options=options))
+        arms.append(Arm(f"GCPO, {symbol} = {value:g}", options=options, against=arms[-1].name))
+    return tuple(arms)
+
+
+def _cut_off_arms() -> tuple[Arm, ...]:
+    arms = [GRPO, GCPO, Arm("GCPO, mean", options={"representation": "mean"}, against="GRPO")]
+    short = {"max_completion_length": 5}
+    arms.append(Arm("GRPO, cut off at 5", method="grpo", options=short))
+    for name in ("last", "mean"):
+        options = {"representation": name, **short}
+        arms.append(Arm(f"GCPO, {name}, cut off at 5", options=options, against="GRPO, cut off at 5"))
+    return tuple(arms)
+
+
+def _transfer_arms() -> tuple[Arm, ...]:
+    grpo, gcpo = Arm("GRPO", method="grpo", open_ended=True), Arm("GCPO", against="GRPO", open_ended=True)
+    return grpo, gcpo, _scaled(gcpo, "GRPO x mean Upsilon", open_ended=True)
+
+
+STUDIES: dict[str, Study] = {
+    "ablation": Study(
+        "What do the two parts add, beyond a larger step?",
+        (
+            GRPO,
+            GCPO,
+            Arm("GCPO, no weights", options={"estimator": "none"}, against="GRPO"),
+            Arm("GCPO, no second KL", options=NO_KL, against="GRPO"),
+            _scaled(GCPO, "GRPO x mean Upsilon"),
+        ),
+        columns={**WEIGHT_COLUMNS, "kl_causal": "causal KL", "step_seconds": "s/step"},
+    ),
+    "alpha": Study(
+        "How does the scale of the weights matter?",
+        (GRPO, *_values("alpha", "alpha", (0.5, 1.0, 2.0, 3.0))),
+        columns={**WEIGHT_COLUMNS, "grad_norm": "gradient norm"},
+    ),
+    "kappa": Study(
+        "How does the weight of the second KL term matter?",
+        (GRPO, *_values("kappa", "kappa", (0.0, 0.02, 0.04, 0.06, 0.08))),
+        columns={"kl_causal": "causal KL", "proj_clamped": "clamped", "grad_norm": "gradient norm"},
+    ),
+    "group-size": Study(
+        "How many candidates per prompt, at one number of completions per step?",
+        _pairs("num_generations", "n", (2, 4, 8, 16)),
+        columns={**WEIGHT_COLUMNS, "zero_variance": "equal rewards", "step_seconds": "s/step"},
+    ),
+    "similarity": Study(
+        "Which similarity?",
+        (GRPO, GCPO, *(Arm(n, options={"similarity": n}, against="GRPO") for n in ("euclidean", "gaussian"))),
+        columns=WEIGHT_COLUMNS,
+    ),
+    "representation": Study(
+        "Last token or mean over tokens, where completions end and where they are cut off?",
+        _cut_off_arms(),
+        columns={
+            "ended_mean": "Upsilon, ended",
+            "truncated_mean": "Upsilon, cut off",
+            "clipped_ratio": "cut off",
+            **WEIGHT_COLUMNS,
+        },
+    ),
+    "sampling": Study(
+        "Does it matter how candidates are sampled? The causal graph takes them as independent given the query.",
+        (
+            *_pairs("temperature", "T", (0.7, 1.0, 1.3)),
+            Arm("GRPO, top-p = 0.9", method="grpo", options={"top_p": 0.9}),
+            Arm("GCPO, top-p = 0.9", options={"top_p": 0.9}, against="GRPO, top-p = 0.9"),
+        ),
+        columns={"distinct": "distinct candidates", "norm_ratio": "norm ratio", **WEIGHT_COLUMNS},
+    ),
+    "baseline": Study(
+        "What should the second KL term pull to?",
+        (
+            GRPO,
+            GCPO,
+            Arm("query only", reference="query", against="GRPO"),
+            Arm("one context", reference="context", against="GRPO"),
+            Arm("ensemble mean", reference="ensemble", against="GRPO"),
+            Arm("no second KL", options=NO_KL, against="GRPO"),
+        ),
+        columns={"kl_causal": "second KL", "proj_clamped": "clamped", "upsilon_mean": "mean Upsilon"},
+    ),
+    "transfer": Study(
+        "A task without one right answer, scored by a program",
+        _transfer_arms(),
+        score="mean_score",
+        columns={**WEIGHT_COLUMNS, "distinct": "distinct candidates", "kl_causal": "causal KL"},
+    ),
+}
+# The tenth measures estimators on one rollout and trains nothing: gcpo/study/budget.py.
+NAMES = (*STUDIES, "samples")

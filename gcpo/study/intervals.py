@@ -1,0 +1,63 @@
+"""Means over seeds with their confidence intervals, and the elbow of a curve."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom.
+_T = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds and the half width of its 95% interval (Student's t); NaN for a single seed."""
+
+    mean: float
+    half: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.half:.3f}" if math.isfinite(self.half) else f"{self.mean:.3f} ± ?"
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether 0 lies outside of it. Values that are all the same give no spread to judge by: then not."""
+        return math.isfinite(self.half) and abs(self.mean) > self.half > 0
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """
+    Mean of one value per seed, with its interval.
+
+    Raises:
+        ValueError: no values.
+    """
+    if not values:
+        raise ValueError("`values` must not be empty.")
+    count = len(values)
+    if count == 1:
+        return Interval(values[0], math.nan, 1)
+    quantile = _T[count - 2] if count - 1 <= len(_T) else 1.96 + 2.4 / (count - 1)
+    return Interval(statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(count), count)
+
+
+def elbow(x: Sequence[float], y: Sequence[float]) -> int | None:
+    """
+    Index of the elbow of a falling curve: of its points, that furthest below the line from its first to its last one,
+    both axes scaled to [0, 1]. None where no point lies below it, or the curve does not fall.
+    """
+    if len(x) < 3:
+        return None
+    order = sorted(range(len(x)), key=lambda k: x[k])
+    first, last = order[0], order[-1]
+    width, height = x[last] - x[first], y[first] - y[last]
+    if width <= 0 or height <= 0:
+        return None
+    # Below the chord from (0, 1) to (1, 0).
+    depth = {k: 1 - (x[k] - x[first]) / width - (y[k] - y[last]) / height for k in order[1:-1]}
+    best = max(depth, key=lambda k: depth[k])
+    return best if depth[best] > 1e-9 else None  # more than rounding

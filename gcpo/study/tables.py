@@ -1,0 +1,210 @@
+"""What a study leaves: a table in the terminal, the same as CSV and Markdown, and a plot."""
+
+import csv
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from gcpo.study.budget import Budget
+from gcpo.study.definitions import Study
+from gcpo.study.intervals import Interval, elbow, interval
+
+SCORES = {"pass_at_1": "pass@1", "mean_score": "score"}
+
+
+@dataclass
+class Row:
+    """
+    One arm over its seeds.
+
+    Attributes:
+        name: of the arm.
+        score: on held-out prompts.
+        difference: of its score from the arm that it is paired with, seed by seed; None for that arm itself.
+        against: that arm's name.
+        metrics: by heading.
+    """
+
+    name: str
+    score: Interval
+    difference: Interval | None = None
+    against: str = ""
+    metrics: dict[str, Interval] = field(default_factory=dict)
+
+
+def make_rows(study: Study, results: dict[str, list[dict[str, Any]]]) -> list[Row]:
+    """Rows of a study from its results, a list over the same seeds for each arm's name."""
+    rows = []
+    for arm in study.arms:
+        scores = [result[study.score] for result in results[arm.name]]
+        row = Row(arm.name, interval(scores))
+        if arm.against is not None:
+            others = [result[study.score] for result in results[arm.against]]
+            row.difference = interval([a - b for a, b in zip(scores, others, strict=True)])
+            row.against = arm.against
+        for key, heading in study.columns.items():
+            values = [result["metrics"][key] for result in results[arm.name] if key in result["metrics"]]
+            if values:
+                row.metrics[heading] = interval(values)
+        rows.append(row)
+    return rows
+
+
+def as_cells(study: Study, rows: list[Row]) -> list[list[str]]:
+    """The table as text, headings first."""
+    headings = list(study.columns.values())
+    cells = [["arm", f"{SCORES[study.score]}, held out", "difference", "from", *headings]]
+    for row in rows:
+        cells.append(
+            [
+                row.name,
+                str(row.score),
+                "" if row.difference is None else f"{row.difference.mean:+.3f} ± {_half(row.difference)}",
+                row.against,
+                *(f"{row.metrics[heading].mean:.3g}" if heading in row.metrics else "" for heading in headings),
+            ]
+        )
+    return cells
+
+
+def conclude(study: Study, rows: list[Row]) -> str:
+    """Which differences an interval over seeds tells from 0, and how many were tested: one in twenty is chance."""
+    tested = [row for row in rows if row.difference is not None]
+    apart = [row for row in tested if row.difference is not None and row.difference.excludes_zero]
+    if not apart:
+        return f"None of the {len(tested)} differences can be told from 0 with {rows[0].score.count} seeds."
+    named = "; ".join(f"{row.name} from {row.against} ({row.difference.mean:+.3f})" for row in apart if row.difference)
+    return (
+        f"{len(apart)} of {len(tested)} differences have an interval that leaves out 0: {named}. "
+        f"By chance alone one in twenty would."
+    )
+
+
+def budget_cells(results: list[dict[str, dict[str, float]]], grid: list[Budget]) -> tuple[list[list[str]], list[str]]:
+    """The table of `samples` as text, headings first, and the names of the elbows, one per estimator and group size."""
+    means = {
+        b.name: {k: interval([r[b.name][k] for r in results]) for k in ("variance", "error", "seconds")} for b in grid
+    }
+    elbows = []
+    for family in dict.fromkeys((b.estimator, b.n) for b in grid):
+        # With L = 1 the projection cancels: there is nothing that could vary.
+        members = [b.name for b in grid if (b.estimator, b.n) == family and not (b.estimator != "sampled" and b.L == 1)]
+        at = elbow([means[m]["seconds"].mean for m in members], [means[m]["variance"].mean for m in members])
+        elbows += [] if at is None else [members[at]]
+    cells = [["estimator", "variance of Upsilon", "error to the reference", "seconds", ""]]
+    for budget in grid:
+        mean = means[budget.name]
+        mark = "elbow" if budget.name in elbows else ""
+        variance, error, seconds = mean["variance"], mean["error"], mean["seconds"]
+        cells.append(
+            [
+                budget.name,
+                f"{variance.mean:.2e} ± {variance.half:.1e}",
+                f"{error.mean:.4f} ± {error.half:.4f}",
+                f"{seconds.mean:.3f} ± {seconds.half:.3f}",
+                mark,
+            ]
+        )
+    return cells, elbows
+
+
+def show(title: str, cells: list[list[str]], note: str) -> None:
+    """Print a table."""
+    console = Console() if sys.stdout.isatty() else Console(width=180)  # a file has no width to fit
+    table = RichTable(title=title)
+    for k, heading in enumerate(cells[0]):
+        table.add_column(heading, justify="left" if k == 0 else "right", no_wrap=k < 3)
+    for row in cells[1:]:
+        table.add_row(*row)
+    console.print(table)
+    console.print(note)
+
+
+def write(folder: Path, name: str, title: str, cells: list[list[str]], note: str) -> None:
+    """Write NAME.csv and NAME.md."""
+    with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(cells)
+    lines = [f"# {title}", "", *(f"| {' | '.join(row)} |" for row in cells), "", note, ""]
+    lines.insert(3, "|" + "---|" * len(cells[0]))
+    (folder / f"{name}.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def plot(path: Path, study: Study, rows: list[Row], title: str) -> None:
+    """Scores with their intervals, an arm below the other, and their differences beside them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(11, 0.5 * len(rows) + 2.2), layout="constrained", sharey=True
+    )
+    names = [row.name for row in rows]
+    for k, row in enumerate(rows):
+        color = "tab:gray" if row.name.startswith("GRPO") else "tab:blue"
+        left.errorbar(row.score.mean, k, xerr=_bar(row.score), fmt="o", color=color, capsize=3)
+        if row.difference is not None:
+            right.errorbar(row.difference.mean, k, xerr=_bar(row.difference), fmt="o", color=color, capsize=3)
+    left.set_yticks(range(len(rows)), names)
+    left.invert_yaxis()
+    left.set_xlabel(f"{SCORES[study.score]}, held out")
+    right.axvline(0.0, color="black", linewidth=0.8)
+    right.set_xlabel("difference from its pair")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.suptitle(f"{title}\n95% intervals over {rows[0].score.count} seeds", fontsize="medium")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def plot_budgets(path: Path, results: list[dict[str, dict[str, float]]], grid: list[Budget], elbows: list[str]) -> None:
+    """Variance of Upsilon over seconds, a line for each estimator and group size, its elbow marked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
+    colors = {"loo": "tab:blue", "scored": "tab:orange", "sampled": "tab:green"}
+    markers = dict(zip(sorted({b.n for b in grid}), "os^Dv", strict=False))
+    for estimator, n in dict.fromkeys((b.estimator, b.n) for b in grid):
+        points = []
+        for budget in grid:
+            if (budget.estimator, budget.n) == (estimator, n):
+                seconds = interval([r[budget.name]["seconds"] for r in results]).mean
+                variance = interval([r[budget.name]["variance"] for r in results]).mean
+                if variance > 0:
+                    points.append((seconds, variance, budget.name))
+        points.sort()
+        axis.plot(
+            [p[0] for p in points],
+            [p[1] for p in points],
+            marker=markers[n],
+            color=colors[estimator],
+            label=f"{estimator}, n = {n}",
+        )
+        for seconds, variance, name in points:
+            if name in elbows:
+                axis.plot(seconds, variance, marker="o", markersize=16, markerfacecolor="none", color="black")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlabel("seconds that an estimate adds to a rollout")
+    axis.set_ylabel("variance of Upsilon over fresh colliders and samples")
+    axis.set_title("Estimator budgets; rings: elbows", fontsize="medium")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _half(value: Interval) -> str:
+    return f"{value.half:.3f}" if math.isfinite(value.half) else "?"
+
+
+def _bar(value: Interval) -> float | None:
+    return value.half if math.isfinite(value.half) else None

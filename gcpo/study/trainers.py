@@ -1,0 +1,76 @@
+"""The controls that studies compare GCPO with: small changes to a rollout, between its making and the loss."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from gcpo import GCPOTrainer
+from gcpo.accounting import AccountedGRPOTrainer
+
+REFERENCES = ("causal", "query", "context", "ensemble")
+
+
+class _Distinct:
+    """Logs the share of a group's candidates that differ from one another."""
+
+    def _generate(self, prompts: list[Any]) -> tuple:
+        result = super()._generate(prompts)  # type: ignore[misc]
+        if self.model.training:  # type: ignore[attr-defined]
+            n, rows = self.num_generations, list(map(tuple, result[1]))  # type: ignore[attr-defined]
+            shares = [len(set(rows[k : k + n])) / n for k in range(0, len(rows), n)]
+            self._metrics["train"]["study/distinct"].append(sum(shares) / len(shares))  # type: ignore[attr-defined]
+        return result
+
+
+class ScaledGRPOTrainer(_Distinct, AccountedGRPOTrainer):
+    """
+    GRPO with its advantages multiplied by a number.
+
+    Args:
+        scales: the number of each optimizer step; the last one goes on. Empty: GRPO as it is.
+    """
+
+    def __init__(self, *args: Any, scales: Sequence[float] = (), **kwargs: Any):
+        self.scales = list(scales)
+        super().__init__(*args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if self.scales and self.model.training:
+            scale = self.scales[min(self.state.global_step, len(self.scales) - 1)]
+            output["advantages"] = output["advantages"] * scale
+            self._metrics["train"]["study/scale"].append(scale)
+        return output
+
+
+class ReferencedGCPOTrainer(_Distinct, GCPOTrainer):
+    """
+    GCPO whose second KL term pulls to something else than p' of eq. 13.
+
+    Args:
+        reference: `"causal"`, p'; `"query"`, pi_old under q; `"context"`, pi_old under x_{i,0}; `"ensemble"`, the mean
+            over l of pi_old under x_{i,l}.
+    """
+
+    def __init__(self, *args: Any, reference: str = "causal", **kwargs: Any):
+        if reference not in REFERENCES:
+            raise ValueError(f"`reference` must be one of {', '.join(REFERENCES)}, got {reference!r}.")
+        self.reference = reference
+        super().__init__(*args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if self.reference == "causal" or "context_logps" not in output:
+            return output
+        context_logps, weights = output["context_logps"], output["context_weights"]
+        weights = weights.expand(len(context_logps), -1)
+        # exp(a) and the mean over l cancel when all weight is on l = 0: what is left of p' is its query term.
+        output["context_weights"] = torch.zeros_like(weights)
+        output["context_weights"][:, 0] = 1.0
+        if self.reference == "context":
+            output["query_logps"] = context_logps[..., 0]
+        elif self.reference == "ensemble":
+            mean = (context_logps.exp() * weights.unsqueeze(1)).sum(dim=-1)
+            output["query_logps"] = mean.clamp(min=self.args.proj_floor).log()
+        return output

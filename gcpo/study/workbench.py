@@ -1,0 +1,291 @@
+"""What studies share: a starting model, its prompts, and runs from it, each done once and kept."""
+
+import hashlib
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import trl
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, TrainerCallback
+from trl import GRPOConfig
+
+from gcpo import GCPOConfig, __version__
+from gcpo.diagnose import overhead
+from gcpo.evaluate import evaluate_pass_at_k
+from gcpo.inputs import TASK_PREFIX, is_task, load_named, load_rewards
+from gcpo.quiet import quiet
+from gcpo.resume import last_complete_checkpoint
+from gcpo.runs import read_run
+from gcpo.study.definitions import Arm
+from gcpo.study.rewards import open_ended_reward
+from gcpo.study.trainers import ReferencedGCPOTrainer, ScaledGRPOTrainer
+from gcpo.tasks import train_and_held_out
+from gcpo.tiny import TINY_TEMPLATES, save_tiny, tiny_model, tiny_tokenizer, warm_start
+
+# One result per line of settings; another layout of the files must not be taken for it.
+_LAYOUT = 1
+
+
+@dataclass(frozen=True)
+class Scale:
+    """
+    How much a study trains and measures. Counts are of prompts, except where they say otherwise.
+
+    `model` and `dataset` are those of the demo where they are None; `options` go to every trainer.
+    """
+
+    steps: int
+    seeds: tuple[int, ...]
+    prompts_per_step: int = 8
+    num_generations: int = 8
+    num_colliders: int = 2
+    completion_tokens: int = 12
+    num_held_out: int = 128
+    num_samples: int = 4
+    num_train: int = 2000
+    learning_rate: float = 2e-4
+    beta: float = 0.02
+    warm_target: float = 0.3
+    eval_batch_size: int = 512
+    model: str | None = None
+    dataset: str | None = None
+    reward: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class Workbench:
+    """
+    Runs of one starting model on one set of prompts, kept under their settings: what was done is not done again.
+
+    Args:
+        scale: how much to train and to measure.
+        folder: where models and runs are kept.
+        tick: called after every optimizer step.
+    """
+
+    def __init__(self, scale: Scale, folder: Path, tick: Callable[[], None] = lambda: None):
+        self.scale = scale
+        self.folder = folder
+        self.tick = tick
+        self.demo = scale.model is None
+        self.train, self.held_out, self.reward = self._load_prompts()
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The start
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _load_prompts(self) -> tuple[Dataset, Dataset, Callable[..., list[float]]]:
+        scale = self.scale
+        name = scale.dataset or f"{TASK_PREFIX}spell_backward"
+        sizes = scale.num_train, scale.num_held_out
+        rewards = load_rewards([scale.reward] if scale.reward else None, name, None)
+        if not rewards:
+            raise ValueError("`--reward_funcs` is missing.")
+        if is_task(name):
+            config: dict[str, Any] = {}
+            if self.demo and scale.dataset is None:
+                config = {"min_word_len": 3, "max_word_len": 6}
+            train, held_out = train_and_held_out(name.removeprefix(TASK_PREFIX), *sizes, 0, **config)
+            return train, held_out, rewards[0]
+        splits = load_named(name)
+        rows = splits["train"] if "train" in splits else next(iter(splits.values()))
+        held_out = splits.get("test", rows.select(range(max(0, len(rows) - scale.num_held_out), len(rows))))
+        if "test" not in splits:
+            rows = rows.select(range(len(rows) - len(held_out)))
+        return rows, held_out.select(range(min(scale.num_held_out, len(held_out)))), rewards[0]
+
+    @property
+    def start(self) -> str:
+        """The model that every run starts from: a folder, or a name on the hub."""
+        if self.scale.model is not None:
+            return self.scale.model
+        made_from = {key: getattr(self.scale, key) for key in ("num_train", "num_held_out", "warm_target")}
+        folder = self.folder / f"start-{_digest({**made_from, 'dataset': self.scale.dataset})}"
+        if not (folder / "tokenizer_config.json").exists():
+            tokenizer = tiny_tokenizer([prompt[-1]["content"] for prompt in self.train["prompt"]])
+            model = tiny_model(tokenizer)
+            with quiet():
+                warm_start(model, tokenizer, self.train, target=self.scale.warm_target, progress=False)
+            save_tiny(model, tokenizer, folder)
+        return str(folder)
+
+    def load(self) -> Any:
+        """The starting model, in the type it trains in."""
+        dtype = self.scale.options.get("model_init_kwargs", {}).get("dtype", "float32" if self.demo else "auto")
+        return AutoModelForCausalLM.from_pretrained(self.start, dtype=dtype)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # A run
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def run(self, arm: Arm, seed: int) -> dict[str, Any]:
+        """
+        Train and measure, or read what was measured before.
+
+        Returns:
+            `pass_at_1`, `mean_score`, `num_passed` and `prompt_scores` (per held-out prompt), `metrics` (see
+            `summarize`) and `folder`, with the run's log.
+        """
+        folder = self._run_folder(arm, seed)
+        result_file = folder / "result.json"
+        if result_file.exists():
+            return json.loads(result_file.read_text())
+        with quiet():
+            trainer = self.trainer(arm, seed, folder)
+            trainer.train(resume_from_checkpoint=last_complete_checkpoint(str(folder)))
+            result = {**self.measure(trainer.model, arm, seed), "folder": str(folder)}
+        result["metrics"] = summarize(folder)
+        result["settings"] = self._settings(arm, seed)
+        partial = result_file.with_suffix(".part")
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+        partial.replace(result_file)  # whole, or not there
+        return result
+
+    def before(self) -> dict[str, float]:
+        """`pass_at_1` and `mean_score` of the starting model, and in the demo its score on the open-ended task."""
+        file = self.folder / "runs" / f"before-{self.fingerprint(0)}.json"
+        if not file.exists():
+            with quiet():
+                model = self.load()
+                found = self.measure(model, Arm("before"), 0)
+                found["open_ended"] = self.measure(model, Arm("before", open_ended=True), 0)["mean_score"]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps({key: found[key] for key in ("pass_at_1", "mean_score", "open_ended")}) + "\n")
+        return json.loads(file.read_text())
+
+    def fingerprint(self, seed: int) -> str:
+        """Of all that a run depends on beside its arm."""
+        return _digest(self._settings(Arm(""), seed))
+
+    def done(self, arm: Arm, seed: int) -> bool:
+        """Whether `run` has nothing left to do."""
+        return (self._run_folder(arm, seed) / "result.json").exists()
+
+    def trainer(self, arm: Arm, seed: int, folder: Path) -> Any:
+        """The trainer of an arm, ready to train."""
+        options = self._options(arm, seed, folder)
+        reward = open_ended_reward if arm.open_ended and self.demo else self.reward
+        common: dict[str, Any] = {
+            "train_dataset": self.train,
+            "processing_class": AutoTokenizer.from_pretrained(self.start),
+        }
+        if arm.method == "grpo":
+            scales: list[float] = []
+            if arm.scaled_by is not None:
+                self.run(arm.scaled_by, seed)
+                weights = read_run(self._run_folder(arm.scaled_by, seed)).log
+                scales = [row.get("gcpo/upsilon/mean") or 1.0 for row in weights]
+            ours = {item.name for item in fields(GCPOConfig)} - {item.name for item in fields(GRPOConfig)}
+            config = GRPOConfig(**{key: value for key, value in options.items() if key not in ours})
+            trainer: Any = ScaledGRPOTrainer(self.load(), reward, args=config, scales=scales, **common)
+        else:
+            config = GCPOConfig(**options)
+            trainer = ReferencedGCPOTrainer(self.load(), reward, args=config, reference=arm.reference, **common)
+        trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.add_callback(_Tick(self.tick))
+        return trainer
+
+    def measure(self, model: Any, arm: Arm, seed: int) -> dict[str, Any]:
+        """Score a model on the held-out prompts, sampled at temperature 1 whatever the arm trained with."""
+        result = evaluate_pass_at_k(
+            model,
+            AutoTokenizer.from_pretrained(self.start),
+            self.held_out,
+            open_ended_reward if arm.open_ended and self.demo else self.reward,
+            num_samples=self.scale.num_samples,
+            max_new_tokens=self.scale.completion_tokens,
+            batch_size=self.scale.eval_batch_size,
+            seed=seed,
+            progress=False,
+        )
+        return {key: getattr(result, key) for key in ("pass_at_1", "mean_score", "num_passed", "prompt_scores")}
+
+    def _options(self, arm: Arm, seed: int, folder: Path) -> dict[str, Any]:
+        scale = self.scale
+        options: dict[str, Any] = {
+            "output_dir": str(folder),
+            "seed": seed,
+            "max_steps": scale.steps,
+            "learning_rate": scale.learning_rate,
+            "lr_scheduler_type": "constant",
+            "per_device_train_batch_size": scale.prompts_per_step * scale.num_generations,
+            "num_generations": scale.num_generations,
+            "max_completion_length": scale.completion_tokens,
+            "num_colliders": scale.num_colliders,
+            "collider_max_completion_length": scale.completion_tokens,
+            "beta": scale.beta,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "logging_steps": 1,
+        }
+        if not torch.accelerator.is_available():
+            options.update(use_cpu=True, bf16=False)
+        if self.demo:
+            options.update(use_cpu=True, bf16=False, gradient_checkpointing=False, **TINY_TEMPLATES)
+        return {**options, **scale.options, **arm.options}
+
+    def _settings(self, arm: Arm, seed: int) -> dict[str, Any]:
+        scale = {key: value for key, value in asdict(self.scale).items() if key != "seeds"}
+        # An arm that spells out what holds anyway is the arm that does not.
+        base = {item.name: item.default for item in fields(GCPOConfig)} | self._options(Arm(""), seed, Path())
+        settings = arm.settings()
+        settings["options"] = {key: value for key, value in arm.options.items() if value != base[key]}
+        versions = {"gcpo": __version__, "torch": torch.__version__, "trl": trl.__version__, "layout": _LAYOUT}
+        return {"scale": scale, "arm": settings, "seed": seed, "versions": versions}
+
+    def _run_folder(self, arm: Arm, seed: int) -> Path:
+        return self.folder / "runs" / f"{arm.method}-seed{seed}-{_digest(self._settings(arm, seed))}"
+
+
+def summarize(folder: Path) -> dict[str, float]:
+    """
+    What tables show of a run: means over the steps of its log's second half; of the reward, over its last ten steps;
+    of the time of a step and its ratio to GRPO's part, medians.
+    """
+    run = read_run(folder)
+    means = {
+        "upsilon_mean": "gcpo/upsilon/mean",
+        "upsilon_std": "gcpo/upsilon/std",
+        "ended_mean": "gcpo/upsilon/ended_mean",
+        "truncated_mean": "gcpo/upsilon/truncated_mean",
+        "norm_ratio": "gcpo/projection/norm_ratio",
+        "kl_causal": "gcpo/kl_causal",
+        "proj_clamped": "gcpo/proj_clamped",
+        "kl": "kl",
+        "grad_norm": "grad_norm",
+        "zero_variance": "frac_reward_zero_std",
+        "clipped_ratio": "completions/clipped_ratio",
+        "distinct": "study/distinct",
+        "scale": "study/scale",
+    }
+    found = {}
+    for name, key in means.items():
+        values = run.values(key)
+        if values:
+            found[name] = statistics.fmean(values[len(values) // 2 :])
+    found["reward"] = statistics.fmean(run.values("reward")[-10:])
+    found["step_seconds"] = statistics.median(run.values("step_time"))
+    ratios = [ratio for row in run.log if (ratio := overhead(row)) is not None]
+    if ratios:
+        found["overhead"] = statistics.median(ratios)
+    return found
+
+
+class _Tick(TrainerCallback):
+    def __init__(self, tick: Callable[[], None]):
+        self.tick = tick
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.tick()
+
+
+def _digest(settings: Any) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]

@@ -1,0 +1,302 @@
+"""
+One-line mistakes, each of which the suite must catch: `make mutations` plants them one at a time in a copy of the
+packages, runs the tests that should fail, and writes the table of docs/mutations.md. It exits with 1 if one survives.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENT = ROOT / "docs" / "mutations.md"
+BEGIN, END = "<!-- begin: make mutations -->", "<!-- end -->"
+REFERENCE, TORCH = "gcpo_kernels/reference.py", "gcpo_kernels/torch_backend.py"
+TRITON = "gcpo_kernels/triton_backend/"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A mistake: what it is, where, and which tests are to find it."""
+
+    what: str
+    path: str
+    old: str  # stands in one line of the file
+    new: str
+    tests: str
+    nth: int = 1  # which of the lines that hold `old`, and how many there are, as 1 of 1
+    of: int = 1
+
+
+EQUATION = "tests/test_reference.py"
+FAULTS = "tests/test_trainer_faults.py"
+BUDGET = "tests/triton/test_triton_budget.py"
+MUTATIONS = (
+    Mutation("sign of the objective", REFERENCE, "loss = -torch.minimum(", "loss = torch.minimum(", EQUATION),
+    Mutation("maximum in place of the minimum", REFERENCE, "-torch.minimum(capped", "-torch.maximum(capped", EQUATION),
+    Mutation(
+        "clip sides exchanged",
+        REFERENCE,
+        "ratio.clamp(1.0 - options.epsilon_low, 1.0 + options.epsilon_high)",
+        "ratio.clamp(1.0 - options.epsilon_high, 1.0 + options.epsilon_low)",
+        EQUATION,
+        1,
+        2,
+    ),
+    Mutation(
+        "delta dropped",
+        REFERENCE,
+        "ratio if options.delta is None else ratio.clamp(max=options.delta)",
+        "ratio",
+        EQUATION,
+    ),
+    Mutation(
+        "the sampler's correction dropped", REFERENCE, "loss = loss * inputs.importance", "inputs.importance", EQUATION
+    ),
+    Mutation("sign inside k3", REFERENCE, "torch.expm1(d) - d", "torch.expm1(d) + d", EQUATION),
+    Mutation(
+        "the reference's KL the other way round",
+        REFERENCE,
+        "loss + options.beta * k3(inputs.ref_logp - logp)",
+        "loss + options.beta * k3(logp - inputs.ref_logp)",
+        EQUATION,
+    ),
+    Mutation(
+        "causal_logp ignored",
+        REFERENCE,
+        "logp if inputs.causal_logp is None else inputs.causal_logp",
+        "logp",
+        EQUATION,
+        1,
+        2,
+    ),
+    Mutation("missing detach of the old policy", REFERENCE, "(logp.detach() if inputs", "(logp if inputs", EQUATION),
+    Mutation(
+        "missing detach of the target's query",
+        REFERENCE,
+        "query = logp.detach() if query is None else query",
+        "query = logp if query is None else query",
+        EQUATION,
+    ),
+    Mutation(
+        "sum in place of the mean over a sequence",
+        REFERENCE,
+        "ones / (ones.sum(dim=1, keepdim=True).clamp(min=1.0) * max(mask.shape[0], 1))",
+        "ones / max(mask.shape[0], 1)",
+        EQUATION,
+    ),
+    Mutation("masked tokens counted", REFERENCE, "ones / ones.sum().clamp(min=1.0)", "ones / mask.numel()", EQUATION),
+    Mutation(
+        "mask multiplied, not selected",
+        REFERENCE,
+        "logp = torch.where(inputs.mask, logp, 0.0)",
+        "logp = logp * inputs.mask",
+        "tests/test_inert.py",
+    ),
+    Mutation(
+        "wrong context as x_i", REFERENCE, "first = context_logp[..., 0]", "first = context_logp[..., -1]", EQUATION
+    ),
+    Mutation(
+        "sum in place of the mean over contexts",
+        REFERENCE,
+        "new_full((), 1.0 / context_logp",
+        "new_full((), 1.0 * context_logp",
+        EQUATION,
+    ),
+    Mutation("p' not kept below 1", REFERENCE, "log_proj.clamp(min=low, max=0.0)", "log_proj.clamp(min=low)", EQUATION),
+    Mutation(
+        "sequence ratio over padding too", REFERENCE, "/ count).expand_as", "/ ratio.shape[1]).expand_as", EQUATION
+    ),
+    Mutation(
+        "biased std",
+        REFERENCE,
+        "(centred.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1))",
+        "(centred.square().sum(dim=1, keepdim=True) / count.clamp(min=1))",
+        EQUATION,
+    ),
+    Mutation("off by one in leave-one-out", REFERENCE, "/ (z.shape[1] - 1)", "/ z.shape[1]", EQUATION),
+    Mutation(
+        "wrong collider in Zbar",
+        REFERENCE,
+        "per_context[:, :, 0] - per_context",
+        "per_context[:, :, -1] - per_context",
+        EQUATION,
+    ),
+    Mutation(
+        "an overflowing ratio not bounded",
+        REFERENCE,
+        "bounded = log_ratio.clamp(max=LARGEST_LOG[log_ratio.dtype])",
+        "bounded = log_ratio",
+        "tests/test_hazards_kernels.py",
+    ),
+    Mutation(
+        "ties of the minimum not split",
+        REFERENCE,
+        "torch.where(left == right, tie, passes)",
+        "passes",
+        "tests/test_torch_backend.py",
+    ),
+    Mutation(
+        "the reduction left out of the KL's gradient",
+        "gcpo_kernels/linear.py",
+        "return (d_ratio + d_logp) * weights",
+        "return d_ratio * weights + d_logp",
+        "tests/test_torch_backend.py",
+    ),
+    Mutation(
+        "slope of the softcap", TORCH, "slope = 1.0 - z.square()", "slope = 1.0 - z", "tests/test_torch_backend.py"
+    ),
+    Mutation(
+        "temperature left out of the gradient",
+        TORCH,
+        "TileGradient(tile, -self.chain * g_logp / scores.state[0])",
+        "TileGradient(tile, -g_logp / scores.state[0])",
+        "tests/test_torch_backend.py",
+    ),
+    Mutation(
+        "upstream gradient ignored",
+        "gcpo_kernels/ops.py",
+        "torch.mul(d, grad.expand_as(d)",
+        "torch.mul(d, torch.ones_like(d)",
+        "tests/test_torch_backend.py",
+    ),
+    Mutation("Triton: clip side", TRITON + "common.py", "-tl.where((left < right)", "-tl.where((left > right)", BUDGET),
+    Mutation(
+        "Triton: wrong context as x_i",
+        TRITON + "token_kernels.py",
+        "a = tl.load(first_ptr, mask",
+        "a = tl.load(first_ptr + (L - 1) * stride_ctx_l, mask",
+        BUDGET,
+    ),
+    Mutation(
+        "Triton: sum in place of the mean log-ratio",
+        TRITON + "token_kernels.py",
+        "tl.sum(ratio_sum) / tl.maximum(tl.sum(ratio_count), 1.0)",
+        "tl.sum(ratio_sum)",
+        BUDGET,
+    ),
+    Mutation(
+        "Triton: off by one in the vocabulary",
+        TRITON + "logprob.py",
+        'mask=v < V, other=-float("inf")',
+        'mask=v < V - 1, other=-float("inf")',
+        BUDGET + " -k logprob",
+    ),
+    Mutation(
+        "Triton: wrong collider in Zbar",
+        TRITON + "causal.py",
+        "tl.where(l == 0, 1.0, 0.0)",
+        "tl.where(l == L - 1, 1.0, 0.0)",
+        BUDGET + " -k causal",
+    ),
+    Mutation(
+        "undefined weights reach the loss",
+        "gcpo/estimators.py",
+        "torch.where(defined, upsilon, 1.0)",
+        "upsilon",
+        FAULTS,
+    ),
+    Mutation(
+        "groups without a collider keep the second KL term",
+        "gcpo/trainer.py",
+        'counted = mask * inputs["has_collider"].unsqueeze(1)',
+        "counted = mask",
+        FAULTS,
+    ),
+    Mutation(
+        "accumulation not divided out",
+        "gcpo/trainer.py",
+        "scale: float = 1.0 / accumulation",
+        "scale: float = 1.0",
+        "tests/test_hazards_trainer.py -k accumulation",
+    ),
+    Mutation(
+        "special tokens of a candidate kept",
+        "gcpo/contexts.py",
+        "[token for token in ids if token not in self.special_ids]",
+        "list(ids)",
+        "tests/test_contexts.py",
+    ),
+    Mutation(
+        "broken gradients let through",
+        "gcpo/guard.py",
+        "parameter.grad = None",
+        "pass",
+        "tests/test_training_faults.py -k broken_logits",
+    ),
+)
+
+
+def mutated(mutation: Mutation, text: str) -> str:
+    """`text` with the mistake in it."""
+    lines = text.splitlines(keepends=True)
+    places = [k for k, line in enumerate(lines) if mutation.old in line]
+    if len(places) != mutation.of:
+        raise ValueError(f"{mutation.what}: {mutation.old!r} stands {len(places)} times in {mutation.path}")
+    at = places[mutation.nth - 1]
+    lines[at] = lines[at].replace(mutation.old, mutation.new, 1)
+    return "".join(lines)
+
+
+def copy_of_the_packages(folder: Path) -> None:
+    for name in ("gcpo", "gcpo_kernels", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+
+
+def killer(mutation: Mutation, folder: Path) -> str | None:
+    """The first test that fails with the mistake in the copy at `folder`; None if it survives."""
+    path = folder / mutation.path
+    clean = path.read_text()
+    path.write_text(mutated(mutation, clean))
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    if mutation.tests.startswith("tests/triton"):
+        environment["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-p", "no:cacheprovider", *mutation.tests.split()]
+    try:
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+    finally:
+        path.write_text(clean)
+    failed = re.search(r"^FAILED ([^\s\[]+)", done.stdout, re.MULTILINE)
+    if failed is None and done.returncode != 0:
+        raise RuntimeError(f"{mutation.what}: the tests did not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return failed.group(1) if failed else None
+
+
+def table(killers: dict[str, str | None]) -> str:
+    lines = ["| mistake | in | the line's | becomes | killed by |", "|---|---|---|---|---|"]
+    for mutation in MUTATIONS:
+        found = killers.get(mutation.what)
+        cells = (f"`{text}`".replace("|", "\\|") for text in (mutation.path, mutation.old, mutation.new))
+        lines.append(f"| {mutation.what} | {' | '.join(cells)} | {f'`{found}`' if found else '**nothing**'} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="mutations whose name holds this; the table is not written")
+    args = parser.parse_args()
+    chosen = [mutation for mutation in MUTATIONS if args.only in mutation.what]
+    killers: dict[str, str | None] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy_of_the_packages(folder)
+        for mutation in chosen:
+            killers[mutation.what] = killer(mutation, folder)
+            print(f"{mutation.what}: {killers[mutation.what] or 'SURVIVES'}", flush=True)
+    if not args.only:
+        head, rest = DOCUMENT.read_text().split(BEGIN)
+        DOCUMENT.write_text(f"{head}{BEGIN}\n{table(killers)}\n{END}{rest.split(END)[1]}")
+    survivors = [name for name, found in killers.items() if found is None]
+    print(f"{len(chosen)} planted, {len(survivors)} survived" + (f": {', '.join(survivors)}" if survivors else ""))
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

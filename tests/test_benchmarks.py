@@ -1,0 +1,180 @@
+"""Benchmarks: their layout, their verifiers, pass@k, and `gcpo eval` on local files."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gcpo import benchmarks
+from gcpo.benchmarks import BENCHMARKS, code_reward, complete_program, load_benchmark, math_reward, verifier
+from gcpo.cli import main
+from gcpo.evaluate import pass_at_k
+
+STUB = 'from typing import List\n\n\ndef add(a: int, b: int) -> int:\n    """ Add.\n    >>> add(1, 2)\n    3\n    """\n'
+CHECK = "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(-1, 1) == 0\n"
+
+
+def write(path: Path, *rows: dict[str, Any]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize(("samples", "passed"), [(1, 0), (1, 1), (4, 0), (4, 1), (4, 3), (5, 2), (6, 6)])
+def test_pass_at_k_is_the_share_of_subsets_with_a_pass(samples: int, passed: int) -> None:
+    table = np.array([[k < passed for k in range(samples)]])
+    for k in range(1, samples + 1):
+        subsets = list(itertools.combinations(table[0], k))
+        assert pass_at_k(table, k)[0] == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_pass_at_k_has_no_bias() -> None:
+    rng = np.random.default_rng(0)
+    table = rng.random((40_000, 6)) < 0.3
+    estimate = pass_at_k(table, 3)
+    assert abs(estimate.mean() - (1 - 0.7**3)) < 4 * estimate.std() / 200
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "score"),
+    [
+        ("so \\boxed{\\frac12}", "\\frac{1}{2}", 1.0),
+        ("the answer is 0.5", "1/2", 1.0),
+        ("First I had \\boxed{3}. That was wrong.\n\nIt is \\boxed{2}.", "2", 1.0),
+        ("$\\boxed{1{,}000}$", "1000", 1.0),
+        ("\\boxed{x^2 + 1}", "1+x^2", 1.0),
+        ("\\boxed{(1, 2)}", "(1,2)", 1.0),
+        ("\\boxed{204}", "204", 1.0),
+        ("\\boxed{\\text{even}}", "\\text{even}", 1.0),
+        ("\\boxed{3}", "2", 0.0),
+        ("no idea", "2", 0.0),
+        ("", "2", 0.0),
+    ],
+)
+def test_math_answers(completion: str, answer: str, score: float) -> None:
+    assert math_reward([completion], [answer]) == [score]
+    assert math_reward([[{"role": "assistant", "content": completion}]], [answer]) == [score]
+
+
+@pytest.mark.parametrize(
+    ("completion", "score"),
+    [
+        ("    return a + b\n\n\ndef main():\n    ", 1.0),
+        ("    # add\n    if a:\n        return a + b\n\n    return b\nprint(add(", 1.0),
+        ("Sure:\n```python\ndef add(a, b):\n    return a + b\n```\nDone.", 1.0),
+        ("```python\nfrom math import *\ndef add(a: List[int], b):\n    return a + b", 1.0),
+        ("```\n    return a + b\n```", 1.0),
+        ("    return a - b", 0.0),
+        ("    exit()", 0.0),
+        ("I cannot", 0.0),
+    ],
+)
+def test_code_answers(completion: str, score: float) -> None:
+    try:
+        assert code_reward([completion], [STUB], [CHECK], ["add"]) == [score]
+    except benchmarks.SandboxError as error:
+        pytest.skip(str(error))
+
+
+def test_a_program_keeps_the_imports_of_its_stub() -> None:
+    program = complete_program("```python\ndef add(a: List, b):\n    return 1\n```", STUB, "add")
+    assert program.startswith("from typing import List")
+    assert program.rstrip().endswith("return 1")
+    compile(program, "x", "exec")
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_is_read_from_a_file_of_the_layout_that_its_message_names(name: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"FOLDER/{name}.jsonl") as error:
+        load_benchmark(name, tmp_path)
+    row = json.loads(str(error.value).split("per line: ")[1])
+    write(tmp_path / f"{name}.jsonl", row)
+    dataset = load_benchmark(name, tmp_path)
+    assert len(dataset) == 1
+    assert dataset[0]["prompt"][0]["role"] == "user"
+    assert isinstance(load_benchmark(name, tmp_path, conversational=False)[0]["prompt"], str)
+    given = {key: [dataset[0][key]] for key in dataset.column_names if key != "prompt"}
+    if BENCHMARKS[name].kind == "math":
+        assert verifier(name)(completions=["7"], **given) == [0.0]
+    else:
+        with pytest.raises(ValueError, match="`--allow_code_execution`"):
+            verifier(name)
+        assert verifier(name, allow_code=True) is code_reward
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("{", "line 1 is not JSON"),
+        ("[1]", "must be a JSON object, got list"),
+        ('{"problem": "a"}', "row 1: needs 'answer', has problem"),
+        ("", "has no rows"),
+    ],
+)
+def test_files_of_another_layout(text: str, wanted: str, tmp_path: Path) -> None:
+    (tmp_path / "aime24.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=wanted):
+        load_benchmark("aime24", tmp_path)
+    with pytest.raises(ValueError, match="did you mean math500"):
+        load_benchmark("math50", tmp_path)
+
+
+def test_without_a_hub_the_message_says_which_file_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("Couldn't reach the hub")
+
+    monkeypatch.setattr(benchmarks, "load_dataset", unreachable)
+    with pytest.raises(FileNotFoundError, match=r"HuggingFaceH4/MATH-500.*`--data_dir FOLDER` reads FOLDER/math500"):
+        load_benchmark("math500")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from gcpo.tiny import save_tiny, tiny_model, tiny_tokenizer
+
+    tokenizer = tiny_tokenizer(["a"])
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny(tiny_model(tokenizer, hidden_size=16, num_layers=1), tokenizer, folder)
+    return folder
+
+
+def test_the_command_on_local_files(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "aime24.jsonl", *({"problem": f"What is {k} + 1?", "answer": k + 1} for k in range(3)))
+    common = ["eval", "--model_name_or_path", str(model), "--max_new_tokens", "3", "--num_samples", "4"]
+    result = tmp_path / "result.json"
+    flags = ["--pass_at", "1", "4", "--data_dir", str(tmp_path), "--output", str(result)]
+    assert main([*common, "--dataset_name", "benchmark:aime24", *flags]) == 0
+    shown = capsys.readouterr().out
+    written = json.loads(result.read_text())["result"]
+    assert set(written["pass_at_k"]) == {"1", "4"}
+    assert len(written["num_passed"]) == 3
+    for k in ("1", "4"):
+        value, error = written["pass_at_k"][k]
+        assert f"pass@{k}             {value:.4f} ± {error:.4f}" in shown
+    # The same file by its path: rows with a problem and an answer are judged as mathematics.
+    assert main([*common, "--dataset_name", str(tmp_path / "aime24.jsonl"), "--limit", "2"]) == 0
+    assert "prompts            2" in capsys.readouterr().out
+    for more, wanted in (
+        (["--dataset_name", "benchmark:humaneval"], "`--allow_code_execution` permits it"),
+        (["--dataset_name", "benchmark:aime25", "--data_dir", str(tmp_path)], "FOLDER/aime25.jsonl"),
+        (["--dataset_name", "benchmark:aime24", "--pass_at", "5"], "`--pass_at` must be between 1 and"),
+        (["--dataset_name", "benchmark:none"], "`name` must be a benchmark"),
+    ):
+        assert main([*common, *more]) == 2
+        assert wanted in capsys.readouterr().err
+    ran: list[str] = []
+    monkeypatch.setattr(benchmarks, "run_python", lambda code: ran.append(code) or benchmarks_outcome())
+    write(tmp_path / "humaneval.jsonl", {"prompt": STUB, "test": CHECK, "entry_point": "add"})
+    flags = ["--dataset_name", "benchmark:humaneval", "--data_dir", str(tmp_path), "--allow_code_execution"]
+    assert main([*common, *flags]) == 0
+    assert len(ran) == 4
+    assert all(code.rstrip().endswith("check(add)") for code in ran)
+
+
+def benchmarks_outcome() -> Any:
+    from gcpo.sandbox import Outcome
+
+    return Outcome(True, "passed")
