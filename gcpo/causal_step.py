@@ -134,9 +134,12 @@ class CausalStep:
         return self.config.seed + 1_000_003 * (trainer.state.global_step + 1) + 1_009 * substep + 101 * purpose
 
     def _draw(self, groups: list[Group], rows: list[tuple[int, int]]) -> ContextDraw:
-        available = [sum(groups[p].has_content) for p, _ in rows]
-        generator = torch.Generator().manual_seed(self._seed(1) + 7 * self.accelerator.process_index)
-        return draw_contexts(available, self.config.drawn_contexts, self.config.drawn_fraction, generator)
+        """Of local rows, out of a draw over those of all processes, which is the same however many there are."""
+        n = self.trainer.num_generations
+        available = [sum(group.has_content) for group in groups for _ in range(n)]
+        generator = torch.Generator().manual_seed(self._seed(1))
+        draw = draw_contexts(available, self.config.drawn_contexts, self.config.drawn_fraction, generator)
+        return draw.part(rows[0][0] * n + rows[0][1], len(rows))
 
     def _context(self, groups: list[Group], row: tuple[int, int], l: int) -> Ids:
         """Ids of x_{i,l}."""

@@ -14,6 +14,11 @@ class ContextDraw:
     counted: torch.Tensor  # (B,) bool: sequences in the second KL term
     scale: float  # what the term is multiplied by: B / number of sequences drawn
 
+    def part(self, start: int, count: int) -> "ContextDraw":
+        """What was drawn for `count` of the sequences."""
+        rows = slice(start, start + count)
+        return ContextDraw(self.contexts[rows], self.weights[rows], self.counted[rows], self.scale)
+
 
 def draw_contexts(
     available: list[int],  # per sequence: how many colliders say anything; those come first

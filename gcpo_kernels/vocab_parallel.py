@@ -65,7 +65,7 @@ def find_shards(name: str, hidden: torch.Tensor, weight: torch.Tensor) -> VocabS
     Raises:
         ValueError: processes disagree on what they must share; on all of them.
     """
-    group = dist.distributed_c10d._resolve_process_group(name)
+    group = dist.distributed_c10d._resolve_process_group(dist.distributed_c10d.GroupName(name))
     mine = torch.tensor([weight.shape[0], *hidden.shape], device=hidden.device)
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, mine, group=group)

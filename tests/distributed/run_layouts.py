@@ -48,10 +48,10 @@ def train(
         "beta": 0.1,
         "num_colliders": 3,
         "collider_max_completion_length": 5,
-        # Everything is scored: what is drawn depends on the number of processes.
+        # What is drawn must not depend on the number of processes.
         "context_attention": "full",
-        "num_kl_contexts": None,
-        "kl_fraction": 1.0,
+        "num_kl_contexts": 1,
+        "kl_fraction": 0.5,
         "ddp_find_unused_parameters": False,
         **SHORT_TEMPLATES,
         **rest,
