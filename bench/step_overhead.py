@@ -60,6 +60,7 @@ _OFF: dict[str, dict[str, Any]] = {
 }
 _ON: dict[str, dict[str, Any]] = {
     "prompts shared in training": {"share_prompt": True},
+    "prompts shared in training, 1/8 of candidates": {"share_prompt": True, "kl_fraction": 0.125},
     "without the second KL": {"kappa": 0.0},
 }
 _DEFAULTS = {item.name: item.default for item in fields(GCPOConfig)}

@@ -33,10 +33,12 @@ class SkipNonFiniteSteps(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if args.fp16:  # steps that overflow are part of loss scaling, and left out by it
+            return
         model: torch.nn.Module = kwargs["model"]
         parameters = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
-        broken = [name for name, p in parameters if not bool(torch.isfinite(_local(p.grad)).all())]
-        skip = _any_process(bool(broken), parameters[0][1].device if parameters else None)
+        finite = [torch.isfinite(_local(p.grad)).all().to(args.device) for _, p in parameters]
+        skip = _any_process(~torch.stack(finite).all() if finite else torch.zeros((), device=args.device))
         if self.log is not None:
             self.log("skipped_steps", float(skip))
         if not skip:
@@ -44,6 +46,7 @@ class SkipNonFiniteSteps(TrainerCallback):
             return
         self.skipped += 1
         self._in_a_row += 1
+        broken = [name for (name, _), is_finite in zip(parameters, finite, strict=True) if not is_finite]
         where = f"step {state.global_step + 1}: gradients that are not finite" + (
             f", in {len(broken)} of {len(parameters)} parameters, such as {broken[0]}" if broken else " elsewhere"
         )
@@ -62,10 +65,9 @@ def _local(x: Any) -> torch.Tensor:
     return x.to_local() if hasattr(x, "to_local") else x
 
 
-def _any_process(mine: bool, device: torch.device | None) -> bool:
+def _any_process(mine: torch.Tensor) -> bool:
     """Whether it holds on any process."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return mine
-    flag = torch.tensor(float(mine), device=device)
-    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    flag = mine.float()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
     return bool(flag)

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from gcpo.key_values import Piece, can_cut, cut
+from gcpo.scoring import no_auxiliary_loss
 
 if TYPE_CHECKING:
     from gcpo.trainer import GCPOTrainer
@@ -131,6 +132,7 @@ class GenerationRecorder:
                 past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **no_auxiliary_loss(trainer.model),
             )
         fed = torch.stack(self.fed, dim=1).tolist()
         if most(int(any(row[: len(ids)] != ids for row, ids in zip(fed, completion_ids, strict=True)))):

@@ -156,6 +156,7 @@ class Scorer:
                 past_key_values=cache,
                 shift_labels=labels,
                 fused_lm_head=True,
+                **no_auxiliary_loss(trainer.model),
             ).log_probs
         z, start = recorder.result(), past_mask.shape[1]
         return [
@@ -204,6 +205,7 @@ class Scorer:
                     position_ids=row.positions[None].to(device),
                     shift_labels=row.labels()[None].to(device),
                     fused_lm_head=True,
+                    **no_auxiliary_loss(trainer.model),
                 ).log_probs[0]
             if counts:
                 for branch, z in zip(row.branches, recorder.result(), strict=True):
@@ -257,6 +259,11 @@ def pad_ids(trainer: "GCPOTrainer", ids: list[Ids], side: str) -> tuple[torch.Te
     padded = pad(tensors, trainer._tokenizer.pad_token_id, side, multiple)
     mask = pad([torch.ones_like(row) for row in tensors], 0, side, multiple)
     return padded.to(trainer.accelerator.device), mask.to(trainer.accelerator.device)
+
+
+def no_auxiliary_loss(model: Any) -> dict[str, bool]:
+    """Keyword of a forward that leaves out a mixture of experts' load-balancing loss, which knows plain masks only."""
+    return {"output_router_logits": False} if hasattr(model.config.get_text_config(), "output_router_logits") else {}
 
 
 def takes_tree_mask(model: Any) -> bool:

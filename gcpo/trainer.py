@@ -22,6 +22,7 @@ from gcpo.causal_step import CausalStep
 from gcpo.config import GCPOConfig
 from gcpo.contexts import Prompt, check_length, longest_prompt
 from gcpo.estimators import HiddenRecorder
+from gcpo.guard import SkipNonFiniteSteps
 from gcpo.processes import check_processes_agree, explained_loss_of_process
 from gcpo.rollout import GenerationRecorder, Rollout, RolloutStates, padded_width, read_repeated_prompts_once
 from gcpo.shared_prompt import logps_sharing_prompts, repeats_prompts
@@ -87,6 +88,9 @@ class GCPOTrainer(AccountedGRPOTrainer):
         refuse_wrapped_head(self.model)
         if args.is_causal and self._is_vlm:
             raise ValueError("`processing_class` must be a tokenizer: GCPO shows candidates as text, without images.")
+        if self._tokenizer.eos_token_id is None:
+            raise ValueError("`processing_class` must have an `eos_token`: without one, no completion ever ends.")
+        self.add_callback(SkipNonFiniteSteps(self._log))
         config = self.model.config.get_text_config()
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         if args.is_causal:
