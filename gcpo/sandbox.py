@@ -183,7 +183,9 @@ def _limit_resources(task: dict) -> None:
     ):
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(kind, (value, value))
+        # Reaching the hard limit of time kills outright; the soft one, a second earlier, says why.
+        above = value + 1 if kind == resource.RLIMIT_CPU and hard == resource.RLIM_INFINITY else value
+        resource.setrlimit(kind, (value, above))
 
 
 def _limit_files(folder: str) -> None:

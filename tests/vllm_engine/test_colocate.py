@@ -51,6 +51,7 @@ def run(policy: str, plain_linear: None, tmp_path_factory: pytest.TempPathFactor
                 num_colliders=3,
                 collider_max_completion_length=COLLIDER_TOKENS,
                 kappa=0.5,
+                kl_fraction=1.0,  # every row has its second KL term
                 **SHORT_TEMPLATES,
             )
         ),
