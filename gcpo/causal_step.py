@@ -74,10 +74,11 @@ class CausalStep:
         rows = [divmod(first + k, n) for k in range(len(rollout.prompts))]  # (group, candidate) of each local row
         has_content = torch.tensor([group.has_content for group in groups], device=self.accelerator.device)  # (P, L)
         draw = self._draw(groups, rows) if config.scores_contexts else None
-        found = self._read_groups(rollout, groups, rows, draw)
+        parallel = draw is not None and self._is_parallel(groups)
+        found = self._read_groups(rollout, groups, rows, draw if parallel else None)
         context_z = None
         if draw is not None:
-            if self.parallel:
+            if parallel:
                 context_logp, scored_z = self._score_parallel(groups, rows, draw, found, length)
             else:
                 context_logp, scored_z = self._score_contexts(rollout, groups, rows, draw, length)
@@ -189,17 +190,41 @@ class CausalStep:
             return self.scorer.score_by_level(rollout.prompt_ids, rollout.completion_ids, length, "scored_query")
         return self.scorer.score(rollout.prompt_ids, rollout.completion_ids, length)
 
+    def _is_parallel(self, groups: list[Group]) -> bool:
+        """
+        Whether the contexts of this step are parallel ones. A copy begins behind the longest candidate, which can take
+        more positions than a full context that shows the ends of candidates. All processes hold all groups, and agree.
+        """
+        if not self.parallel:
+            return False
+        longest = max(
+            len(group.prompt_ids) + max(map(len, group.candidates + group.colliders)) + max(map(len, group.candidates))
+            for group in groups
+        )
+        limit = self.trainer.max_positions
+        if self.config.context_attention is None and limit is not None and longest > limit:
+            warnings.warn(
+                f"A parallel context with its candidate needs {longest} tokens, more than the model's {limit} "
+                "positions: the contexts of this step are full ones. `context_attention='full'` says so without this "
+                "warning.",
+                stacklevel=2,
+            )
+            return False
+        check_length(longest, limit, "A parallel context with its candidate (a full one may need fewer)")
+        return True
+
     def _read_groups(
         self, rollout: Rollout, groups: list[Group], rows: list[tuple[int, int]], draw: ContextDraw | None
     ) -> dict[int, GroupReading]:
         """
         Keys, values and representations of what this process must know of its groups: what parallel contexts look
-        back at, and the colliders of groups that begin here, for the closed-form estimate.
+        back at (`draw` is theirs, None without them), and the colliders of groups that begin here, for the closed-form
+        estimate.
         """
         local = {p: groups[p] for p, _ in rows}
         candidates: set[tuple[int, int]] = set()
         colliders: set[tuple[int, int]] = set()
-        if self.parallel and draw is not None:
+        if draw is not None:
             for (p, i), drawn in zip(rows, draw.contexts, strict=True):
                 if drawn:
                     candidates |= {(p, k) for k in range(len(groups[p].candidates)) if k != i}
@@ -226,10 +251,6 @@ class CausalStep:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`_score_contexts`, under parallel contexts."""
         local = {p: groups[p] for p, _ in rows}
-        for group in local.values():
-            longest = len(group.prompt_ids) + max(map(len, group.candidates + group.colliders))
-            longest += max(map(len, group.candidates))
-            check_length(longest, self.trainer.max_positions, "A parallel context with its candidate")
         places = [(k, place) for k, drawn in enumerate(draw.contexts) for place in range(len(drawn))]
         wanted = [(*rows[k], draw.contexts[k][place]) for k, place in places]
         copies = score_copies(self.scorer, local, found, wanted, self.config.candidate_context_tokens)

@@ -70,6 +70,7 @@ class GenerationRecorder:
         self.z: torch.Tensor | None = None  # (B, H): the last state, or the sum of all
         self._counts: torch.Tensor | None = None  # (B,) how many tokens count so far
         self._open: torch.Tensor | None = None  # (B,) bool: not ended yet
+        self._ends = torch.empty(0, dtype=torch.long)  # `eos_token_ids`, once their device is known
 
     @contextmanager
     def attached(self, backbone: nn.Module) -> Iterator[None]:

@@ -135,3 +135,17 @@ def test_trains_with(changed, policy, tmp_path):
 )
 def test_models_that_keep_every_token(config_class, options, can):
     assert keeps_every_token(tiny(config_class, **options)) is can
+
+
+def test_more_positions_than_the_model_has(tmp_path):
+    """By default such contexts are full ones, with a warning; asked for by name, they are refused. 10 + 10 + q > 22."""
+    short = save_policy(tmp_path / "short", max_positions=22)
+    settings = {"num_generations": 2, "num_colliders": 1, "candidate_context_tokens": 1, "estimator": "none"}
+    settings |= {"collider_max_completion_length": 1, "context_prompt_template": "{question}{candidates}{collider}"}
+    settings |= {"fusion_prompt_template": "{question}{candidates}", "candidate_template": "{candidate}"}
+    full, _ = first_batch(make_trainer(short, tmp_path, **settings))
+    with pytest.warns(UserWarning, match="contexts of this step are full ones"):
+        output, _ = first_batch(make_trainer(short, tmp_path, **{**settings, "context_attention": None}))
+    torch.testing.assert_close(output["context_logps"], full["context_logps"])
+    with pytest.raises(ValueError, match="parallel context with its candidate"):
+        first_batch(make_trainer(short, tmp_path, **settings, context_attention="parallel"))
