@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo demo-smollm2 test test-vllm fuzz mutations lint install clean
+.PHONY: demo demo-smollm2 test test-vllm coverage fuzz mutations lint install clean
 
 install: $(STAMP)
 
@@ -38,6 +38,15 @@ $(PEERS_STAMP): $(STAMP)
 test: $(STAMP) $(PEERS_STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(or $(ARGS),--ignore=tests/triton)
 	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/triton)
+
+# The lines that `make test` runs, in every process that it starts: fails below 95% of the kernels and 90% of the rest.
+coverage: $(STAMP) $(PEERS_STAMP)
+	rm -rf runs/coverage && mkdir -p runs/coverage
+	$(BIN)/coverage run -m pytest -q -n 2 --dist worksteal --ignore=tests/triton
+	TRITON_INTERPRET=1 $(BIN)/coverage run -m pytest -q -n 2 --dist worksteal tests/triton
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report --include "gcpo_kernels/*" --fail-under 95
+	$(BIN)/coverage report --include "gcpo/*" --fail-under 90
 
 # vLLM wants another transformers than the rest is tested with: an environment of its own, 4 GB, built on the first call.
 VLLM_VENV  ?= .venv-vllm
