@@ -32,7 +32,7 @@ from bench.fidelity_runs import REPRESENTATIONS, Estimate, Lab, Sample, Terms
 from bench.overhead_runs import prepare_model
 from bench.step_overhead import environment
 from gcpo import GCPOConfig
-from gcpo.estimators import estimate_weights
+from gcpo.causal.estimators import estimate_weights
 
 FULL = "scored"
 # Options of GCPOConfig. What is not said is as in the first: whole candidates, full attention, every context.

@@ -19,10 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.context_samples import sample_under
 from bench.overhead_runs import reward
-from gcpo import GCPOConfig, GCPOTrainer, causal_step, estimators
-from gcpo.colliders import Group
-from gcpo.rollout import Rollout
-from gcpo.tasks import SYSTEM_PROMPT, reasoning_gym_dataset
+from gcpo import GCPOConfig, GCPOTrainer
+from gcpo.causal import estimators
+from gcpo.causal import step as causal_step
+from gcpo.causal.colliders import Group
+from gcpo.evaluation.tasks import SYSTEM_PROMPT, reasoning_gym_dataset
+from gcpo.forward import representations
+from gcpo.forward.rollout import Rollout
 from gcpo_kernels import reference
 
 REPRESENTATIONS = ("last", "mean")
@@ -211,7 +214,7 @@ class Lab:
 def _keeping_terms() -> Iterator[list[Terms]]:
     """Inside, completions get both representations side by side, and what weights are estimated from is kept."""
     kept: list[Terms] = []
-    represent, estimate_weights = estimators.represent, estimators.estimate_weights
+    represent, estimate_weights = representations.represent, estimators.estimate_weights
 
     def both(hidden: torch.Tensor, mask: torch.Tensor, representation: str) -> torch.Tensor:
         return torch.cat([represent(hidden, mask, kind) for kind in REPRESENTATIONS], dim=-1)
@@ -220,5 +223,8 @@ def _keeping_terms() -> Iterator[list[Terms]]:
         kept.append(Terms(*terms))
         return estimate_weights(config, *terms)
 
-    with mock.patch.object(estimators, "represent", both), mock.patch.object(causal_step, "estimate_weights", keep):
+    with (
+        mock.patch.object(representations, "represent", both),
+        mock.patch.object(causal_step, "estimate_weights", keep),
+    ):
         yield kept

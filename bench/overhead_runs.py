@@ -32,10 +32,10 @@ import trl
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from gcpo import GCPOConfig, GCPOTrainer
-from gcpo.accounting import SECONDS, TOKENS, AccountedGRPOTrainer, StepAccount
-from gcpo.architecture import SIZES
-from gcpo.tasks import reasoning_gym_dataset
-from gcpo.tiny import save_smollm2, tiny_tokenizer
+from gcpo.demo.tiny import save_smollm2, tiny_tokenizer
+from gcpo.evaluation.tasks import reasoning_gym_dataset
+from gcpo.planning.architecture import SIZES
+from gcpo.training.accounting import SECONDS, TOKENS, AccountedGRPOTrainer, StepAccount
 
 _TINY = {
     **SIZES["0.5b"],

@@ -27,11 +27,11 @@ import trl
 
 from bench.overhead_runs import MODELS, Run, Variant, Weights, cpu_memory, make_config, prepare_model, quiet
 from gcpo import GCPOConfig
-from gcpo.architecture import Architecture
-from gcpo.contexts import PromptBuilder
-from gcpo.plan import Device, StepPlan, decode_bytes, plan_step
-from gcpo.tasks import reasoning_gym_dataset
-from gcpo.workload import Lengths, Savings, gcpo_passes, grpo_passes, longest_context
+from gcpo.causal.contexts import PromptBuilder
+from gcpo.evaluation.tasks import reasoning_gym_dataset
+from gcpo.planning.architecture import Architecture
+from gcpo.planning.plan import Device, StepPlan, decode_bytes, plan_step
+from gcpo.planning.workload import Lengths, Savings, gcpo_passes, grpo_passes, longest_context
 
 # Savings switched off, and savings beyond the defaults. Rows that are the defaults are left out.
 _OFF: dict[str, dict[str, Any]] = {

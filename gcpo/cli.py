@@ -7,8 +7,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from gcpo import __version__, eval_command
-from gcpo.inputs import ArgumentsError, argument_errors
+from gcpo import __version__
+from gcpo.evaluation import command as eval_command
+from gcpo.training.inputs import ArgumentsError, argument_errors
 
 DEBUG = "GCPO_DEBUG"
 
@@ -65,7 +66,7 @@ def _fail(prog: str, message: str) -> int:
 
 def _train(flags: list[str]) -> int:
     with argument_errors():
-        from gcpo.train import prepare, train
+        from gcpo.training.command import prepare, train
     run = prepare(flags)
     return run if isinstance(run, int) else train(*run)
 
@@ -79,7 +80,7 @@ def _doctor(flags: list[str]) -> int:
 
 def _demo(flags: list[str]) -> int:
     with argument_errors():
-        from gcpo import demo
+        from gcpo.demo.command import command as demo
 
         parser = argparse.ArgumentParser(prog="gcpo demo", description=COMMANDS["demo"][1])
         demo.add_arguments(parser)
@@ -99,19 +100,19 @@ def _study(flags: list[str]) -> int:
 
 def _plan(flags: list[str]) -> int:
     with argument_errors():
-        from gcpo.plan_command import run
+        from gcpo.planning.command import run
     return run(flags)
 
 
 def _diagnose(flags: list[str]) -> int:
-    from gcpo.diagnose import main as run
+    from gcpo.reports.diagnose import main as run
 
     return run(flags)
 
 
 def _report(flags: list[str]) -> int:
     with argument_errors():
-        from gcpo.report import main as run
+        from gcpo.reports.report import main as run
     return run(flags)
 
 

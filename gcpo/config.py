@@ -7,7 +7,7 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from gcpo.processes import explained_groups
+from gcpo.training.processes import explained_groups
 
 ESTIMATORS = ("loo", "scored", "sampled", "none")
 REPRESENTATIONS = ("last", "mean")

@@ -17,15 +17,15 @@ from gcpo._trl import (
     get_config_model_id,
     refuse_wrapped_head,
 )
-from gcpo.accounting import AccountedGRPOTrainer
-from gcpo.causal_step import CausalStep
+from gcpo.causal.contexts import Prompt, check_length, longest_prompt
+from gcpo.causal.step import CausalStep
 from gcpo.config import GCPOConfig
-from gcpo.contexts import Prompt, check_length, longest_prompt
-from gcpo.estimators import HiddenRecorder
-from gcpo.guard import SkipNonFiniteSteps
-from gcpo.processes import check_processes_agree, explained_loss_of_process
-from gcpo.rollout import GenerationRecorder, Rollout, RolloutStates, padded_width, read_repeated_prompts_once
-from gcpo.shared_prompt import logps_sharing_prompts, repeats_prompts
+from gcpo.forward.representations import HiddenRecorder
+from gcpo.forward.rollout import GenerationRecorder, Rollout, RolloutStates, padded_width, read_repeated_prompts_once
+from gcpo.forward.shared_prompt import logps_sharing_prompts, repeats_prompts
+from gcpo.training.accounting import AccountedGRPOTrainer
+from gcpo.training.guard import SkipNonFiniteSteps
+from gcpo.training.processes import check_processes_agree, explained_loss_of_process
 from gcpo_kernels import gcpo_loss
 
 # How each of TRL's loss types reduces its tokens, in terms of the four that gcpo_loss knows.

@@ -196,7 +196,7 @@ MUTATIONS = (
     ),
     Mutation(
         "undefined weights reach the loss",
-        "gcpo/estimators.py",
+        "gcpo/causal/estimators.py",
         "torch.where(defined, upsilon, 1.0)",
         "upsilon",
         FAULTS,
@@ -217,14 +217,14 @@ MUTATIONS = (
     ),
     Mutation(
         "special tokens of a candidate kept",
-        "gcpo/contexts.py",
+        "gcpo/causal/contexts.py",
         "[token for token in ids if token not in self.special_ids]",
         "list(ids)",
         "tests/test_contexts.py",
     ),
     Mutation(
         "broken gradients let through",
-        "gcpo/guard.py",
+        "gcpo/training/guard.py",
         "parameter.grad = None",
         "pass",
         "tests/test_training_faults.py -k broken_logits",

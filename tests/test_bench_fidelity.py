@@ -15,7 +15,7 @@ from bench.agreement import compare_log_p, compare_upsilon, pearson, spearman
 from bench.context_samples import sample_under
 from bench.fidelity_runs import Lab
 from bench.overhead_runs import prepare_model
-from gcpo.estimators import estimate_weights
+from gcpo.causal.estimators import estimate_weights
 
 EOS = 1
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gcpo import benchmarks
-from gcpo.benchmarks import BENCHMARKS, code_reward, complete_program, load_benchmark, math_reward, verifier
 from gcpo.cli import main
-from gcpo.evaluate import pass_at_k
+from gcpo.evaluation import benchmarks
+from gcpo.evaluation.benchmarks import BENCHMARKS, code_reward, complete_program, load_benchmark, math_reward, verifier
+from gcpo.evaluation.evaluate import pass_at_k
 
 STUB = 'from typing import List\n\n\ndef add(a: int, b: int) -> int:\n    """ Add.\n    >>> add(1, 2)\n    3\n    """\n'
 CHECK = "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(-1, 1) == 0\n"
@@ -131,7 +131,7 @@ def test_without_a_hub_the_message_says_which_file_would_do(monkeypatch: pytest.
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from gcpo.tiny import save_tiny, tiny_model, tiny_tokenizer
+    from gcpo.demo.tiny import save_tiny, tiny_model, tiny_tokenizer
 
     tokenizer = tiny_tokenizer(["a"])
     folder = tmp_path_factory.mktemp("model")
@@ -175,6 +175,6 @@ def test_the_command_on_local_files(
 
 
 def benchmarks_outcome() -> Any:
-    from gcpo.sandbox import Outcome
+    from gcpo.evaluation.sandbox import Outcome
 
     return Outcome(True, "passed")

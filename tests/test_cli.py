@@ -9,9 +9,10 @@ import pytest
 import torch
 import yaml
 
-from gcpo import cli, doctor, inputs
-from gcpo import train as training
+from gcpo import cli, doctor
 from gcpo.cli import main
+from gcpo.training import command as training
+from gcpo.training import inputs
 
 TASK = "reasoning_gym:chain_sum"
 
@@ -27,7 +28,7 @@ def run(*argv: str) -> int:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A random Llama of one layer, with a chat template and without."""
-    from gcpo.tiny import save_tiny, tiny_model, tiny_tokenizer
+    from gcpo.demo.tiny import save_tiny, tiny_model, tiny_tokenizer
 
     folder = tmp_path_factory.mktemp("models")
     tokenizer = tiny_tokenizer(["a"])
@@ -125,8 +126,8 @@ def test_wrong_arguments_name_what_is_wrong(argv: list[str], wanted: str, capsys
         (["--task_config", '{"seed": 1}'], "use `--task_seed`"),
         (["--reward_funcs", "accuracy"], "`--reward_funcs` must be one of accuracy_reward"),
         (["--reward_funcs", "no_such_module.reward"], "cannot import 'no_such_module.reward'"),
-        (["--reward_funcs", "gcpo.tasks.nothing"], "cannot import 'gcpo.tasks.nothing'"),
-        (["--reward_funcs", "gcpo.tasks.SYSTEM_PROMPT"], "must be a function, got str"),
+        (["--reward_funcs", "gcpo.evaluation.tasks.nothing"], "cannot import 'gcpo.evaluation.tasks.nothing'"),
+        (["--reward_funcs", "gcpo.evaluation.tasks.SYSTEM_PROMPT"], "must be a function, got str"),
         (["--reward_funcs", "accuracy_reward"], "accuracy_reward needs the dataset's column solution"),
         (["--resume_from_checkpoint", "last"], "no checkpoint in"),
         (["--resume_from_checkpoint", "./nowhere"], "`--resume_from_checkpoint` must be a checkpoint folder"),

@@ -4,7 +4,7 @@ import pytest
 from tiny_policy import SHORT_TEMPLATES, make_tokenizer, options
 
 from gcpo import GCPOConfig
-from gcpo.contexts import PromptBuilder, check_length, longest_prompt
+from gcpo.causal.contexts import PromptBuilder, check_length, longest_prompt
 
 
 @pytest.fixture

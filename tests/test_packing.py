@@ -9,8 +9,8 @@ from tiny_policy import save_policy
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config
 
-from gcpo.packing import pack
-from gcpo.scoring import takes_tree_mask
+from gcpo.forward.packing import pack
+from gcpo.forward.scoring import takes_tree_mask
 
 
 def sequences(seed=0):

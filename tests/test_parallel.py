@@ -7,10 +7,10 @@ from test_trainer_causal import first_batch, make_trainer, plain_scores
 from tiny_policy import save_policy
 from transformers import Gemma2Config, LlamaConfig
 
-from gcpo.colliders import Group
-from gcpo.key_values import keeps_every_token
-from gcpo.parallel import read_groups, score_copies
-from gcpo.scoring import Scorer
+from gcpo.causal.colliders import Group
+from gcpo.causal.parallel import read_groups, score_copies
+from gcpo.forward.key_values import keeps_every_token
+from gcpo.forward.scoring import Scorer
 
 GROUP = {
     "query": [5, 6, 7],

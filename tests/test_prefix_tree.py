@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from gcpo.prefix_tree import grow
+from gcpo.forward.prefix_tree import grow
 
 
 def check(sequences):

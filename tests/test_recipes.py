@@ -11,9 +11,9 @@ import pytest
 import yaml
 from datasets import Dataset
 
+from gcpo.causal.contexts import longest_prompt
 from gcpo.cli import main
-from gcpo.contexts import longest_prompt
-from gcpo.train import parse
+from gcpo.training.command import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "examples" / "configs").glob("paper_*.yaml"))
@@ -81,7 +81,7 @@ def test_recipe_has_the_papers_settings(path: Path) -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_runs_with_a_tiny_model(path: Path, tmp_path: Path) -> None:
     """A step on the data that examples/paper_data.py makes, with all that does not need a GPU as the recipe says."""
-    from gcpo.tiny import save_tiny, tiny_model, tiny_tokenizer
+    from gcpo.demo.tiny import save_tiny, tiny_model, tiny_tokenizer
 
     tokenizer = tiny_tokenizer(["a"])
     model = tiny_model(tokenizer, hidden_size=16, num_layers=1)

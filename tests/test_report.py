@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from tiny_policy import SHORT_TEMPLATES, count_low, options, prompts, save_policy
 
-from gcpo import GCPOConfig, GCPOTrainer, plots
-from gcpo.accounting import AccountedGRPOTrainer
+from gcpo import GCPOConfig, GCPOTrainer
 from gcpo.cli import main
-from gcpo.report import make_page
-from gcpo.runs import CONFIG, LOG, SAMPLES, Run, append_line, read_run
+from gcpo.reports import plots
+from gcpo.reports.report import make_page
+from gcpo.training.accounting import AccountedGRPOTrainer
+from gcpo.training.runs import CONFIG, LOG, SAMPLES, Run, append_line, read_run
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome-headless-shell")
 BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), None)

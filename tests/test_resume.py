@@ -19,9 +19,9 @@ from tiny_policy import SHORT_TEMPLATES, count_low, options, parameters, prompts
 from transformers import TrainerCallback
 from trl import GRPOConfig
 
-from gcpo.accounting import AccountedGRPOTrainer
 from gcpo.cli import main
-from gcpo.resume import check_same_model, last_complete_checkpoint, why_incomplete
+from gcpo.training.accounting import AccountedGRPOTrainer
+from gcpo.training.resume import check_same_model, last_complete_checkpoint, why_incomplete
 
 MOMENTS = ("first rollout", "rollout", "weights", "optimizer", "state", "saved")
 
@@ -222,7 +222,7 @@ def test_a_torn_checkpoint_named_outright_is_refused(
 def test_a_checkpoint_of_another_model_is_refused(
     killed: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from gcpo.tiny import save_tiny, tiny_model, tiny_tokenizer
+    from gcpo.demo.tiny import save_tiny, tiny_model, tiny_tokenizer
 
     config, folder = killed
     tokenizer = tiny_tokenizer(["a"])

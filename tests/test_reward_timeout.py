@@ -10,8 +10,8 @@ import pytest
 from test_trainer_causal import first_batch, make_trainer
 from tiny_policy import count_low, parameters, prompts, save_policy
 
-from gcpo.inputs import ArgumentsError
-from gcpo.reward_timeout import with_timeout
+from gcpo.training.inputs import ArgumentsError
+from gcpo.training.reward_timeout import with_timeout
 
 
 def spins(completions, **kwargs):
@@ -108,7 +108,7 @@ def test_wrong_arguments():
 def test_the_command_line_sets_a_limit(tmp_path, monkeypatch):
     """`--reward_timeout` wraps every function that is named, under its own name."""
     import gcpo.trainer
-    from gcpo.train import prepare
+    from gcpo.training.command import prepare
 
     policy, data = save_policy(tmp_path / "policy"), tmp_path / "data.json"
     prompts().to_json(data)
@@ -119,7 +119,7 @@ def test_the_command_line_sets_a_limit(tmp_path, monkeypatch):
         return SimpleNamespace(processing_class=None)
 
     monkeypatch.setattr(gcpo.trainer, "GCPOTrainer", make)
-    monkeypatch.setattr("gcpo.train.check_chat_template", lambda *args: None)
+    monkeypatch.setattr("gcpo.training.command.check_chat_template", lambda *args: None)
     argv = ["--model_name_or_path", policy, "--dataset_name", str(data), "--reward_funcs", "tiny_policy.count_low"]
     argv += ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false", "--reward_timeout"]
     with pytest.raises(ArgumentsError, match="`seconds`"):

@@ -7,7 +7,7 @@ from tiny_policy import save_policy
 from transformers import GenerationConfig
 
 from gcpo import GCPOTrainer
-from gcpo.rollout import GenerationRecorder, padded_width, read_repeated_prompts_once
+from gcpo.forward.rollout import GenerationRecorder, padded_width, read_repeated_prompts_once
 
 PROMPTS = [[20, 21, 22], [20, 21, 22], [30], [31, 32]]
 

@@ -7,7 +7,7 @@ import torch
 from test_trainer_causal import first_batch, make_trainer, plain_scores
 from tiny_policy import save_policy
 
-from gcpo.sampling import draw_contexts
+from gcpo.causal.sampling import draw_contexts
 from gcpo_kernels import gcpo_loss
 
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from gcpo.sandbox import SandboxError, run_python
+from gcpo.evaluation.sandbox import SandboxError, run_python
 
 try:
     run_python("")
@@ -74,6 +74,6 @@ def test_bad_limits(limit: dict) -> None:
 
 
 def test_nothing_runs_where_the_limits_cannot_be_enforced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gcpo.sandbox.platform.machine", lambda: "riscv64")
+    monkeypatch.setattr("gcpo.evaluation.sandbox.platform.machine", lambda: "riscv64")
     with pytest.raises(SandboxError, match="x86_64, aarch64"):
         run_python("")

@@ -9,9 +9,9 @@ import pytest
 import torch
 from datasets import Dataset
 
-from gcpo.evaluate import evaluate_pass_at_k, mean_and_standard_error
-from gcpo.tasks import extract_answer, reasoning_gym_dataset, reasoning_gym_reward, train_and_held_out
-from gcpo.tiny import tiny_model, tiny_tokenizer
+from gcpo.demo.tiny import tiny_model, tiny_tokenizer
+from gcpo.evaluation.evaluate import evaluate_pass_at_k, mean_and_standard_error
+from gcpo.evaluation.tasks import extract_answer, reasoning_gym_dataset, reasoning_gym_reward, train_and_held_out
 
 # One task each with the default verifier, with one of its own, with multi-line answers, with tuples among its data.
 TASKS = ("gcd", "spell_backward", "chain_sum", "mini_sudoku", "rearc")

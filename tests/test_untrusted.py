@@ -14,9 +14,9 @@ from test_trainer_causal import make_trainer
 from tiny_policy import SHORT_TEMPLATES, TEMPLATE, make_tokenizer, options, save_policy
 
 from gcpo import GCPOConfig
-from gcpo.contexts import PromptBuilder
-from gcpo.inputs import load_named, load_reward, load_rewards
-from gcpo.train import parse
+from gcpo.causal.contexts import PromptBuilder
+from gcpo.training.command import parse
+from gcpo.training.inputs import load_named, load_reward, load_rewards
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = make_tokenizer()
@@ -159,7 +159,7 @@ def test_no_source_loads_pickles_or_runs_text():
     """Save for the sandbox, whose business is to run a model's programs, in a process that can do nothing else."""
     sources = [path for top in ("gcpo", "gcpo_kernels", "bench", "examples") for path in (ROOT / top).rglob("*.py")]
     found = {str(path.relative_to(ROOT)): calls for path in sources if (calls := unsafe_calls(path.read_text()))}
-    assert found.pop("gcpo/sandbox.py", ["exec"]) == ["exec"]
+    assert found.pop("gcpo/evaluation/sandbox.py", ["exec"]) == ["exec"]
     assert not found
     planted = (
         "import pickle\ntorch.load(f)\ntorch.load(f, weights_only=False)\neval(x)\ntorch.load(f, weights_only=True)"

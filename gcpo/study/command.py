@@ -20,10 +20,10 @@ import torch
 import yaml
 from tqdm.auto import tqdm
 
-from gcpo.inputs import argument_errors, check_model
 from gcpo.study import budget, tables
 from gcpo.study.definitions import NAMES, STUDIES
 from gcpo.study.workbench import Scale, Workbench
+from gcpo.training.inputs import argument_errors, check_model
 
 DEMO = Scale(steps=32, seeds=(0, 1, 2, 3), num_held_out=256)
 QUICK = Scale(steps=20, seeds=(0, 1, 2), warm_target=0.25)

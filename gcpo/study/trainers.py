@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from gcpo import GCPOTrainer
-from gcpo.accounting import AccountedGRPOTrainer
+from gcpo.training.accounting import AccountedGRPOTrainer
 
 REFERENCES = ("causal", "query", "context", "ensemble")
 

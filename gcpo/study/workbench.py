@@ -16,17 +16,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, 
 from trl import GRPOConfig
 
 from gcpo import GCPOConfig, __version__
-from gcpo.diagnose import overhead
-from gcpo.evaluate import evaluate_pass_at_k
-from gcpo.inputs import TASK_PREFIX, is_task, load_named, load_rewards
-from gcpo.quiet import quiet
-from gcpo.resume import last_complete_checkpoint
-from gcpo.runs import read_run
+from gcpo.demo.tiny import TINY_TEMPLATES, save_tiny, tiny_model, tiny_tokenizer, warm_start
+from gcpo.evaluation.evaluate import evaluate_pass_at_k
+from gcpo.evaluation.tasks import train_and_held_out
+from gcpo.reports.diagnose import overhead
 from gcpo.study.definitions import Arm
 from gcpo.study.rewards import open_ended_reward
 from gcpo.study.trainers import ReferencedGCPOTrainer, ScaledGRPOTrainer
-from gcpo.tasks import train_and_held_out
-from gcpo.tiny import TINY_TEMPLATES, save_tiny, tiny_model, tiny_tokenizer, warm_start
+from gcpo.training.inputs import TASK_PREFIX, is_task, load_named, load_rewards
+from gcpo.training.quiet import quiet
+from gcpo.training.resume import last_complete_checkpoint
+from gcpo.training.runs import read_run
 
 # One result per line of settings; another layout of the files must not be taken for it.
 _LAYOUT = 1

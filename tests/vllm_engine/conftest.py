@@ -26,7 +26,7 @@ def plain_linear() -> None:
 @pytest.fixture(scope="session")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random Llama of 0.5M parameters, with heads of 32: vLLM's CPU attention knows none smaller."""
-    from gcpo.tiny import save_tiny, tiny_model, tiny_tokenizer
+    from gcpo.demo.tiny import save_tiny, tiny_model, tiny_tokenizer
 
     folder = tmp_path_factory.mktemp("policy")
     tokenizer = tiny_tokenizer(["a"])

@@ -1,4 +1,4 @@
-"""Representations z of completions, and the causal weights Upsilon made of them (eq. 11)."""
+"""Representations z of completions, taken from hidden states inside the forward that computes them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,10 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-
-from gcpo.config import GCPOConfig
-from gcpo_kernels import causal_weights
-from gcpo_kernels.reference import context_difference
 
 
 class HiddenRecorder:
@@ -90,47 +86,3 @@ def represent(hidden: torch.Tensor, mask: torch.Tensor, representation: str) -> 
         z = torch.where((mask != 0).unsqueeze(-1), hidden, 0.0).sum(dim=1, dtype=torch.float32)
         z = z / count.clamp(min=1).unsqueeze(1)
     return torch.where((count > 0).unsqueeze(1), z, torch.nan)
-
-
-def estimate_weights(
-    config: GCPOConfig,
-    z: torch.Tensor,  # (P, n, H)
-    collider_z: torch.Tensor | None,  # (P, L, H), for "loo"
-    context_z: torch.Tensor | None,  # (P, n, L, m, H), for "scored" (m = 1) and "sampled"
-    collider_mask: torch.Tensor,  # (P, L) bool, colliders that say anything; those come first
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """
-    Upsilon (P, n), with 1 where it is undefined, and metrics about it.
-
-    "loo" reads Zbar_i as the mean of what context x_{i,0} shows, the other candidates and c_0, and Zprime_i as the
-    same with the collider averaged out: their difference is (z_{c_0} - mean_l z_{c_l}) / n. "scored" takes y_i's own
-    representation under each context, "sampled" those of fresh outputs.
-    """
-    p, n, hidden = z.shape
-    if config.estimator == "loo":
-        assert collider_z is not None
-        samples = (collider_z / n)[:, None, :, None, :].expand(p, n, -1, 1, hidden)
-    else:
-        assert context_z is not None
-        samples = context_z
-    mask = collider_mask[:, None, :, None].expand(samples.shape[:4])
-    baseline = config.baseline or "mean"
-    upsilon = causal_weights(
-        z, samples, alpha=config.alpha, baseline=baseline, similarity=config.similarity, context_mask=mask
-    )
-    defined = torch.isfinite(upsilon)
-    zbar = z.mean(dim=1, keepdim=True)
-    difference = context_difference(samples, mask)
-    cosine = torch.cosine_similarity(difference, zbar.expand_as(difference), dim=-1)
-    ratio = difference.norm(dim=-1) / zbar.norm(dim=-1).clamp(min=1e-12)
-    metrics = {
-        "upsilon/fallback": (~defined).float().mean(),
-        "upsilon/near_zero": (upsilon[defined].abs() < 0.1).float().mean(),
-        "upsilon/mean": upsilon[defined].mean(),
-        "upsilon/std": upsilon[defined].std(unbiased=False),
-        "upsilon/min": upsilon[defined].min() if defined.any() else upsilon.new_tensor(torch.nan),
-        "upsilon/max": upsilon[defined].max() if defined.any() else upsilon.new_tensor(torch.nan),
-        "projection/cosine": cosine.nanmean(),
-        "projection/norm_ratio": ratio.nanmean(),
-    }
-    return torch.where(defined, upsilon, 1.0), metrics

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from gcpo.key_values import Piece, can_cut, cut
-from gcpo.scoring import no_auxiliary_loss
+from gcpo.forward.key_values import Piece, can_cut, cut
+from gcpo.forward.scoring import no_auxiliary_loss
 
 if TYPE_CHECKING:
     from gcpo.trainer import GCPOTrainer

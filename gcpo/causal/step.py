@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import gather_object
 
-from gcpo.colliders import Group, generate_colliders, own_random_stream, reward_colliders
-from gcpo.contexts import PromptBuilder, check_length
-from gcpo.estimators import HiddenRecorder, estimate_weights
-from gcpo.parallel import GroupReading, read_groups, score_copies
-from gcpo.rollout import Rollout
-from gcpo.sampling import ContextDraw, draw_contexts
-from gcpo.scoring import Reading, Scorer, pad_ids
+from gcpo.causal.colliders import Group, generate_colliders, own_random_stream, reward_colliders
+from gcpo.causal.contexts import PromptBuilder, check_length
+from gcpo.causal.estimators import estimate_weights
+from gcpo.causal.parallel import GroupReading, read_groups, score_copies
+from gcpo.causal.sampling import ContextDraw, draw_contexts
+from gcpo.forward.representations import HiddenRecorder
+from gcpo.forward.rollout import Rollout
+from gcpo.forward.scoring import Reading, Scorer, pad_ids
 
 if TYPE_CHECKING:
     from gcpo.trainer import GCPOTrainer

@@ -13,8 +13,8 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gcpo.accounting import SECONDS
-from gcpo.runs import Run
+from gcpo.training.accounting import SECONDS
+from gcpo.training.runs import Run
 
 COLORS = ("tab:blue", "tab:gray", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink")
 

@@ -1,4 +1,4 @@
-"""A run's record of itself: its options, every logged step and, where asked for, what it sampled (see gcpo/runs.py)."""
+"""A run's record of itself: its options, every logged step and, if asked for, samples (gcpo/training/runs.py)."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 import trl
 from transformers import TrainerCallback
 
-from gcpo import __version__, runs
+from gcpo import __version__
+from gcpo.training import runs
 
 if TYPE_CHECKING:
-    from gcpo.accounting import AccountedGRPOTrainer
+    from gcpo.training.accounting import AccountedGRPOTrainer
 
 
 class RunRecorder(TrainerCallback):

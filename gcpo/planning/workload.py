@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from gcpo.causal.contexts import PromptBuilder
+from gcpo.causal.sampling import ContextDraw, draw_contexts
 from gcpo.config import GCPOConfig
-from gcpo.contexts import PromptBuilder
-from gcpo.sampling import ContextDraw, draw_contexts
-from gcpo.sharing import Run, packed_rows, tree_nodes
+from gcpo.planning.sharing import Run, packed_rows, tree_nodes
 
 
 @dataclass(frozen=True)

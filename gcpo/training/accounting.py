@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from gcpo.recording import RunRecorder, groups_of_last_rollout
-from gcpo.resume import ResumableGRPOTrainer
-from gcpo.runs import SAMPLES, append_line
+from gcpo.training.recording import RunRecorder, groups_of_last_rollout
+from gcpo.training.resume import ResumableGRPOTrainer
+from gcpo.training.runs import SAMPLES, append_line
 
 # GRPO's phases and GCPO's. "loss" is the policy's forward and backward; the optimizer runs outside all of them.
 SECONDS = ("rollout", "rewards", "scoring", "colliders", "contexts", "loss")

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from transformers import GenerationConfig
 from trl import GRPOTrainer
 
-from gcpo.contexts import Prompt, PromptBuilder, check_length
+from gcpo.causal.contexts import Prompt, PromptBuilder, check_length
 
 if TYPE_CHECKING:
     from gcpo.trainer import GCPOTrainer

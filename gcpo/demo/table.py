@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import ProgressCallback
 
-from gcpo.accounting import SECONDS, TOKENS
+from gcpo.training.accounting import SECONDS, TOKENS
 
 History = list[dict[str, float]]
 
@@ -52,7 +52,7 @@ def summarize(histories: dict[str, History]) -> dict[str, Any]:
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """Print what `gcpo.demo.run` returns, as measured."""
+    """Print what `gcpo.demo.command.run` returns, as measured."""
     console = Console()
     evaluations, summary = result["evaluations"], result["summary"]
     methods = [name for name in ("GRPO", "GCPO") if name in summary]

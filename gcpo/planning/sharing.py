@@ -1,6 +1,6 @@
 """
-How many tokens contexts have in common, from what stands in them and not from ids: the counts of `gcpo.packing` before
-there is anything to pack.
+How many tokens contexts have in common, from what stands in them and not from ids: the counts of
+`gcpo.forward.packing` before there is anything to pack.
 """
 
 from itertools import takewhile
@@ -10,7 +10,7 @@ Run = tuple[tuple[Any, ...], float]  # tokens that stand together: what they are
 
 
 def packed_rows(contexts: list[list[Run]], completion: float, max_tokens: int) -> list[float]:
-    """Tokens of each packed row, closed as `gcpo.packing.pack` closes them."""
+    """Tokens of each packed row, closed as `gcpo.forward.packing.pack` closes them."""
     rows: list[float] = []
     size, longest = 0.0, 0.0
     before: list[Run] | None = None

@@ -9,13 +9,13 @@ from typing import Any
 
 from trl import DatasetMixtureConfig, ModelConfig
 
-from gcpo.architecture import SIZES, Architecture, load_config
+from gcpo.causal.contexts import longest_prompt
 from gcpo.config import GCPOConfig
-from gcpo.contexts import longest_prompt
-from gcpo.inputs import argument_errors, check_model
-from gcpo.plan import BYTES, DEVICES, Cost, Device, StepPlan, compute_bytes, plan_step
-from gcpo.train import GCPOScriptArguments, TrainParser, int_or_none
-from gcpo.workload import Lengths, Savings, gcpo_passes, grpo_passes, longest_context
+from gcpo.planning.architecture import SIZES, Architecture, load_config
+from gcpo.planning.plan import BYTES, DEVICES, Cost, Device, StepPlan, compute_bytes, plan_step
+from gcpo.planning.workload import Lengths, Savings, gcpo_passes, grpo_passes, longest_context
+from gcpo.training.command import GCPOScriptArguments, TrainParser, int_or_none
+from gcpo.training.inputs import argument_errors, check_model
 
 _CHARACTERS_PER_TOKEN = 4  # of English templates, where no count is given
 

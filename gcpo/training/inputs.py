@@ -57,8 +57,8 @@ class TaskArguments:
     )
 
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of `gcpo.tasks.reasoning_gym_dataset`."""
-        from gcpo.tasks import SYSTEM_PROMPT
+        """Keyword arguments of `gcpo.evaluation.tasks.reasoning_gym_dataset`."""
+        from gcpo.evaluation.tasks import SYSTEM_PROMPT
 
         prompt = SYSTEM_PROMPT if self.task_system_prompt is None else self.task_system_prompt
         fixed = {"seed": self.task_seed, "system_prompt": prompt or None, "conversational": self.task_conversational}
@@ -89,7 +89,7 @@ def load_task(name: str, args: TaskArguments, held_out_size: int = 0) -> tuple[A
     The items of a generated task to train on, and `held_out_size` others, none of whose questions is among the former.
     The held-out items depend on the seed and their number alone.
     """
-    from gcpo.tasks import reasoning_gym_dataset, train_and_held_out
+    from gcpo.evaluation.tasks import reasoning_gym_dataset, train_and_held_out
 
     task, options = name.removeprefix(TASK_PREFIX), args.options()
     try:
@@ -151,7 +151,7 @@ def check_chat_template(tokenizer: Any, dataset: Any, model: str) -> None:
 def load_reward(name: str) -> Callable[..., list[float]]:
     """A reward function by its name in `--reward_funcs`."""
     if name == TASK_REWARD:
-        from gcpo.tasks import reasoning_gym_reward
+        from gcpo.evaluation.tasks import reasoning_gym_reward
 
         return reasoning_gym_reward
     if name in TRL_REWARDS:

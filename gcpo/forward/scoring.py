@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gcpo._trl import pad
-from gcpo.estimators import BranchRecorder, HiddenRecorder
-from gcpo.key_values import Piece, cut, join, keeps_every_token, length_of
-from gcpo.packing import PackedRow, pack
-from gcpo.prefix_tree import grow
+from gcpo.forward.key_values import Piece, cut, join, keeps_every_token, length_of
+from gcpo.forward.packing import PackedRow, pack
+from gcpo.forward.prefix_tree import grow
+from gcpo.forward.representations import BranchRecorder, HiddenRecorder
 
 if TYPE_CHECKING:
     from gcpo.trainer import GCPOTrainer

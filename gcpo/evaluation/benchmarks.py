@@ -11,8 +11,8 @@ from typing import Any
 from datasets import Dataset, load_dataset
 from math_verify import parse, verify
 
-from gcpo.sandbox import run_python
-from gcpo.tasks import Completion
+from gcpo.evaluation.sandbox import run_python
+from gcpo.evaluation.tasks import Completion
 
 MATH_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
 CODE_PROMPT = "Complete this Python function. Answer with the whole function, in one Python code block."
@@ -137,7 +137,7 @@ def code_reward(
     completions: list[Completion], stub: list[str], test: list[str], entry_point: list[str], **kwargs: Any
 ) -> list[float]:
     """
-    1.0 for completions that pass their tests, else 0.0. Runs each in a sandbox (`gcpo.sandbox.run_python`).
+    1.0 for completions that pass their tests, else 0.0. Runs each in a sandbox (`gcpo.evaluation.sandbox.run_python`).
 
     Args:
         completions: B texts or lists of messages: a whole function in a code block, or the rest of `stub`.

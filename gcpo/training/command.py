@@ -16,7 +16,7 @@ from trl import DatasetMixtureConfig, ModelConfig, TrlParser, get_dataset, get_p
 from trl.scripts.grpo import GRPOScriptArguments
 
 from gcpo.config import GCPOConfig
-from gcpo.inputs import (
+from gcpo.training.inputs import (
     TASK_PREFIX,
     TASK_REWARD,
     TRL_REWARDS,
@@ -30,8 +30,8 @@ from gcpo.inputs import (
     load_task,
     take_split,
 )
-from gcpo.resume import check_same_model, checkpoints, last_complete_checkpoint, why_incomplete
-from gcpo.reward_timeout import with_timeout
+from gcpo.training.resume import check_same_model, checkpoints, last_complete_checkpoint, why_incomplete
+from gcpo.training.reward_timeout import with_timeout
 
 _LAUNCHED = "GCPO_LAUNCHED"
 

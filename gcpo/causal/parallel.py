@@ -6,9 +6,9 @@ them. What a candidate was generated with is what it is read with here, so its k
 
 from dataclasses import dataclass, field
 
-from gcpo.colliders import Group
-from gcpo.key_values import Piece, tail
-from gcpo.scoring import Continuation, Reading, Scorer
+from gcpo.causal.colliders import Group
+from gcpo.forward.key_values import Piece, tail
+from gcpo.forward.scoring import Continuation, Reading, Scorer
 
 
 @dataclass

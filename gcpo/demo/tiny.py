@@ -21,8 +21,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from gcpo.evaluate import evaluate_pass_at_k
-from gcpo.tasks import reasoning_gym_reward
+from gcpo.evaluation.evaluate import evaluate_pass_at_k
+from gcpo.evaluation.tasks import reasoning_gym_reward
 
 # GCPO's two extra prompts, in as few characters as they can be told apart by.
 TINY_TEMPLATES = {

@@ -1,6 +1,6 @@
 """
-What a step of GCPO will cost beside one of GRPO, before anything runs. Tokens come from `gcpo.workload`, floating-point
-operations and memory from the model's config, seconds from a device's rates.
+What a step of GCPO will cost beside one of GRPO, before anything runs. Tokens come from `gcpo.planning.workload`,
+floating-point operations and memory from the model's config, seconds from a device's rates.
 
 Left out: the optimizer's own step, rewards, padding, communication between devices, and launch overheads.
 """
@@ -9,9 +9,9 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from gcpo.architecture import Architecture
 from gcpo.config import GCPOConfig
-from gcpo.workload import Pass, tokens_by_kind
+from gcpo.planning.architecture import Architecture
+from gcpo.planning.workload import Pass, tokens_by_kind
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Multiples of a forward: the backward costs two, gradient checkpointing repeats the forward, and TRL's output layer

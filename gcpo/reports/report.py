@@ -9,10 +9,11 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from gcpo import __version__, plots
-from gcpo.diagnose import answer_about_loss, diagnose, overhead
-from gcpo.inputs import argument_errors
-from gcpo.runs import Run, read_runs
+from gcpo import __version__
+from gcpo.reports import plots
+from gcpo.reports.diagnose import answer_about_loss, diagnose, overhead
+from gcpo.training.inputs import argument_errors
+from gcpo.training.runs import Run, read_runs
 
 STYLE = """
 :root { color-scheme: light; }

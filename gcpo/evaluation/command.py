@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from gcpo.inputs import (
+from gcpo.training.inputs import (
     TaskArguments,
     argument_errors,
     check_chat_template,
@@ -78,7 +78,7 @@ def run(flags: list[str]) -> int:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from gcpo.evaluate import evaluate_pass_at_k
+        from gcpo.evaluation.evaluate import evaluate_pass_at_k
 
         if args.output is not None and not args.output.parent.is_dir():
             raise FileNotFoundError(f"`--output` must be in a folder that exists, got {str(args.output)!r}.")
@@ -128,7 +128,7 @@ def load_questions(args: argparse.Namespace) -> tuple[Any, Callable[..., list[fl
     """The rows to measure on, and what judges the completions."""
     name = args.dataset_name
     if name.startswith(BENCHMARK_PREFIX):
-        from gcpo.benchmarks import BENCHMARKS, load_benchmark, verifier
+        from gcpo.evaluation.benchmarks import BENCHMARKS, load_benchmark, verifier
 
         name = name.removeprefix(BENCHMARK_PREFIX)
         reward = None
@@ -149,7 +149,7 @@ def load_questions(args: argparse.Namespace) -> tuple[Any, Callable[..., list[fl
         if "prompt" not in columns and {"problem", "answer"} <= columns:
             from datasets import Dataset
 
-            from gcpo.benchmarks import ask_math, math_reward
+            from gcpo.evaluation.benchmarks import ask_math, math_reward
 
             asked = Dataset.from_list([ask_math(row, args.task_conversational) for row in dataset])
             if not args.reward_funcs:

@@ -22,14 +22,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from gcpo import GCPOConfig, GCPOTrainer, __version__
-from gcpo.accounting import AccountedGRPOTrainer
-from gcpo.demo_report import RewardProgress, print_table, summarize
-from gcpo.evaluate import EvalResult, evaluate_pass_at_k
-from gcpo.plots import save_overview
-from gcpo.quiet import quiet
-from gcpo.runs import Run
-from gcpo.tasks import reasoning_gym_reward, train_and_held_out
-from gcpo.tiny import TINY_TEMPLATES, save_smollm2, save_tiny, tiny_model, tiny_tokenizer, warm_start
+from gcpo.demo.table import RewardProgress, print_table, summarize
+from gcpo.demo.tiny import TINY_TEMPLATES, save_smollm2, save_tiny, tiny_model, tiny_tokenizer, warm_start
+from gcpo.evaluation.evaluate import EvalResult, evaluate_pass_at_k
+from gcpo.evaluation.tasks import reasoning_gym_reward, train_and_held_out
+from gcpo.reports.plots import save_overview
+from gcpo.training.accounting import AccountedGRPOTrainer
+from gcpo.training.quiet import quiet
+from gcpo.training.runs import Run
 
 # Options of a task with which a model is right some of the time; of other tasks, their defaults.
 TASKS: dict[str, dict[str, dict[str, Any]]] = {

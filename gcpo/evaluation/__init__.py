@@ -1,0 +1,1 @@
+"""Tasks, benchmarks and their verifiers; pass@1 and pass@k."""

@@ -1,0 +1,1 @@
+"""Forwards of the policy that read what several sequences share once: generation, scores, representations."""

@@ -1,0 +1,1 @@
+"""What a run did: its diagnosis, its plots, its page."""
