@@ -80,7 +80,7 @@ def _doctor(flags: list[str]) -> int:
 
 def _demo(flags: list[str]) -> int:
     with argument_errors():
-        from gcpo.demo.command import command as demo
+        from gcpo.demo import command as demo
 
         parser = argparse.ArgumentParser(prog="gcpo demo", description=COMMANDS["demo"][1])
         demo.add_arguments(parser)
