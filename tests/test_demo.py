@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gcpo import GCPOConfig
 from gcpo.causal.contexts import PromptBuilder
 from gcpo.demo import command as demo
-from gcpo.demo.command import table as demo_report
+from gcpo.demo import table as demo_report
 from gcpo.demo.tiny import TINY_TEMPLATES, save_smollm2, save_tiny, tiny_model, tiny_tokenizer, warm_start
 from gcpo.evaluation.tasks import reasoning_gym_dataset
 
@@ -52,7 +52,7 @@ def test_tiny_model_is_small_seeded_and_saved(tokenizer, tmp_path):
 
 
 def test_the_warm_start_shows_prompts_as_the_trainer_builds_them(tokenizer, tmp_path):
-    from gcpo.demo.command import tiny
+    from gcpo.demo import tiny
 
     class Fixed:  # every candidate as it is
         def randint(self, low, high):
