@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo demo-smollm2 test test-vllm coverage fuzz mutations lint install clean
+.PHONY: demo demo-smollm2 test test-vllm coverage fuzz mutations docs docs-links lint install clean
 
 install: $(STAMP)
 
@@ -73,6 +73,20 @@ fuzz: $(STAMP)
 # Every test of docs/mutations.md must still notice its planted mistake; writes the table.
 mutations: $(STAMP)
 	$(BIN)/python tests/mutations.py $(ARGS)
+
+# The pages of docs/ and the API reference, into runs/docs. A link that leads nowhere is an error; those to other sites are
+# tried by docs-links, which needs the network.
+DOCS_STAMP := $(VENV)/.installed-docs
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
+docs: $(DOCS_STAMP)
+	$(BIN)/sphinx-build -q -W --keep-going -d runs/docs-cache docs runs/docs
+
+docs-links: $(DOCS_STAMP)
+	$(BIN)/sphinx-build -q -b linkcheck -d runs/docs-cache docs runs/docs-links
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -204,8 +204,8 @@ def linear_gcpo_loss(
         token_ids: (B, T) or (B * T,) int64, in [0, V) where the mask is not 0.
         advantages, mask: as in `gcpo_loss`; the mask gives B and T.
         bias: (V,) float.
-        temperature, logit_scale, logit_softcap, process_group, and `weight` as a DTensor: as in `linear_logprob`.
-        Everything else: as in `gcpo_loss`.
+        temperature, logit_scale, logit_softcap, process_group: as in `linear_logprob`; a DTensor as weight, too.
+        others: as in `gcpo_loss`.
 
     Returns:
         As `gcpo_loss`, with "entropy" (nats, mean over unmasked tokens) among the metrics.
@@ -391,7 +391,7 @@ def causal_weights(
     The causal weights Upsilon (eq. 11): alpha * s(z_i, Zbar_i - Zprime_i + zbar).
 
     Zbar_i = mean_j context_z[:, i, 0, j]; Zprime_i = mean_l mean_j context_z[:, i, l, j]; zbar is the group's mean
-    (`baseline="mean"`) or that of the other candidates ("loo", NaN for n = 1). The cosine is z.t / max(|z||t|, 1e-8).
+    (`baseline="mean"`) or that of the other candidates ("loo", NaN for n = 1). The cosine is `z.t / max(|z||t|, 1e-8)`.
 
     Args:
         z: (P, n, H) float, representations of the candidates; carries gradient.
@@ -435,7 +435,7 @@ def causal_weights_from_hidden(
         hidden: (B, T, H) float with B = P * n, group-major; carries gradient, which is 0 but in the rows read.
         last_index: (B,) int64 in [0, T): each sequence's last real token. Outside: ValueError on a CPU; on other
             devices the Triton backend gives NaN for the group.
-        Everything else: as in `causal_weights`.
+        others: as in `causal_weights`.
 
     Returns:
         (P, n) weights.
