@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = (causal, common, linear, logprob, token_kernels, token_loss)
 DOCUMENT = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- begin: python -m gcpo_kernels.targets -->", "<!-- end -->"
-# What an assembler makes of a kernel is its version's: the table holds for the pinned one, and Triton 3.6's spills 8 bytes
-# of two specimens.
+# What an assembler makes of a kernel is its version's: the table holds for the pinned one, and Triton 3.6's spills 8
+# bytes of two specimens.
 PINNED = f"triton=={triton.__version__}" in (ROOT / "constraints.txt").read_text().split()
 STACK_LIMIT = 0 if PINNED else 8
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
