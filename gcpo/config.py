@@ -304,7 +304,8 @@ class GCPOConfig(GRPOConfig):
         _check_number("kl_fraction", self.kl_fraction, low=0.0, high=1.0, open_low=True)
         if self.collider_temperature is not None:
             _check_number("collider_temperature", self.collider_temperature, low=0.0, open_low=True)
-        if self.share_prompt and (self.gradient_checkpointing or self.activation_checkpointing):
+        # Older releases of transformers know it by the first name alone.
+        if self.share_prompt and (self.gradient_checkpointing or getattr(self, "activation_checkpointing", False)):
             raise ValueError(
                 "`share_prompt` must be False with `gradient_checkpointing`, whose layers drop the keys and values that"
                 " rows would share, got True. Set `gradient_checkpointing=False`."

@@ -90,9 +90,9 @@ def test_the_output_layer_is_reached_through_the_model_alone():
     """No source of the trainer reads or calls the output layer: whatever shards it (trl#5891 under ZeRO-3,
     torchtune#2507 under FSDP2) or wraps it (trl#4612) stays in charge of it."""
     touches = re.compile(r"\.lm_head\b|get_output_embeddings\(\)[.(]|full_tensor|GatheredParameters")
-    sources = {path.name: path.read_text() for path in (ROOT / "gcpo").glob("*.py")}
+    sources = {path: path.read_text() for path in (ROOT / "gcpo").rglob("*.py")}
     assert "fused_lm_head=True" in "".join(sources.values())
-    assert [name for name, text in sources.items() if touches.search(text)] == []
+    assert [path for path, text in sources.items() if touches.search(text)] == []
 
 
 @pytest.mark.hazard(5)

@@ -128,7 +128,8 @@ def test_operations_are_those_that_torch_counts() -> None:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(ids)
     scored = Pass("scoring", "", "score", rows=2, new=7, predicted=7, dense=True)
-    assert counter.get_total_flops() == pass_flops(scored, architecture, False)
+    # Before 5.19, transformers made the angles of rotary embeddings by a product of its own.
+    assert counter.get_total_flops() == pytest.approx(pass_flops(scored, architecture, False), rel=1e-4)
     trained = replace(scored, mode="train", predicted=0)
     body = pass_flops(replace(scored, predicted=0), architecture, False)
     assert pass_flops(trained, architecture, False) == 3 * body and pass_flops(trained, architecture, True) == 4 * body

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+import trl
 import yaml
 from tqdm.auto import tqdm
 
@@ -144,6 +146,8 @@ def run_study(name: str, bench: Workbench, folder: Path, quick: bool, command: s
     tables.show(title, cells, note)
     environment = {
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "trl": trl.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),

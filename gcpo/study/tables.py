@@ -126,10 +126,10 @@ def show(title: str, cells: list[list[str]], note: str) -> None:
 
 
 def write(folder: Path, name: str, title: str, cells: list[list[str]], note: str) -> None:
-    """Write NAME.csv and NAME.md."""
+    """Write NAME.csv, and NAME.md, which shows the plot beside it."""
     with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(cells)
-    lines = [f"# {title}", "", *(f"| {' | '.join(row)} |" for row in cells), "", note, ""]
+    lines = [f"# {title}", "", *(f"| {' | '.join(row)} |" for row in cells), "", note, "", f"![{name}]({name}.png)", ""]
     lines.insert(3, "|" + "---|" * len(cells[0]))
     (folder / f"{name}.md").write_text("\n".join(lines), encoding="utf-8")
 

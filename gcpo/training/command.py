@@ -305,5 +305,5 @@ def train(trainer: Any, checkpoint: str | None, announcement: str) -> int:
     if config.push_to_hub:
         trainer.push_to_hub()
         say(f"gcpo train: pushed to {trainer.hub_model_id}")
-    trainer.end()
+    trainer.accelerator.end_training()
     return 0
