@@ -15,6 +15,7 @@ from gcpo_kernels.testing import (
     assert_close_to_truth,
     assert_gradient,
     in_float64,
+    make_hidden_representations,
     make_linear_inputs,
     make_representations,
     make_token_inputs,
@@ -67,13 +68,7 @@ def cases() -> Iterator[Case]:
     yield Case("linear_logprob", of_head, ("hidden", "weight", "bias"), head)
     yield Case("selective_logprob", logits, ("logits",), {"temperature": 0.9})
     yield Case("causal_weights", representations, ("z", "context_z"))
-    z = representations["z"]
-    in_place = {
-        "hidden": z.flatten(0, 1).unsqueeze(1).repeat(1, 3, 1),
-        "last_index": torch.arange(z.shape[0] * z.shape[1]) % 3,
-        **{name: x for name, x in representations.items() if name != "z"},
-    }
-    yield Case("causal_weights_from_hidden", in_place, ("hidden", "context_z"))
+    yield Case("causal_weights_from_hidden", make_hidden_representations(hidden=72), ("hidden", "context_z"))
     yield Case("leave_one_out_mean", {"z": representations["z"]}, ("z",))
 
 

@@ -203,6 +203,14 @@ def make_representations(
     }
 
 
+def make_hidden_representations(prompts: int = 3, **sizes: Any) -> dict[str, torch.Tensor]:
+    """Arguments of `causal_weights_from_hidden`: as `make_representations`, z being one of three states of each row."""
+    inputs = make_representations(prompts, **sizes)
+    z = inputs.pop("z").flatten(0, 1)
+    hidden = torch.stack([z - 1, z, z + 1], dim=1)
+    return {"hidden": hidden, "last_index": torch.ones(len(z), dtype=torch.int64, device=z.device), **inputs}
+
+
 def in_float64(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The same arguments with floating tensors in float64: what the truth is computed from."""
     return {

@@ -1,7 +1,9 @@
 """What the repository says about itself is true: imports, paths, make targets and commands that its texts name."""
 
 import ast
+import functools
 import importlib.util
+import inspect
 import io
 import re
 import shlex
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import gcpo_kernels
 from gcpo import cli
 from gcpo.evaluation.command import eval_parser
 
@@ -102,6 +105,7 @@ def unknown_flags(command: str) -> list[str]:
     return [flag for flag in given if flag not in known]
 
 
+@functools.cache  # a process for each command whose flags are asked for
 def known_flags(command: str) -> set[str]:
     if command == "train":
         from accelerate.commands.launch import launch_command_parser
@@ -144,6 +148,26 @@ print(gcpo_kernels.available_backends("cpu"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "('torch',)"
+
+
+def test_every_public_function_is_met() -> None:
+    """A function that is exported is documented, and is among what the tests of every function go through."""
+    functions = {name: getattr(gcpo_kernels, name) for name in gcpo_kernels.__all__ if name != "available_backends"}
+    with_backend = {name for name, function in functions.items() if "backend" in inspect.signature(function).parameters}
+    places = {
+        "README.md": set(functions),
+        "docs/api/gcpo_kernels.md": set(functions),
+        "tests/fuzz_cases.py": set(functions) - {"causal_weights_from_hidden"},  # the same kernel, other rows
+        "tests/test_layout.py": with_backend,
+        "tests/test_transforms.py": with_backend,
+        "tests/gpu/test_gpu_budget.py": with_backend,
+        "tests/triton/*.py": with_backend,
+        "gcpo/doctor.py": with_backend,
+    }
+    assert len(with_backend) == 7
+    for place, wanted in places.items():
+        text = "".join(read(path) for path in ROOT.glob(place))
+        assert {name for name in wanted if not re.search(rf"\b{name}\b", text)} == set(), place
 
 
 def test_paths_named_in_texts_exist() -> None:

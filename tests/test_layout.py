@@ -8,7 +8,13 @@ import pytest
 import torch
 
 import gcpo_kernels
-from gcpo_kernels.testing import make_linear_inputs, make_representations, make_token_inputs, with_gradients
+from gcpo_kernels.testing import (
+    make_hidden_representations,
+    make_linear_inputs,
+    make_representations,
+    make_token_inputs,
+    with_gradients,
+)
 
 OPTIONS = {"beta": 0.04, "kappa": 0.06}
 
@@ -46,6 +52,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]], dict[st
         {"return_entropy": True},
     ),
     "causal_weights": (gcpo_kernels.causal_weights, make_representations, {}),
+    "causal_weights_from_hidden": (gcpo_kernels.causal_weights_from_hidden, make_hidden_representations, {}),
     "leave_one_out_mean": (gcpo_kernels.leave_one_out_mean, lambda: {"z": make_representations()["z"]}, {}),
 }
 DIFFERENTIABLE = ("logp", "hidden", "weight", "bias", "causal_logp", "logits", "z", "context_z")
@@ -78,7 +85,7 @@ def test_strides(name: str, layout: Callable[[torch.Tensor], torch.Tensor]) -> N
 
 
 @pytest.mark.hazard(13)
-@pytest.mark.parametrize("name", ["linear_logprob", "selective_logprob", "causal_weights", "leave_one_out_mean"])
+@pytest.mark.parametrize("name", [name for name in CALLS if "loss" not in name])
 @pytest.mark.parametrize("layout", [transposed, sliced, expanded])
 def test_strides_of_upstream_gradients(name: str, layout: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Seen in verl#6960."""

@@ -11,7 +11,13 @@ from torch.utils.checkpoint import checkpoint
 import gcpo_kernels
 from gcpo_kernels import ops, reference
 from gcpo_kernels.options import LossOptions
-from gcpo_kernels.testing import make_linear_inputs, make_representations, make_token_inputs, with_gradients
+from gcpo_kernels.testing import (
+    make_hidden_representations,
+    make_linear_inputs,
+    make_representations,
+    make_token_inputs,
+    with_gradients,
+)
 
 OPTIONS = {"beta": 0.04, "kappa": 0.06, "delta": 1.5}
 HEAD = {"temperature": 0.9, "logit_softcap": 4.0}
@@ -50,6 +56,14 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[..., dict[str, Any]]]] = {
     "linear_logprob": (lambda **k: gcpo_kernels.linear_logprob(**k, **HEAD, return_entropy=True), linear),
     "selective_logprob": (lambda **k: gcpo_kernels.selective_logprob(**k, return_entropy=True), selective),
     "causal_weights": (lambda **k: (gcpo_kernels.causal_weights(**k, baseline="loo"),), make_representations),
+    "causal_weights_from_hidden": (
+        lambda **k: (gcpo_kernels.causal_weights_from_hidden(**k),),
+        make_hidden_representations,
+    ),
+    "leave_one_out_mean": (
+        lambda z: (gcpo_kernels.leave_one_out_mean(z),),
+        lambda **sizes: {"z": make_representations(**sizes)["z"]},
+    ),
 }
 
 
@@ -77,7 +91,7 @@ def test_compiled_whole(name: str, fresh_compiler: None) -> None:
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     first = make()
     assert_same(results(compiled, first), results(function, first))
-    sizes = {"prompts": 5} if name == "causal_weights" else {"tokens": 9}
+    sizes = {"prompts": 5} if name.startswith(("causal_weights", "leave_one_out")) else {"tokens": 9}
     second = make(**sizes)
     assert_same(results(compiled, second), results(function, second))
     with torch.compiler.set_stance("fail_on_recompile"):
