@@ -1,6 +1,7 @@
 """What the repository says about itself is true: imports, paths, make targets and commands that its texts name."""
 
 import ast
+import contextlib
 import functools
 import importlib.util
 import inspect
@@ -105,7 +106,7 @@ def unknown_flags(command: str) -> list[str]:
     return [flag for flag in given if flag not in known]
 
 
-@functools.cache  # a process for each command whose flags are asked for
+@functools.cache
 def known_flags(command: str) -> set[str]:
     if command == "train":
         from accelerate.commands.launch import launch_command_parser
@@ -116,8 +117,9 @@ def known_flags(command: str) -> set[str]:
         return launch | set(make_parser()._option_string_actions)
     if command == "eval":
         return set(eval_parser()._option_string_actions)
-    shown = subprocess.run([sys.executable, "-m", "gcpo.cli", command, "--help"], capture_output=True, text=True)
-    return set(re.findall(r"--[\w-]+", shown.stdout))
+    with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
+        cli.main([command, "--help"])
+    return set(re.findall(r"--[\w-]+", shown.getvalue()))
 
 
 def test_kernels_import_nothing_but_torch_and_triton() -> None:
