@@ -119,8 +119,14 @@ def check(case: Case) -> None:
         compare(key, got, want, near, arguments, unit)
 
 
-def unit_of(key: str, case: Case, arguments: dict[str, Any]) -> float:
+def unit_of(key: str, case: Case, arguments: dict[str, Any]) -> float | torch.Tensor:
     """The size of a term before others are taken from it: expm1(d) - d knows d, not d * d / 2, to a rounding."""
+    if case.function == "causal_reference_logprob" and key == "value":
+        # p' is a difference of probabilities, and known to a rounding of the largest of them.
+        exact = in_float64({name: arguments[name] for name in ("query_logp", "context_logp")})
+        largest = torch.maximum(exact["query_logp"], exact["context_logp"].amax(dim=-1))
+        log_proj = reference.causal_reference_logprob(**exact, **case.options)
+        return (largest - log_proj).exp().nan_to_num(nan=1.0, posinf=1.0).clamp(min=1.0)
     if not key.startswith("d ") and key != "loss":
         return 1.0
     if case.function == "causal_weights":  # z / (|z||t|) - cosine z / |z|^2 may cancel
@@ -134,7 +140,12 @@ def unit_of(key: str, case: Case, arguments: dict[str, Any]) -> float:
 
 
 def compare(
-    key: str, got: torch.Tensor, want: torch.Tensor, around: list[torch.Tensor], arguments: dict[str, Any], unit: float
+    key: str,
+    got: torch.Tensor,
+    want: torch.Tensor,
+    around: list[torch.Tensor],
+    arguments: dict[str, Any],
+    unit: float | torch.Tensor,
 ) -> None:
     assert got.shape == want.shape, f"{key}: shape {tuple(got.shape)}, wanted {tuple(want.shape)}"
     given = arguments.get(key.removeprefix("d "))

@@ -170,6 +170,15 @@ def test_projection_keeps_relative_precision(scale: float) -> None:
     torch.testing.assert_close(ours[kept].double(), truth[kept], rtol=1e-6, atol=1e-6)
 
 
+def test_a_projection_that_cancels_is_known_to_a_rounding_of_its_terms() -> None:
+    """Contexts nearly certain of a token, and nearly agreeing, of which the query thinks little: p' is a difference."""
+    query, contexts = torch.tensor([[-20.0]]), torch.tensor([[[-1e-4, -1e-3, -1e-4]]])
+    ours = gcpo_kernels.causal_reference_logprob(query, contexts).double().exp()
+    truth = gcpo_kernels.causal_reference_logprob(query.double(), contexts.double()).exp()
+    assert 2.9e-4 < truth < 3.1e-4
+    assert abs(ours - truth) < 2 * torch.finfo(torch.float32).eps
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_one_context_is_the_query(dtype: torch.dtype) -> None:
     """With L = 1 the first two terms cancel: log p' is query_logp."""
