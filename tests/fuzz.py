@@ -130,7 +130,8 @@ def unit_of(key: str, case: Case, arguments: dict[str, Any]) -> float | torch.Te
     if not key.startswith("d ") and key != "loss":
         return 1.0
     if case.function == "causal_weights":  # z / (|z||t|) - cosine z / |z|^2 may cancel
-        norms = torch.stack([arguments[name].double().norm(dim=-1).flatten().min() for name in ("z", "context_z")])
+        both = (arguments[name].double().norm(dim=-1).flatten() for name in ("z", "context_z"))
+        norms = torch.stack([norm.nan_to_num(nan=math.inf, posinf=math.inf).min() for norm in both])
         return abs(case.upstream * case.options["alpha"]) * max(1.0, 4.0 / max(norms.min().item(), 1e-30))
     if "mask" not in arguments:
         return abs(case.upstream)
