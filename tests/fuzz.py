@@ -92,7 +92,7 @@ def check(case: Case) -> None:
     assert truth.error is None, f"the reference raised {truth.error}"
     if case.options.get("similarity") == "euclidean":
         cosine = reference.causal_weights(**exact, **(case.options | {"similarity": "cosine", "alpha": 1.0}))
-        if bool((cosine > 0.999).any()):
+        if bool((cosine > 0.99).any()):
             return  # 1 / (1 + sqrt(2 - 2c)) is vertical at c = 1: a rounding of c is any gradient
     generator = torch.Generator().manual_seed(case.seed)
     around = [call(naive, moved(exact, generator), case).values for _ in range(DRAWS)]
