@@ -540,4 +540,4 @@ def causal_weights_from_hidden(
 ) -> torch.Tensor:
     """`causal_weights` of row `last_index[i]` of each sequence's hidden states."""
     rows = hidden[torch.arange(len(last_index), device=hidden.device), last_index]
-    return causal_weights(rows.view(*context_z.shape[:2], -1), context_z, **options)
+    return causal_weights(rows.unflatten(0, context_z.shape[:2]), context_z, **options)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import hypothesis
 import torch
-from fuzz_cases import LEAVES, OPTIONS_ONLY, Case, build, cases, snippet
+from fuzz_cases import LEAVES, OPTIONS_ONLY, WEIGHTS, Case, build, cases, snippet
 
 import gcpo_kernels
 from gcpo_kernels import reference
@@ -91,7 +91,7 @@ def check(case: Case) -> None:
     truth = call(naive, exact, case)
     assert truth.error is None, f"the reference raised {truth.error}"
     if case.options.get("similarity") == "euclidean":
-        cosine = reference.causal_weights(**exact, **(case.options | {"similarity": "cosine", "alpha": 1.0}))
+        cosine = naive(**exact, **(case.options | {"similarity": "cosine", "alpha": 1.0}))
         if bool((cosine > 0.999).any()):
             return  # 1 / (1 + sqrt(2 - 2c)) is vertical at c = 1: a rounding of c is any gradient
     generator = torch.Generator().manual_seed(case.seed)
@@ -129,20 +129,48 @@ def unit_of(key: str, case: Case, arguments: dict[str, Any]) -> float | torch.Te
         return (largest - log_proj).exp().nan_to_num(nan=1.0, posinf=1.0).clamp(min=1.0)
     if not key.startswith("d ") and key != "loss":
         return 1.0
-    if case.function == "causal_weights":  # z / (|z||t|) - cosine z / |z|^2 may cancel
-        both = (arguments[name].double().norm(dim=-1).flatten() for name in ("z", "context_z"))
+    if case.function in WEIGHTS:  # z / (|z||t|) - cosine z / |z|^2 may cancel
+        if case.function == "causal_weights":
+            z = arguments["z"]
+        else:
+            last = arguments["last_index"]
+            z = arguments["hidden"][torch.arange(len(last)), last]
+        both = (x.double().norm(dim=-1).flatten() for x in (z, arguments["context_z"]))
         norms = torch.stack([norm.nan_to_num(nan=math.inf, posinf=math.inf).min() for norm in both])
         unit = abs(case.upstream * case.options["alpha"]) * max(1.0, 4.0 / max(norms.min().item(), 1e-30))
         if case.options["similarity"] == "euclidean":  # 1 - c, which is divided by, is known to a rounding of 1
             options = case.options | {"similarity": "cosine", "alpha": 1.0}
-            closest = reference.causal_weights(**in_float64(arguments), **options).nan_to_num(nan=-1.0).max().item()
+            naive = getattr(reference, case.function)
+            closest = naive(**in_float64(arguments), **options).nan_to_num(nan=-1.0).max().item()
             unit *= max(1.0, 0.5 / (1.0 - closest))
         return unit
     if "mask" not in arguments:
-        return abs(case.upstream)
+        return abs(case.upstream) + rounded_operands(key, case, arguments)
     options = LossOptions(**{key: x for key, x in case.options.items() if key in LossOptions.__dataclass_fields__})
     weights = reference.token_weights(arguments["mask"], options, torch.float64)
-    return weights.sum().item() * (1.0 if key == "loss" else abs(case.upstream))
+    unit = weights.sum().item() * (1.0 if key == "loss" else abs(case.upstream))
+    return unit + rounded_operands(key, case, arguments)
+
+
+def rounded_operands(key: str, case: Case, arguments: dict[str, Any]) -> float | torch.Tensor:
+    """
+    Triton takes the gradient in the logits, D, as an operand of the products, rounded to float16 where those are:
+    D @ weight, D^T @ hidden and D^T @ 1 are known to such a rounding of their terms, however much of those cancels.
+    """
+    if key not in ("d hidden", "d weight", "d bias") or case.backend != "triton" or set(case.dtypes) != {"float16"}:
+        return 0.0
+    exact = in_float64(arguments)
+    hidden, weight = exact["hidden"], exact["weight"]
+    logits = exact | {"hidden": hidden @ weight.T, "weight": torch.eye(len(weight), dtype=torch.float64)}
+    d = call(getattr(reference, case.function), logits, case).values.get("d hidden")
+    if d is None or not d.numel():
+        return 0.0
+    half = torch.finfo(torch.float16)
+    d = d.nan_to_num(posinf=0.0, neginf=0.0).abs()
+    d = d + half.tiny * d.amax()  # scaled by the largest: what lies below the normal numbers is coarser
+    rows, states = d.flatten(0, -2), hidden.nan_to_num().abs().flatten(0, -2)
+    terms = {"d hidden": d @ weight.abs(), "d weight": rows.T @ states, "d bias": rows.sum(dim=0)}[key]
+    return terms * (half.eps / (4 * EPS))
 
 
 def compare(
@@ -169,7 +197,8 @@ def compare(
     allowed = allowed + torch.finfo(got.dtype).tiny * (1.0 if got.dtype != torch.float16 else 2.0**-10) + 1e-30
     # In a tensor that holds numbers beyond float32, sums over them are lost; elsewhere everything finite must be.
     overflow = bool((~torch.isfinite(want) | (want.abs() >= largest)).any())
-    error = (got.double() - want).abs()
+    # An infinity is what the type makes of a number beyond it: as wrong as the largest that it holds, and no more.
+    error = (got.double().clamp(-torch.finfo(got.dtype).max, torch.finfo(got.dtype).max) - want).abs()
     wrong = usable & ~(error <= allowed)
     if overflow:
         wrong = wrong & torch.isfinite(got) & (allowed < 1e-3 * size)

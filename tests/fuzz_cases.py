@@ -8,12 +8,18 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from gcpo_kernels.testing import make_linear_inputs, make_representations, make_token_inputs
+from gcpo_kernels.testing import (
+    make_hidden_representations,
+    make_linear_inputs,
+    make_representations,
+    make_token_inputs,
+)
 
 INF, NAN = math.inf, math.nan
 LEAVES = ("logp", "hidden", "weight", "bias", "causal_logp", "logits", "z", "context_z")
 OPTIONS_ONLY = ("group_advantages", "causal_reference_logprob")  # functions without backends
 LOSSES = ("gcpo_loss", "linear_gcpo_loss")
+WEIGHTS = ("causal_weights", "causal_weights_from_hidden")
 SCORES = ("old_logp", "ref_logp", "query_logp", "causal_logp", "importance_sampling_ratio", "context_weights")
 
 # Values that are put at single places, by argument.
@@ -44,7 +50,7 @@ LOSS_OPTIONS: dict[str, tuple[Any, ...]] = {
     "importance_sampling_level": ("token", "sequence"),
     "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo"),
     "max_completion_length": (7, 1, 4096),
-    "num_items_in_batch": (None, 0, 1, 11, 0.5, 1e6),
+    "num_items_in_batch": (None, 0, 1, 11, 0.5, 1e6, torch.tensor(11), torch.tensor(0.0)),
     "proj_floor": (1e-6, 1e-30, 0.02, 0.5),
 }
 HEAD_OPTIONS: dict[str, tuple[Any, ...]] = {
@@ -52,16 +58,18 @@ HEAD_OPTIONS: dict[str, tuple[Any, ...]] = {
     "logit_scale": (1.0, -0.5, 0.1, 4.0),
     "logit_softcap": (None, 2.0, 30.0),
 }
+WEIGHTS_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "alpha": (2.0, 0.0, -3.0),
+    "baseline": ("mean", "loo"),
+    "similarity": ("cosine", "gaussian", "euclidean"),
+}
 OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
     "gcpo_loss": LOSS_OPTIONS,
     "linear_gcpo_loss": LOSS_OPTIONS | HEAD_OPTIONS,
     "linear_logprob": HEAD_OPTIONS | {"return_entropy": (False, True)},
     "selective_logprob": {"temperature": HEAD_OPTIONS["temperature"], "return_entropy": (False, True)},
-    "causal_weights": {
-        "alpha": (2.0, 0.0, -3.0),
-        "baseline": ("mean", "loo"),
-        "similarity": ("cosine", "gaussian", "euclidean"),
-    },
+    "causal_weights": WEIGHTS_OPTIONS,
+    "causal_weights_from_hidden": WEIGHTS_OPTIONS,
     "leave_one_out_mean": {},
     "group_advantages": {"scale": ("group", "batch", "none"), "eps": (1e-4, 1e-2)},
     "causal_reference_logprob": {"proj_floor": LOSS_OPTIONS["proj_floor"]},
@@ -121,7 +129,9 @@ def cases(draw: st.DrawFn, backend: str) -> Case:
     function = draw(st.sampled_from(list(OPTIONS)))
     small, tiny = st.integers(0, 6), st.integers(1, 4)
     sizes = {
-        "causal_weights": (draw(st.integers(0, 3)), draw(st.integers(2, 5)), draw(tiny), draw(tiny), draw(small) + 1),
+        **dict.fromkeys(
+            WEIGHTS, (draw(st.integers(0, 3)), draw(st.integers(2, 5)), draw(tiny), draw(tiny), draw(small) + 1)
+        ),
         "leave_one_out_mean": (draw(st.integers(0, 3)), draw(st.integers(2, 5)), 1, 1, draw(small) + 1),
         "group_advantages": (draw(small), draw(tiny)),
     }.get(function, (draw(st.integers(0, 4)), draw(small), draw(tiny)))
@@ -140,7 +150,7 @@ def cases(draw: st.DrawFn, backend: str) -> Case:
         options["beta"] = 0.0
     if function in ("linear_gcpo_loss", "linear_logprob") and draw(st.booleans()):
         absent = (*absent, "bias")
-    if function == "causal_weights" and draw(st.booleans()):
+    if function in WEIGHTS and draw(st.booleans()):
         absent = (*absent, "context_mask")
     case = Case(
         function,
@@ -181,6 +191,12 @@ def _drawn(case: Case) -> dict[str, Any]:
     if case.function in ("causal_weights", "leave_one_out_mean"):
         inputs = make_representations(*case.sizes, dtype=narrow, seed=case.seed)
         return {"z": inputs["z"]} if case.function == "leave_one_out_mean" else dict(inputs)
+    if case.function == "causal_weights_from_hidden":
+        prompts, group, contexts, samples, hidden = case.sizes
+        sizes = {"group": group, "contexts": contexts, "samples": samples, "hidden": hidden}
+        inputs = make_hidden_representations(prompts, **sizes, dtype=narrow, seed=case.seed)
+        generator = torch.Generator().manual_seed(case.seed)
+        return inputs | {"last_index": torch.randint(3, (prompts * group,), generator=generator)}
     batch, tokens, contexts = case.sizes[:3]
     if case.function in ("gcpo_loss", "causal_reference_logprob"):
         inputs = make_token_inputs(batch, tokens, contexts, seed=case.seed, masked=case.masked)

@@ -45,3 +45,11 @@ def test_bad_input(changed, message):
     arguments = {"hidden": hidden, "last_index": last, "context_z": context_z, **changed}
     with pytest.raises((ValueError, TypeError), match=message):
         causal_weights_from_hidden(**arguments)
+
+
+def test_no_prompts():
+    hidden, last, context_z = inputs()
+    out = causal_weights_from_hidden(hidden[:0], last[:0], context_z[:0])
+    assert out.shape == (0, 3)
+    grads = torch.autograd.grad(out.sum(), (hidden, context_z))
+    assert not any(g.any() for g in grads)

@@ -265,6 +265,39 @@ def test_on_policy_loss_is_minus_the_advantage() -> None:
     assert not any(metrics.values())
 
 
+def test_clipped_tokens_count_whatever_their_correction() -> None:
+    """The sampler's correction scales a token's loss, to nothing at 0: whether it is clipped is not its business."""
+    logp, advantages = torch.tensor([[1.0, 95.0, -1.0]] * 2).requires_grad_(), torch.tensor([1.0, -1.0])
+    for correction in (1.0, 0.0):
+        for delta in (None, 1.5):
+            loss, metrics = gcpo_kernels.gcpo_loss(
+                logp,
+                advantages,
+                torch.ones(2, 3),
+                old_logp=torch.zeros(2, 3),
+                importance_sampling_ratio=torch.full((2, 3), correction),
+                delta=delta,
+            )
+            assert metrics["clip_high"].item() == pytest.approx(2 / 6)
+            assert metrics["clip_low"].item() == pytest.approx(1 / 6)
+    assert loss == 0
+    loss.backward()
+    assert logp.grad is not None and not logp.grad.any()
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_on_policy_ratios_hide_nothing(level: str) -> None:
+    """Without old_logp the ratio is 1, but not that of a NaN."""
+    logp = torch.full((2, 3), -1.0)
+    logp[1, 1] = NAN
+    losses = [
+        gcpo_kernels.gcpo_loss(row[None], torch.ones(1), torch.ones(1, 3), importance_sampling_level=level)[0]
+        for row in logp
+    ]
+    assert losses[0] == -1
+    assert losses[1].isnan()
+
+
 @pytest.mark.parametrize("name", ["z", "context_z"])
 def test_causal_weights_hide_nothing(name: str) -> None:
     """NaN and inf come out as NaN for the prompt they are in, and for no other; a zero vector gives 0."""
@@ -274,6 +307,13 @@ def test_causal_weights_hide_nothing(name: str) -> None:
         out = gcpo_kernels.causal_weights(**inputs)
         assert torch.isfinite(out[0]).all()
         assert out[1, 0].isnan()
+        # A sample that cancels against itself is there all the same; one that is masked is not.
+        for mask in (None, torch.ones(2, 3, 1, 2), torch.tensor([1.0, 0.0]).expand(2, 3, 1, 2)):
+            only = {**inputs, "context_z": inputs["context_z"][:, :, :1]}
+            assert gcpo_kernels.causal_weights(**only, context_mask=mask)[1, 0].isnan()
+        if name == "context_z":
+            no_first = torch.tensor([[0.0], [1.0]]).expand(2, 3, 2, 2)
+            assert torch.isfinite(gcpo_kernels.causal_weights(**inputs, context_mask=no_first)).all()
     z = torch.randn(2, 3, 4)
     z[0, 1] = 0
     out = gcpo_kernels.causal_weights(z.requires_grad_(), torch.randn(2, 3, 2, 2, 4))

@@ -6,6 +6,7 @@ Zbar_i - Zprime_i is linear in the context samples: sample (l, j) has the coeffi
 which without a mask is ([l = 0] - 1 / L) / m. Forward and backward are sums with these.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -63,9 +64,9 @@ def _target(
         at = ctx_ptr + l * stride_ctx_l + (s % m) * stride_ctx_m
         if HAS_MASK:
             c = tl.load(coefficients_ptr + row * (L * m) + s)
-            # A coefficient of 0 may belong to a sample that is not there: it is not read.
-            there = inside & (tl.zeros(h.shape, tl.float32) + c != 0.0)
-            t += c * tl.load(at + h * stride_ctx_h, mask=there, other=0.0).to(tl.float32)
+            # NaN marks a sample that is not there: it is not read. One with a coefficient of 0 is: it may be NaN.
+            there = inside & (tl.zeros(h.shape, tl.float32) + c == c)
+            t += tl.where(c == c, c, 0.0) * tl.load(at + h * stride_ctx_h, mask=there, other=0.0).to(tl.float32)
         else:
             c = (tl.where(l == 0, 1.0, 0.0) - 1.0 / L.to(tl.float32)) / m.to(tl.float32)
             t += c * tl.load(at + h * stride_ctx_h, mask=inside, other=0.0).to(tl.float32)
@@ -253,7 +254,7 @@ def causal_weights_backward_kernel(
                         else:
                             c = (tl.where(s // m == 0, 1.0, 0.0) - 1.0 / L.to(tl.float32)) / m.to(tl.float32)
                         at = d_ctx_ptr + (row * (L * m) + s) * H + h
-                        d = tl.where(c != 0.0, c * d_target, 0.0)
+                        d = tl.where(c == c, c * d_target, 0.0)
                         tl.store(at, d.to(d_ctx_ptr.dtype.element_ty), mask=inside)
             else:
                 pull = tl.where(floored, 0.0, cosine / tl.where(z2 > 0.0, z2, 1.0))
@@ -295,15 +296,15 @@ def block_h(hidden: int) -> int:
 
 
 def coefficients(context_mask: torch.Tensor) -> torch.Tensor:
-    """Each sample's coefficient in Zbar_i - Zprime_i, (P * n, L * m) float32, from (P, n, L, m)."""
+    """Each sample's coefficient in Zbar_i - Zprime_i, (P * n, L * m) float32, from (P, n, L, m); NaN: not there."""
     keep = context_mask.bool()
     count = keep.sum(dim=3)  # (P, n, L)
     filled = (count > 0).sum(dim=2)  # (P, n)
     first = torch.zeros_like(count)
     first[:, :, 0] = 1
     c = first - 1.0 / filled.clamp(min=1).unsqueeze(-1)
-    c = torch.where((count[:, :, :1] > 0), c / count.clamp(min=1), 0.0)
-    return torch.where(keep, c.unsqueeze(-1), 0.0).flatten(0, 1).flatten(1).to(torch.float32).contiguous()
+    c = torch.where((count[:, :, :1] > 0), c / count.clamp(min=1), math.nan)
+    return torch.where(keep, c.unsqueeze(-1), math.nan).flatten(0, 1).flatten(1).to(torch.float32).contiguous()
 
 
 class CausalArguments(NamedTuple):

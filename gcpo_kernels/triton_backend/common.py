@@ -58,7 +58,8 @@ def token_objective(
     bounded = at_most(log_ratio, LARGEST_LOG)
     if not HAS_DELTA:
         bounded = tl.where(advantage < 0.0, log_ratio, bounded)
-    bounded = tl.where(is_ratio == 0.0, at_most(log_ratio, 0.0), bounded)
+    # Times 0 in the loss, where R * A must be finite for that, but large enough for the metrics to count it as clipped.
+    bounded = tl.where(is_ratio == 0.0, at_most(log_ratio, 40.0), bounded)
     ratio = tl.exp(bounded)
     low = 1.0 - epsilon_low
     high = 1.0 + epsilon_high

@@ -21,10 +21,16 @@ _LOWEST = tl.constexpr(-1.0e30)
 
 @triton.jit
 def _tanh(x):
+    """tanh and its slope."""
     # exp of a negative argument only: no overflow at either end.
     e = tl.exp(-2.0 * tl.abs(x))
-    y = (1.0 - e) / (1.0 + e)
-    return tl.where(x < 0, -y, tl.where(x >= 0, y, x))
+    r = 1.0 / (1.0 + e)
+    y = (1.0 - e) * r
+    y = tl.where(x < 0, -y, tl.where(x >= 0, y, x))
+    # 1 - e loses its digits as x goes to 0: its series, to 1e-8 of it. 1 - y * y would as y goes to 1.
+    x2 = x * x
+    y = tl.where(x2 < 0.0225, x - x * x2 * (1.0 / 3 - x2 * (2.0 / 15 - x2 * (17.0 / 315))), y)
+    return y, 4.0 * e * r * r
 
 
 @triton.jit
@@ -33,8 +39,7 @@ def _logit(u, scale, softcap, inverse_temperature, HAS_SOFTCAP: tl.constexpr):
     z = u * scale
     slope = tl.full(z.shape, 1.0, tl.float32)
     if HAS_SOFTCAP:
-        y = _tanh(z / softcap)
-        slope = 1.0 - y * y
+        y, slope = _tanh(z / softcap)
         z = softcap * y
     return z * inverse_temperature, slope
 

@@ -113,14 +113,16 @@ def token_loss_kernel(
     contexts = L.to(tl.int64)
 
     sequence_log_ratio = 0.0
-    if BY_SEQUENCE and HAS_OLD:
+    if BY_SEQUENCE:
         ratio_sum = tl.zeros([BLOCK_T], tl.float32)
         ratio_count = tl.zeros([BLOCK_T], tl.float32)
         for t0 in range(start, end, BLOCK_T):
             t = t0 + block  # [BLOCK_T]
             keep = tl.load(mask_ptr + t * stride_mask_t, mask=t < end, other=0) != 0
             logp = tl.load(logp_ptr + t * stride_logp_t, mask=keep, other=0.0).to(tl.float32)
-            old = tl.load(old_ptr + t * stride_old_t, mask=keep, other=0.0).to(tl.float32)
+            old = logp  # its difference is 0, or NaN where logp is: a constant would hide that
+            if HAS_OLD:
+                old = tl.load(old_ptr + t * stride_old_t, mask=keep, other=0.0).to(tl.float32)
             ratio_sum += logp - old
             ratio_count += keep.to(tl.float32)
         sequence_log_ratio = tl.sum(ratio_sum) / tl.maximum(tl.sum(ratio_count), 1.0)

@@ -192,6 +192,27 @@ def test_ratios_at_their_ends(delta: float | None, level: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7, equal_nan=True)
 
 
+@pytest.mark.parametrize("largest", [1e-4, 12.0])
+def test_a_softcap_keeps_its_digits(largest: float) -> None:
+    """
+    Small logits are divided by a small temperature; where tanh is almost 1 its slope is small, but what it is
+    multiplied by may be large: 1 - exp(-2x) has no digits left at one end, 1 - tanh(x)^2 at the other.
+    """
+    logits = torch.linspace(0.0, largest, 8)
+    options: dict[str, Any] = {"logit_softcap": 1.0, "temperature": min(largest, 1.0)}
+    leaves = [x.requires_grad_() for x in (logits.clone(), logits.double())]
+    logps = []
+    for module, bias in zip((gcpo_kernels, reference), leaves, strict=True):
+        zero = torch.zeros(1, 1, dtype=bias.dtype)
+        out = module.linear_logprob(zero, zero.expand(8, 1), torch.tensor([7]), bias=bias, **options)
+        out.sum().backward()
+        logps.append(out.detach())
+    torch.testing.assert_close(logps[0].double(), logps[1], rtol=1e-6, atol=0.0)
+    ours, truth = (x.grad for x in leaves)
+    assert ours is not None and truth is not None
+    torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=0.0)
+
+
 @pytest.mark.parametrize("step", [1e-2, 1e-3, 1e-4])
 def test_kl_of_almost_equal_policies(step: float) -> None:
     """k3 of a small difference keeps its digits on the way into the metrics: exp(d) - d - 1 would lose them."""
