@@ -1,9 +1,8 @@
 """Fixtures shared by all tests, and the skipping of tests whose device is absent."""
 
 import pytest
+import small_tiles as small
 import torch
-
-from gcpo_kernels import torch_backend
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -17,11 +16,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of three tokens, blocks of one or two rows, slices of eight rows of the vocabulary."""
-    monkeypatch.setattr(torch_backend, "_TILE_BYTES", {"cpu": 0, "other": 0})
-    monkeypatch.setattr(torch_backend, "_MIN_TILE_ROWS", {"cpu": 3, "other": 3})
-    monkeypatch.setattr(torch_backend, "_BLOCK_ELEMENTS", {"cpu": 80, "other": 80})
-    monkeypatch.setattr(torch_backend, "_WIDEN_ROWS", 8)
+    """Several tiles, blocks and slices of the smallest inputs."""
+    small.apply(monkeypatch, small.SETTINGS["torch"])
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import small_tiles
 import torch
 from hypothesis import strategies as st
 
@@ -93,6 +94,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     upstream: float = 1.0
     invalid: tuple[str, str] | None = None  # (argument, what is wrong with it)
+    small_tiles: bool = False
 
 
 def transposed(x: torch.Tensor) -> torch.Tensor:
@@ -165,9 +167,10 @@ def cases(draw: st.DrawFn, backend: str) -> Case:
     )
     names = [key for key, x in build(case).items() if isinstance(x, torch.Tensor)]
     forms = draw(st.lists(st.tuples(st.sampled_from(names), st.sampled_from([*LAYOUTS, "other shape"])), max_size=4))
-    special = [name for name in names if name in EXTREMES]
+    extreme = EXTREMES | ({"hidden": EXTREMES["z"]} if function in WEIGHTS else {})
+    special = [name for name in names if name in extreme]
     place = st.sampled_from(special).flatmap(
-        lambda name: st.tuples(st.just(name), st.integers(0, 40), st.sampled_from(EXTREMES[name]))
+        lambda name: st.tuples(st.just(name), st.integers(0, 40), st.sampled_from(extreme[name]))
     )
     extremes = draw(st.lists(place, max_size=5))
     invalid = None
@@ -178,7 +181,8 @@ def cases(draw: st.DrawFn, backend: str) -> Case:
         named = named or [key for key in options if key not in ("return_entropy",)]
         if named:
             invalid = (draw(st.sampled_from(named)), what)
-    return Case(**(vars(case) | {"forms": tuple(forms), "extremes": tuple(extremes), "invalid": invalid}))
+    drawn = {"forms": tuple(forms), "extremes": tuple(extremes), "invalid": invalid, "small_tiles": draw(st.booleans())}
+    return Case(**(vars(case) | drawn))
 
 
 def _drawn(case: Case) -> dict[str, Any]:
@@ -250,6 +254,11 @@ def build(case: Case) -> dict[str, Any]:
     return arguments
 
 
+def tiles(case: Case) -> tuple[dict[str, dict[str, str]], ...]:
+    """Settings of its small tiles, as `small_tiles` takes them."""
+    return small_tiles.SETTINGS[case.backend], small_tiles.BLOCKS[case.backend]
+
+
 def literal(x: Any) -> str:
     """Python that makes an equal value; a tensor's layout by strides over its storage."""
     if not isinstance(x, torch.Tensor):
@@ -274,6 +283,8 @@ def snippet(case: Case) -> str:
         "NAN, INF = float('nan'), float('inf')",
         "",
     ]
+    if case.small_tiles:
+        lines += [*small_tiles.source(*tiles(case)), ""]
     made = {key: literal(x) for key, x in arguments.items()}
     if any("with_strides" in text for text in made.values()):
         lines += [

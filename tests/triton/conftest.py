@@ -12,11 +12,11 @@ from typing import Any
 
 import grid
 import pytest
+import small_tiles as small
 import torch
 import triton
 
 from gcpo_kernels import backends, testing
-from gcpo_kernels.triton_backend import linear, logprob
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HERE = Path(__file__).parent
@@ -80,12 +80,8 @@ def _poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of three tokens, slices of two rows by eight columns, blocks of sixteen columns."""
-    monkeypatch.setattr(linear, "_TILE_BYTES", 0)
-    monkeypatch.setattr(linear, "_MIN_ROWS", 3)
-    monkeypatch.setattr(linear, "_SLICE_ROWS", 2)
-    monkeypatch.setattr(linear, "_SLICE_VOCAB", 8)
-    monkeypatch.setattr(logprob, "block_v", lambda vocab: 16)
+    """Several tiles, slices and blocks of the smallest inputs."""
+    small.apply(monkeypatch, small.SETTINGS["triton"])
 
 
 @pytest.fixture

@@ -1,0 +1,60 @@
+"""
+Settings that cut the smallest inputs into several tiles, slices and blocks, as the sizes of a real model would be.
+
+Values are Python's source, so that a script can say them too.
+"""
+
+from importlib import import_module
+
+import pytest
+
+BOTH = "{'cpu': %d, 'other': %d}"
+SETTINGS = {
+    # Tiles of three tokens, blocks of one or two rows, slices of eight rows of the vocabulary.
+    "torch": {
+        "gcpo_kernels.torch_backend": {
+            "_TILE_BYTES": BOTH % (0, 0),
+            "_MIN_TILE_ROWS": BOTH % (3, 3),
+            "_BLOCK_ELEMENTS": BOTH % (80, 80),
+            "_WIDEN_ROWS": "8",
+        }
+    },
+    # Tiles of three tokens, slices of two rows by eight columns, blocks of sixteen columns.
+    "triton": {
+        "gcpo_kernels.triton_backend.linear": {
+            "_TILE_BYTES": "0",
+            "_MIN_ROWS": "3",
+            "_SLICE_ROWS": "2",
+            "_SLICE_VOCAB": "8",
+        },
+        "gcpo_kernels.triton_backend.logprob": {"block_v": "lambda vocab: 16"},
+    },
+}
+# Of the kernels whose blocks span a prompt's hidden dimension and a sequence's tokens.
+BLOCKS = {
+    "torch": {},
+    "triton": {
+        "gcpo_kernels.triton_backend.causal": {"block_h": "lambda hidden: 4"},
+        "gcpo_kernels.triton_backend.token_loss": {
+            "blocking": "lambda b, t, by_sequence: (1 if by_sequence else 2, 2)"
+        },
+    },
+}
+
+
+def apply(patch: pytest.MonkeyPatch, *settings: dict[str, dict[str, str]]) -> None:
+    """Until `patch` is undone."""
+    for modules in settings:
+        for module, values in modules.items():
+            for name, value in values.items():
+                patch.setattr(import_module(module), name, eval(value))
+
+
+def source(*settings: dict[str, dict[str, str]]) -> list[str]:
+    """The same as lines of a script."""
+    return [
+        line
+        for modules in settings
+        for module, values in modules.items()
+        for line in (f"import {module} as module", *(f"module.{name} = {value}" for name, value in values.items()))
+    ]
