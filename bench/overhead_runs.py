@@ -34,6 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_se
 from gcpo import GCPOConfig, GCPOTrainer
 from gcpo.demo.tiny import save_smollm2, tiny_tokenizer
 from gcpo.evaluation.tasks import reasoning_gym_dataset
+from gcpo.forward.rollout import read_repeated_prompts_once
 from gcpo.planning.architecture import SIZES
 from gcpo.training.accounting import SECONDS, TOKENS, AccountedGRPOTrainer, StepAccount
 
@@ -56,6 +57,19 @@ class Variant:
 
     options: dict[str, Any]
     paper: bool = False
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether prompts are read once in the forward with gradient."""
+        return bool(self.options.get("share_prompt"))
+
+
+class GRPOReadingPromptsOnce(GCPOTrainer):
+    """GRPO (`kappa=0`, `estimator="none"`), but its rollout reads a prompt once for all completions, as GCPO's does."""
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple:
+        with read_repeated_prompts_once(self._backbone()):
+            return super()._generate_single_turn(*args, **kwargs)
 
 
 def reward(completions: list[Any], **kwargs: Any) -> list[float]:
@@ -129,7 +143,9 @@ class Run:
 
     def __init__(self, weights: Weights, args: argparse.Namespace, variant: Variant | None):
         config = make_config(args, variant)
-        trainer_class: type[AccountedGRPOTrainer] = AccountedGRPOTrainer if variant is None else GCPOTrainer
+        trainer_class: type[AccountedGRPOTrainer] = AccountedGRPOTrainer
+        if isinstance(config, GCPOConfig):
+            trainer_class = GCPOTrainer if config.is_causal else GRPOReadingPromptsOnce
         self.trainer = trainer_class(
             weights.view(),
             reward,

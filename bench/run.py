@@ -35,6 +35,7 @@ from bench import measure, report
 from bench.baselines import Implementation, implementations
 from bench.gate import Gate, outcome
 from bench.registry import GROUPS, LEAVES, Case, Tensors, cases, make_tensors
+from bench.revision import revision
 
 PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "transformers")
 SECONDS = {"quick": 0.5, "cpu": 5.0, "other": 0.5}  # of timing, per implementation
@@ -249,8 +250,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "packages": packages,
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        **revision(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
 
@@ -276,14 +276,6 @@ def driver(device: torch.device) -> str | None:
         return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
         return None
-
-
-def _git(*words: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip() or None
 
 
 if __name__ == "__main__":

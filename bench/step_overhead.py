@@ -6,16 +6,22 @@ with the learning rate at 0, so that every run of a seed rolls out the same cand
     python -m bench.step_overhead --model 1.5b --dtype bfloat16 --completion_tokens 512     # random weights, a GPU
 
 All runs are kept alive and take turns, a step each, in an order that rotates: a machine that slows down meets all
-alike. A ratio is the median over rounds of the ratio within a round; ranges are over rounds. Completions are forced to
-their full length: which tokens a model ends on is not what is measured. "predicted" is what `gcpo plan` says, given the
-rates of GRPO's own phases in this run.
+alike.
+
+"GRPO" is TRL's as it stands: rollout and loss read a prompt once per completion. GCPO's rollout reads it once for all
+(`share_prefix`), and with `share_prompt` so does its loss. Neither needs GCPO: rows with `share_prompt` are also held
+against "GRPO, prompts shared", which has both; what is left is what GCPO adds: scoring, colliders, contexts, and the
+second KL in the loss.
+
+A ratio is the median over rounds of the ratio within a round; ranges are over rounds. Completions are forced to their
+full length: which tokens a model ends on is not what is measured. "predicted" is what `gcpo plan` says, given the rates
+of GRPO's own phases in this run.
 """
 
 import argparse
 import json
 import platform
 import statistics
-import subprocess
 import tempfile
 from dataclasses import fields, replace
 from pathlib import Path
@@ -26,6 +32,7 @@ import transformers
 import trl
 
 from bench.overhead_runs import MODELS, Run, Variant, Weights, cpu_memory, make_config, prepare_model, quiet
+from bench.revision import revision
 from gcpo import GCPOConfig
 from gcpo.causal.contexts import PromptBuilder
 from gcpo.evaluation.tasks import reasoning_gym_dataset
@@ -74,8 +81,20 @@ VARIANTS: dict[str, Variant] = {
     "paper's settings": Variant({}, paper=True),
     "paper's settings, naive": Variant({"share_prefix": False, "reuse_rollout": False}, paper=True),
 }
+# What rows with `share_prompt` are held against; measured wherever there is such a row.
+SHARED = "GRPO, prompts shared"
+GRPO_SHARED = Variant({"kappa": 0.0, "estimator": "none", "share_prompt": True})
 PHASES = ("rollout", "scoring", "colliders", "contexts", "loss")
 SCORED = ("scored_query", "scored_colliders", "scored_contexts")
+
+
+def choose(args: argparse.Namespace) -> dict[str, Variant | None]:
+    """The rows to measure, TRL's GRPO (None) first. Gradient checkpointing excludes sharing prompts in training."""
+    chosen = {name: VARIANTS[name] for name in args.only or VARIANTS}
+    if args.gradient_checkpointing:
+        chosen = {name: variant for name, variant in chosen.items() if not variant.shares_prompts}
+    shared = {SHARED: GRPO_SHARED} if any(variant.shares_prompts for variant in chosen.values()) else {}
+    return {"GRPO": None, **shared, **chosen}
 
 
 def measure(args: argparse.Namespace, variants: dict[str, Variant | None]) -> dict[str, list[dict[str, Any]]]:
@@ -95,8 +114,10 @@ def measure(args: argparse.Namespace, variants: dict[str, Variant | None]) -> di
     return steps
 
 
-def summarize(steps: dict[str, list[dict[str, Any]]], memory: dict[str, dict[str, int]]) -> dict[str, dict[str, Any]]:
-    """Medians over the rounds with their spread, and ratios to GRPO's step of the same round."""
+def summarize(
+    steps: dict[str, list[dict[str, Any]]], memory: dict[str, dict[str, int]], variants: dict[str, Variant | None]
+) -> dict[str, dict[str, Any]]:
+    """Medians over the rounds with their spread, and ratios to GRPO's steps of the same round."""
     base = steps["GRPO"]
     # What one pass over prompts and completions scores; GRPO itself makes none, unless it has a reference model.
     one_pass = statistics.median(step["tokens"]["trained"] for step in base)
@@ -110,18 +131,24 @@ def summarize(steps: dict[str, list[dict[str, Any]]], memory: dict[str, dict[str
         }
         results[name] = {
             "step_seconds": spread([step["step_seconds"] for step in taken]),
-            "ratio": spread([a["step_seconds"] / b["step_seconds"] for a, b in zip(taken, base, strict=True)]),
+            "ratio": ratios(taken, base),
             "seconds": {phase: spread([step["seconds"][phase] for step in taken]) for phase in base[0]["seconds"]},
             "tokens": tokens,
             "scored": scored,
             "scored_to_one_pass": scored / one_pass,
             "peak_memory_bytes": peaks,
         }
+        if (variant := variants[name]) is not None and variant.shares_prompts:
+            results[name]["ratio_shared"] = ratios(taken, steps[SHARED])
     lowest = max(results["GRPO"]["peak_memory_bytes"].values(), default=None)
     for result in results.values():
         peak = max(result["peak_memory_bytes"].values(), default=None)
         result["memory_ratio"] = peak / lowest if peak and lowest else None
     return results
+
+
+def ratios(steps: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, Any]:
+    return spread([a["step_seconds"] / b["step_seconds"] for a, b in zip(steps, base, strict=True)])
 
 
 def spread(values: list[float]) -> dict[str, Any]:
@@ -170,17 +197,20 @@ def plan_variant(
     )
     lengths = replace(lengths, prompt=measured.prompt)
     savings = Savings.of(config, longest_context(config, lengths), compact_head=torch.cuda.is_available())
+    if not config.is_causal:  # GRPOReadingPromptsOnce
+        savings = replace(savings, prefills=True)
     return plan_step(config, architecture, gcpo_passes(config, lengths, savings), device, args.dtype)
 
 
 def show(results: dict[str, dict[str, Any]]) -> str:
     """The results as Markdown: time and tokens, then memory."""
-    lines = [
-        "| | s per step | to GRPO | predicted | " + " | ".join(PHASES) + " | tokens scored | to one pass |",
-        "|---|---|---|---|" + "---|" * len(PHASES) + "---|---|",
-    ]
+    shared = [f"to {SHARED}"] if SHARED in results else []
+    heads = ["s per step", "to GRPO", *shared, "predicted", *PHASES, "tokens scored", "to one pass"]
+    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
     for name, result in results.items():
         cells = [_range(result["step_seconds"], ".2f"), _range(result["ratio"], ".2f", "x")]
+        if shared:
+            cells += [_range(result["ratio_shared"], ".2f", "x") if "ratio_shared" in result else ""]
         cells += [f"{result['predicted']['ratio']:.2f}x"]
         cells += [f"{result['seconds'][phase]['median']:.2f}" for phase in PHASES]
         cells += [f"{result['scored']:,.0f}", f"{result['scored_to_one_pass']:.2f}x"]
@@ -202,7 +232,6 @@ def _range(values: dict[str, Any], form: str, unit: str = "") -> str:
 
 
 def environment() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
         "threads": torch.get_num_threads(),
@@ -210,7 +239,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "trl": trl.__version__,
-        "commit": commit.stdout.strip() or None,
+        **revision(),
     }
 
 
@@ -243,16 +272,14 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--batch_size must divide --prompts times --num_generations")
     quiet()
     args.threads = torch.get_num_threads()
-    variants: dict[str, Variant | None] = {"GRPO": None, **{name: VARIANTS[name] for name in args.only or VARIANTS}}
-    if args.gradient_checkpointing:  # which sharing prompts in training excludes
-        variants.pop("prompts shared in training", None)
+    variants = choose(args)
     with tempfile.TemporaryDirectory() as args.folder:
         prepare_model(args.model, Path(args.folder))
         memory = {}
         if args.memory and not torch.cuda.is_available():
             print("measuring memory", flush=True)
             memory = cpu_memory(args, variants)
-        results = summarize(measure(args, variants), memory)
+        results = summarize(measure(args, variants), memory, variants)
         predict(args, variants, results)
     print(show(results))
     if args.out is not None:

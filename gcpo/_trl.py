@@ -3,7 +3,8 @@ Everything private of TRL that this package touches, in one place, with the vers
 
 Besides the names imported here: `AccountedGRPOTrainer` and `GCPOTrainer` override `_generate`, `_calculate_rewards`,
 `_get_per_token_logps_and_entropies`, `_generate_and_score_completions`, `_compute_loss` and `training_step`, always
-calling the original; they call `_generate_single_turn` and read `_metrics`, `_logs`, `_step`, `_tokenizer`, `_is_vlm`.
+calling the original; they call `_generate_single_turn` and `_log_completion_extra`, and read `_metrics`, `_logs`,
+`_step`, `_tokenizer`, `_is_vlm`.
 `gcpo train` builds on `trl.scripts.grpo.GRPOScriptArguments` and `trl.cli.accelerate_config`.
 """
 
@@ -17,7 +18,7 @@ import trl
 from accelerate.utils import is_peft_model
 from packaging.version import Version
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import get_config_model_id, pad
+from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_callable, pad
 
 TESTED_VERSION = "1.16"
 
@@ -26,7 +27,9 @@ __all__ = [
     "check_version",
     "disable_gradient_checkpointing",
     "explained_server",
+    "get_callable_name",
     "get_config_model_id",
+    "is_async_callable",
     "pad",
     "refuse_wrapped_head",
 ]

@@ -15,6 +15,8 @@ BASELINES = ("mean", "loo")
 SIMILARITIES = ("cosine", "euclidean", "gaussian")
 POLICY_CONTEXTS = ("query", "context")
 CONTEXT_ATTENTIONS = ("full", "parallel")
+# Those of TRL that the second KL has a reduction for.
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 
 FUSION_PROMPT_TEMPLATE = (
     "{question}\n\n"
@@ -285,6 +287,7 @@ class GCPOConfig(GRPOConfig):
         _check_number("alpha", self.alpha)
         _check_number("kappa", self.kappa, low=0.0)
         _check_number("proj_floor", self.proj_floor, low=0.0, high=1.0, open_low=True, open_high=True)
+        _check_choice("loss_type", self.loss_type, LOSS_TYPES)
         _check_choice("estimator", self.estimator, ESTIMATORS)
         _check_choice("representation", self.representation, REPRESENTATIONS)
         _check_choice("similarity", self.similarity, SIMILARITIES)

@@ -1,5 +1,6 @@
 """GCPOTrainer: TRL's GRPOTrainer with causal weights on the advantages and a second KL term."""
 
+import inspect
 import textwrap
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,6 +10,7 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import ProcessorMixin
+from trl import GRPOTrainer
 
 from gcpo._trl import (
     check_version,
@@ -18,15 +20,18 @@ from gcpo._trl import (
     refuse_wrapped_head,
 )
 from gcpo.causal.contexts import Prompt, check_length, longest_prompt
-from gcpo.causal.step import CausalStep
+from gcpo.causal.step import WEIGHT_COLUMNS, CausalStep
 from gcpo.config import GCPOConfig
 from gcpo.forward.representations import HiddenRecorder
 from gcpo.forward.rollout import GenerationRecorder, Rollout, RolloutStates, padded_width, read_repeated_prompts_once
+from gcpo.forward.scoring import without_dropout
 from gcpo.forward.shared_prompt import logps_sharing_prompts, repeats_prompts
 from gcpo.training.accounting import AccountedGRPOTrainer
 from gcpo.training.guard import SkipNonFiniteSteps
 from gcpo.training.processes import check_processes_agree, explained_loss_of_process
 from gcpo_kernels import gcpo_loss
+
+_OWN_ARGUMENTS = ("self", "model", "reward_funcs", "args")
 
 # How each of TRL's loss types reduces its tokens, in terms of the four that gcpo_loss knows.
 _REDUCTION = {
@@ -70,8 +75,13 @@ class GCPOTrainer(AccountedGRPOTrainer):
             }"""),
     }
 
-    def __init__(self, model: Any, reward_funcs: Any = None, args: GCPOConfig | None = None, **kwargs: Any):
+    def __init__(
+        self, model: Any, reward_funcs: Any = None, args: GCPOConfig | None = None, *others: Any, **kwargs: Any
+    ):
         check_version()
+        # By TRL's own names, and its own TypeError for what it does not take.
+        given = inspect.signature(GRPOTrainer.__init__).bind(self, model, reward_funcs, args, *others, **kwargs)
+        kwargs = {name: value for name, value in given.arguments.items() if name not in _OWN_ARGUMENTS}
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = GCPOConfig(f"{name.split('/')[-1]}-GCPO")
@@ -136,6 +146,8 @@ class GCPOTrainer(AccountedGRPOTrainer):
         # Every process must take the same path, whatever its own share of the prompts.
         repeats = scorer.shares and scorer.most(len(prompt_ids) - len(set(map(tuple, prompt_ids)))) > 0
         with ExitStack() as stack:
+            # Candidates and their states are the policy's, as their scores are (TRL leaves dropout on here).
+            stack.enter_context(without_dropout(self.model))
             if repeats:
                 stack.enter_context(read_repeated_prompts_once(backbone))
             if self._recorder is None or not (self.args.reuse_rollout and self.args.uses_rollout_states):
@@ -205,6 +217,9 @@ class GCPOTrainer(AccountedGRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not (self.args.is_causal and self.model.training):
+            if self.args.uses_weights:  # rows of the completions table whose columns only training fills
+                for column in WEIGHT_COLUMNS:
+                    self._log_completion_extra(column, [None] * len(inputs))
             return super()._generate_and_score_completions(inputs)
         with self._recording(HiddenRecorder(self.args.representation)) as recorder:
             output = super()._generate_and_score_completions(inputs)
@@ -299,13 +314,20 @@ class GCPOTrainer(AccountedGRPOTrainer):
             max_completion_length=1 if reduction == "luspo" else self.max_completion_length,
             num_items_in_batch=items,
         )
-        # Means over the tokens of all processes, as TRL's own "kl".
+        # Sums over the tokens of all processes, for `log` to divide: a micro-batch may hold no row that was scored.
         count = counted.sum().float()
         sums = torch.stack([metrics["kl_causal"] * count, metrics["proj_clamped"] * count, count])
-        kl_causal, clamped, count = self.accelerator.reduce(sums, reduction="sum")
-        self._log("kl_causal", kl_causal / count.clamp(min=1.0))
-        self._log("proj_clamped", clamped / count.clamp(min=1.0))
+        self._metrics["train"]["causal_sums"].append(self.accelerator.reduce(sums, reduction="sum").tolist())
         return loss * scale * inputs["causal_scale"]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            sums = torch.tensor(self._metrics["train"].pop("causal_sums", []), dtype=torch.float64).view(-1, 3)
+            kl_causal, clamped, count = sums[~sums.isnan().any(dim=1)].sum(dim=0).tolist()
+            if count > 0:
+                self._log("kl_causal", kl_causal / count)
+                self._log("proj_clamped", clamped / count)
+        super().log(logs, start_time)
 
     def _log(self, name: str, value: torch.Tensor | float) -> None:
         self._metrics["train"][f"gcpo/{name}"].append(float(value))

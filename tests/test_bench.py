@@ -1,12 +1,13 @@
 """The step-overhead benchmark runs, compares like with like, and writes what it prints."""
 
 import json
+import subprocess
 
 import pytest
 import torch
 
-from bench import step_overhead
-from bench.overhead_runs import MemoryAccount, resident
+from bench import revision, step_overhead
+from bench.overhead_runs import MemoryAccount, Run, Weights, prepare_model, resident
 
 MIB = 1 << 20
 
@@ -15,27 +16,89 @@ MIB = 1 << 20
 def test_step_overhead(tmp_path, capsys):
     out = tmp_path / "results" / "overhead.json"
     flags = "--model tiny --steps 2 --prompts 2 --num_generations 4 --batch_size 4 --completion_tokens 6".split()
-    step_overhead.main([*flags, "--collider_tokens", "4", "--only", "GCPO, defaults", "--out", str(out)])
+    rows = ["GCPO, defaults", "prompts shared in training"]
+    step_overhead.main([*flags, "--collider_tokens", "4", "--only", *rows, "--out", str(out)])
     content = json.loads(out.read_text())
     results = content["results"]
-    assert list(results) == ["GRPO", "GCPO, defaults"]
-    for result in results.values():  # the learning rate is 0: every run rolls out the same tokens
+    assert list(results) == ["GRPO", "GRPO, prompts shared", *rows]
+    shared = [name for name in results if "ratio_shared" in results[name]]
+    assert shared == ["GRPO, prompts shared", "prompts shared in training"]
+    assert results[shared[0]]["ratio_shared"]["all"] == [1.0, 1.0]
+    seconds = [results[name]["step_seconds"]["all"] for name in shared]
+    assert results[shared[1]]["ratio_shared"]["all"] == [b / a for a, b in zip(*seconds, strict=True)]
+    for name, result in results.items():  # the learning rate is 0: every run rolls out the same tokens
         assert result["tokens"]["generated"] == 2 * 4 * 6
-        assert result["tokens"]["trained"] == results["GRPO"]["tokens"]["trained"] > 0
+        alike = results[shared[0] if name in shared else "GRPO"]
+        assert result["tokens"]["trained"] == alike["tokens"]["trained"] > 0
         assert result["step_seconds"]["min"] > 0 and len(result["ratio"]["all"]) == 2
-        assert result["predicted"]["tokens"]["trained"] == result["tokens"]["trained"]
+        tolerance = 0.05 if name in shared else 0.0  # how many prompts a batch has is chance
+        assert result["predicted"]["tokens"]["trained"] == pytest.approx(alike["tokens"]["trained"], rel=tolerance)
         # Two layers of weights, gradients and Adam's moments at the least, and no process's own memory.
         peaks = result["peak_memory_bytes"]
         assert 4 * MIB < peaks["rollout"] <= max(peaks.values()) < 512 * MIB
     assert results["GRPO"]["ratio"]["all"] == [1.0, 1.0] and results["GRPO"]["memory_ratio"] == 1.0
-    assert results["GRPO"]["scored"] == 0 and "contexts" not in results["GRPO"]["peak_memory_bytes"]
+    assert results[shared[0]]["tokens"]["trained"] < 0.7 * results["GRPO"]["tokens"]["trained"]
+    for name in ("GRPO", shared[0]):
+        assert results[name]["scored"] == 0 and "contexts" not in results[name]["peak_memory_bytes"]
     defaults = results["GCPO, defaults"]
     assert defaults["scored"] > 0 and defaults["tokens"]["generated_colliders"] > 0
     assert defaults["predicted"]["scored"] == pytest.approx(defaults["scored"], rel=0.1)
     table = capsys.readouterr().out
-    assert "| GRPO |" in table and "1.00x" in table
+    assert "| GRPO |" in table and "1.00x" in table and "| to GRPO | to GRPO, prompts shared | predicted |" in table
     assert out.with_suffix(".md").read_text().strip() in table
-    assert content["environment"]["torch"]
+    assert content["environment"]["torch"] and "uncommitted_changes" in content["environment"]
+
+
+def test_rollouts_read_prompts_as_the_benchmark_says(tmp_path):
+    """TRL's GRPO once per completion; GCPO, and GRPO with prompts shared, once for all."""
+    flags = ["--prompts", "1", "--num_generations", "4", "--batch_size", "4", "--completion_tokens", "2"]
+    only = ["--only", "GCPO, defaults", "prompts shared in training"]
+    args = step_overhead.make_parser().parse_args([*flags, "--collider_tokens", "2", *only])
+    args.folder = str(tmp_path)
+    prepare_model("tiny", tmp_path)
+    weights = Weights(args)
+    read = {}
+    for name, variant in step_overhead.choose(args).items():
+        trainer = Run(weights, args, variant).trainer
+        rows = read[name] = []  # of every forward over more than a token
+
+        def note(module, given, kwargs, output, rows=rows):
+            if kwargs["input_ids"].shape[1] > 1:
+                rows.append(len(kwargs["input_ids"]))
+
+        handle = trainer.model.model.register_forward_hook(note, with_kwargs=True)
+        prompt = trainer.processing_class("What is 1 + 1?")["input_ids"]
+        with torch.no_grad():
+            trainer._generate_single_turn([prompt] * 4, None, {}, 4)
+        handle.remove()
+    assert read.pop("GRPO") == [4]
+    assert list(read) == [step_overhead.SHARED, *only[1:]] and all(rows == [1] for rows in read.values())
+
+
+def test_gradient_checkpointing_leaves_out_what_it_excludes():
+    parser = step_overhead.make_parser()
+    assert step_overhead.SHARED in step_overhead.choose(parser.parse_args([]))
+    rows = step_overhead.choose(parser.parse_args(["--gradient_checkpointing"]))
+    assert len(rows) > 8 and not any(variant is not None and variant.shares_prompts for variant in rows.values())
+    assert list(step_overhead.choose(parser.parse_args(["--only", "all contexts"]))) == ["GRPO", "all contexts"]
+
+
+def test_a_result_says_whether_files_had_changed(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True)
+
+    monkeypatch.setattr(revision, "__file__", str(tmp_path / "revision.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert revision.revision() == {"commit": None, "uncommitted_changes": None}
+    (tmp_path / "file").write_text("a")
+    git("init", "-q")
+    git("add", "file")
+    git("commit", "-q", "-m", "a")
+    (tmp_path / "result").write_text("not tracked")
+    found = revision.revision()
+    assert len(found["commit"]) == 40 and found["uncommitted_changes"] is False
+    (tmp_path / "file").write_text("b")
+    assert revision.revision() == {"commit": found["commit"], "uncommitted_changes": True}
 
 
 def test_memory_is_charged_to_the_phase_that_holds_it():

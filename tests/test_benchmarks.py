@@ -153,7 +153,12 @@ def test_the_command_on_local_files(
     assert len(written["num_passed"]) == 3
     for k in ("1", "4"):
         value, error = written["pass_at_k"][k]
-        assert f"pass@{k}             {value:.4f} ± {error:.4f}" in shown
+        assert f"pass@{k}             {value:.4f} ± {error:.4f} (score >= 1)" in shown
+    aime = ["--dataset_name", "benchmark:aime24", "--data_dir", str(tmp_path)]
+    (tmp_path / "rewards_of_test.py").write_text(
+        "def nothing(completions, **kwargs):\n    pass\n\n\ndef fails(completions, **kwargs):\n    return len(None)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
     # The same file by its path: rows with a problem and an answer are judged as mathematics.
     assert main([*common, "--dataset_name", str(tmp_path / "aime24.jsonl"), "--limit", "2"]) == 0
     assert "prompts            2" in capsys.readouterr().out
@@ -162,9 +167,16 @@ def test_the_command_on_local_files(
         (["--dataset_name", "benchmark:aime25", "--data_dir", str(tmp_path)], "FOLDER/aime25.jsonl"),
         (["--dataset_name", "benchmark:aime24", "--pass_at", "5"], "`--pass_at` must be between 1 and"),
         (["--dataset_name", "benchmark:none"], "`name` must be a benchmark"),
+        ([*aime, "--limit", "-2"], "`--limit` must be at least 1, got -2"),
+        ([*aime, "--device", "nonsense"], "`--device` nonsense does not work here"),
+        ([*aime, "--temperature", "nan"], "`temperature` must be finite and at least 0, got nan"),
+        ([*aime, "--temperature", "0"], "`num_samples` must be 1 at `temperature` 0"),
+        ([*aime, "--reward_funcs", "rewards_of_test.nothing"], "12 completions, nothing returned None."),
     ):
         assert main([*common, *more]) == 2
         assert wanted in capsys.readouterr().err
+    with pytest.raises(TypeError, match="has no len"):  # in the reward function: a traceback shows where
+        main([*common, *aime, "--reward_funcs", "rewards_of_test.fails"])
     ran: list[str] = []
     monkeypatch.setattr(benchmarks, "run_python", lambda code: ran.append(code) or benchmarks_outcome())
     write(tmp_path / "humaneval.jsonl", {"prompt": STUB, "test": CHECK, "entry_point": "add"})

@@ -1,6 +1,8 @@
 """The command line: what it refuses and how it says so, and training, evaluation and doctor end to end."""
 
+import asyncio
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +89,7 @@ def test_train_help_has_the_options_of_trl_and_of_gcpo(capsys: pytest.CaptureFix
     text = capsys.readouterr().out
     for flag in ("--kappa", "--estimator", "--num_generations", "--use_peft", "--dataset_name", "--task_config"):
         assert flag in text
+    assert "--accelerate_config FILE" in text and "any flag of `accelerate launch`" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(
@@ -100,6 +103,8 @@ def test_train_help_has_the_options_of_trl_and_of_gcpo(capsys: pytest.CaptureFix
         (["train", "stray"], "unexpected argument 'stray'"),
         (["train", "--config"], "`--config` must be a YAML file"),
         (["train", "--config=nowhere.yaml"], "`--config` must be a YAML file, got 'nowhere.yaml'"),
+        (["plan", "--config"], "`--config` must be a YAML file, got 'nothing'"),
+        (["train", "--loss_type", "ppo"], "`loss_type` must be one of 'grpo', 'bnpo'"),
         (["train", "--max_steps", "1"], "`--model_name_or_path` is missing"),
         (
             ["train", "--model_name_or_path", "./nowhere"],
@@ -128,6 +133,14 @@ def test_wrong_arguments_name_what_is_wrong(argv: list[str], wanted: str, capsys
         (["--reward_funcs", "no_such_module.reward"], "cannot import 'no_such_module.reward'"),
         (["--reward_funcs", "gcpo.evaluation.tasks.nothing"], "cannot import 'gcpo.evaluation.tasks.nothing'"),
         (["--reward_funcs", "gcpo.evaluation.tasks.SYSTEM_PROMPT"], "must be a function, got str"),
+        (["--reward_funcs", "./rewards.py:letters"], "must be a dotted path such as rewards.letters"),
+        (["--reward_funcs", "rewards.py"], "must be a dotted path such as rewards.letters, not a file"),
+        (["--reward_funcs", "gcpo.cli.usage"], "gcpo.cli.usage must take **kwargs, it is passed"),
+        (["--reward_timeout", "0"], "`--reward_timeout` must be finite and above 0, got 0.0"),
+        (["--dataset_name", "./nowhere.jsonl"], "there is no file or folder './nowhere.jsonl'"),
+        (["--dataset_name", "nowhere.jsonl"], "there is no file or folder 'nowhere.jsonl'"),
+        (["--per_device_train_batch_size", "18"], "The dataset has 8 prompts, one rollout takes 9: lower"),
+        (["--gradient_accumulation_steps", "9", "--max_steps", "-1"], "has 8 prompts, one rollout takes 9: lower"),
         (["--reward_funcs", "accuracy_reward"], "accuracy_reward needs the dataset's column solution"),
         (["--resume_from_checkpoint", "last"], "no checkpoint in"),
         (["--resume_from_checkpoint", "./nowhere"], "`--resume_from_checkpoint` must be a checkpoint folder"),
@@ -145,6 +158,12 @@ def test_a_yaml_file_with_an_unknown_key_is_refused(tmp_path: Path, capsys: pyte
     path.write_text("kapa: 1\n")
     assert run("train", "--config", path) == 2
     assert "unknown flag --kapa" in capsys.readouterr().err
+    path.write_text("kappa: 1\n  alpha: 1\n")
+    for command in ("train", "plan"):
+        assert run(command, "--config", path) == 2
+        assert f'`--config` must be a YAML file: mapping values are not allowed here in "{path}", line 2' in (
+            capsys.readouterr().err
+        )
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,6 +190,50 @@ def test_files_and_saved_datasets_are_read_and_their_splits_checked(tmp_path: Pa
         inputs.load_named(str(tmp_path / "rows.xml"))
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ('{"prompt": "a"}\n{"prompt": \n', "rows.jsonl' (JSON parse error"),
+        ("", "rows.jsonl' (it holds no rows)"),
+        ('{"question": "1 + 1", "answer": "2"}\n' * 8, "must have a column `prompt`, got question, answer"),
+    ],
+)
+def test_a_file_that_cannot_be_trained_on(
+    text: str, wanted: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(text)
+    assert run("train", "--config", config, "--dataset_name", tmp_path / "rows.jsonl") == 2
+    assert wanted in capsys.readouterr().err
+
+
+def test_nothing_is_saved_where_no_step_was_made(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stream smaller than one rollout, whose length is not known before."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1 + 1"}\n')
+    flags = ["--dataset_name", tmp_path / "rows.jsonl", "--dataset_streaming", "--per_device_train_batch_size", "4"]
+    flags += ["--reward_funcs", "think_format_reward"]
+    assert run("train", "--config", config, *flags) == 2
+    assert "No step was made, and nothing is saved: one rollout takes 2 prompts" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(("flag", "package"), [("use_vllm", "vLLM"), ("load_in_4bit", "bitsandbytes")])
+def test_a_flag_whose_package_is_missing(
+    flag: str, package: str, config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(training, "find_spec", lambda name: None)
+    assert run("train", "--config", config, f"--{flag}") == 2
+    assert f"`--{flag}` needs {package}, which is not installed: `pip install " in capsys.readouterr().err
+
+
+def test_packages_that_others_miss_are_errors_of_one_line() -> None:
+    with pytest.raises(inputs.ArgumentsError, match=r"^this needs that$"), inputs.argument_errors():
+        raise ImportError("this needs that")
+    with pytest.raises(ImportError, match="ours"), inputs.argument_errors():
+        raise ImportError("ours", name="gcpo.trainer")
+
+
 def test_held_out_items_are_those_of_eval_and_not_trained_on() -> None:
     train, held_out = inputs.load_task(TASK, inputs.TaskArguments(task_size=50), 20)
     other = inputs.load_task(TASK, inputs.TaskArguments(task_size=1), 20)[1]
@@ -190,6 +253,41 @@ def test_rewards_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(rewards) == len(names)
     assert rewards[-1](["a", "b"]) == [1.0, 1.0]
     assert inputs.load_rewards(None, TASK, None) == inputs.load_rewards(["reasoning_gym"], None, None)
+
+
+@pytest.mark.parametrize("returned", [None, 1.0, [1.0], ["a", "b"], "ab"], ids=str)
+def test_a_reward_that_is_no_list_of_numbers_is_named(returned: object) -> None:
+    def mine(completions, **kwargs):
+        return returned
+
+    async def later(completions, **kwargs):
+        return returned
+
+    wanted = f"must return a list with a number for each of 2 completions, it returned {re.escape(repr(returned))}"
+    with pytest.raises(inputs.ArgumentsError, match=f"'mine' {wanted}"):
+        inputs.checked(mine)(prompts=["p", "p"], completions=["a", "b"])
+    with pytest.raises(inputs.ArgumentsError, match=f"'later' {wanted}"):
+        asyncio.run(inputs.checked(later)(completions=["a", "b"]))
+
+
+def test_rewards_that_are_right_pass() -> None:
+    class Mine:
+        def __call__(self, completions, **kwargs):
+            return torch.tensor([1.0, 0.5])
+
+    reward = inputs.checked(Mine())
+    assert reward(completions=["a", "b"]) == [1.0, 0.5] and reward.__name__ == "Mine"
+    assert inputs.checked(lambda completions, **kwargs: (None, True))(completions=["a", "b"]) == [None, 1.0]
+
+
+def test_a_wrong_reward_stops_training_with_one_line(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "wrong_for_cli.py").write_text("def nothing(completions, **kwargs):\n    pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert run("train", "--config", config, "--reward_funcs", "wrong_for_cli.nothing") == 2
+    assert "'nothing' must return a list" in capsys.readouterr().err
 
 
 def test_none_can_be_written_for_an_optional_integer(tmp_path: Path) -> None:
@@ -221,13 +319,25 @@ def test_a_model_without_a_chat_template_is_refused_for_messages(
 
 
 def test_train_resume_and_eval(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("train", "--config", config) == 0
+    shown = ["--log_completions", "--num_completions_to_print", "0"]
+    assert run("train", "--config", config, *shown) == 0
     out = capsys.readouterr().out
     first = next(line for line in out.splitlines() if line.startswith("gcpo train: model="))
     for part in ("task=reasoning_gym:chain_sum", "n=2", "L=2", "estimator=loo", "kappa=0.06", "steps=2"):
         assert part in first
     folder = tmp_path / "out"
-    assert (folder / "model.safetensors").is_file()
+    kept = {path: path.read_bytes() for path in (folder / "model.safetensors", folder / "gcpo_run.json")}
+    kept |= {path: path.read_bytes() for path in (folder / "completions").iterdir()}
+    assert len(kept) == 3
+
+    # Another run does not take the folder of this one, and what is finished stays as it is.
+    assert run("train", "--config", config) == 2
+    assert "holds checkpoint-2 of an earlier run: `--resume` goes on with it" in capsys.readouterr().err
+    for _ in range(2):
+        assert run("train", "--config", config, *shown, "--resume", "--learning_rate", "1") == 0
+        assert f"already finished: {folder / 'checkpoint-2'} is of step 2, of 2" in capsys.readouterr().out
+        assert not (folder / "checkpoint-3").exists()
+        assert all(path.read_bytes() == content for path, content in kept.items())
 
     # Two prompts per epoch and one epoch more; the number of steps is worked out, not given.
     more = [
@@ -240,7 +350,9 @@ def test_train_resume_and_eval(config: Path, tmp_path: Path, capsys: pytest.Capt
         "--gradient_accumulation_steps",
         2,
     ]
+    more += ["--save_total_limit", "1"]  # what it went on from is gone at the end
     assert run("train", "--config", config, *more, "--resume_from_checkpoint", "last") == 0
+    assert not (folder / "checkpoint-2").exists()
     state = json.loads((max(folder.glob("checkpoint-*"), key=_step) / "trainer_state.json").read_text())
     assert f"steps={state['max_steps']} " in capsys.readouterr().out
     assert state["global_step"] == state["max_steps"] > 2

@@ -6,6 +6,8 @@ import pytest
 from tiny_policy import options
 
 from gcpo import GCPOConfig
+from gcpo.config import LOSS_TYPES
+from gcpo.trainer import _REDUCTION
 
 NAN, INF = math.nan, math.inf
 
@@ -22,6 +24,7 @@ NAN, INF = math.nan, math.inf
         ("proj_floor", 0.0, ValueError),
         ("proj_floor", 1.0, ValueError),
         ("proj_floor", NAN, ValueError),
+        ("loss_type", "ppo", ValueError),
         ("estimator", "exact", ValueError),
         ("representation", "first", ValueError),
         ("baseline", "median", ValueError),
@@ -52,6 +55,10 @@ NAN, INF = math.nan, math.inf
 def test_bad_value_names_the_option(name, value, error, tmp_path):
     with pytest.raises(error, match=f"`{name}`"):
         GCPOConfig(**options(tmp_path), **{name: value})
+
+
+def test_the_second_kl_has_a_reduction_for_every_loss_type():
+    assert set(LOSS_TYPES) == set(_REDUCTION)
 
 
 def test_scored_estimator_scores_everything(tmp_path):

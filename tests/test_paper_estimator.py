@@ -1,5 +1,7 @@
 """The paper's own form: outputs sampled under every context, pi_theta conditioned on the context in the second KL."""
 
+from itertools import chain
+
 import pytest
 import torch
 from test_trainer_causal import first_batch, make_trainer, plain_scores
@@ -28,8 +30,10 @@ def test_sampled_weights_are_those_of_the_outputs_drawn(reuse, policy, tmp_path)
         policy, tmp_path, Spy, estimator="sampled", num_estimator_samples=2, kappa=0.0, reuse_rollout=reuse
     )
     _, captured = first_batch(trainer)
-    contexts, outputs = drawn[-1]  # candidates, colliders, then these
     n, colliders, m = 4, 3, 2
+    assert all(len(prompt_ids) <= 8 for prompt_ids, _ in drawn)  # never more at once than the rollout's
+    # Candidates, colliders, then these.
+    contexts, outputs = (list(chain.from_iterable(parts)) for parts in zip(*drawn[2:], strict=True))
     assert len(outputs) == 8 * colliders * m
     z = torch.stack([plain_scores(trainer, g.prompt_ids, y)[1][-1] for g in captured["groups"] for y in g.candidates])
     sampled = [plain_scores(trainer, x, y)[1][-1] for x, y in zip(contexts, outputs, strict=True)]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from test_trainer_causal import first_batch, make_trainer
 from tiny_policy import parameters, save_policy
 from torch.profiler import ProfilerActivity, profile
@@ -84,6 +84,19 @@ def test_only_the_adapter_trains(changed: dict[str, Any], policy: str, tmp_path:
     assert logged[0]["gcpo/upsilon/fallback"] == 0
 
 
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_virtual_tokens_are_read_with_every_row(kind: Any, policy: str, tmp_path: Path) -> None:
+    """Prompt and prefix tuning put tokens of their own before a forward: nothing is shared between rows then."""
+    peft_config = kind(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.warns(UserWarning, match="share_prefix"):
+        trainer = make_trainer(policy, tmp_path, peft_config=peft_config, kappa=0.5, max_steps=1)
+    output, _ = first_batch(trainer)
+    mask = output["completion_mask"].bool()
+    torch.testing.assert_close(output["query_logps"][mask], plain_scores(trainer.model, output)[mask])
+    trainer.train()
+    assert trainer.state.log_history[0]["gcpo/kl_causal"] > 0
+
+
 def test_the_reference_is_the_base_model(policy: str, tmp_path: Path) -> None:
     trainer = make_trainer(policy, tmp_path, peft_config=lora(), beta=0.1)
     assert trainer.ref_model is None
@@ -98,15 +111,18 @@ def test_the_reference_is_the_base_model(policy: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("context_attention", ["full", "parallel"])
-def test_contexts_are_scored_by_the_adapted_model(context_attention: str, policy: str, tmp_path: Path) -> None:
-    """The same rollout, weights and scores as from a model that the adapter was merged into."""
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_contexts_are_scored_by_the_adapted_model(
+    dropout: float, context_attention: str, policy: str, tmp_path: Path
+) -> None:
+    """The same rollout, weights and scores as from a model that the adapter was merged into, without its dropout."""
     settings = {"estimator": "scored", "context_attention": context_attention}
     adapted = make_trainer(policy, tmp_path, peft_config=lora(), **settings)
     shake(adapted.model)
     merged = adapted.model.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     adapted.processing_class.save_pretrained(tmp_path / "merged")
-    again = make_trainer(policy, tmp_path, peft_config=lora(), **settings)
+    again = make_trainer(policy, tmp_path, peft_config=lora(lora_dropout=dropout), **settings)
     shake(again.model)
     outputs = []
     for trainer in (again, make_trainer(str(tmp_path / "merged"), tmp_path, **settings)):

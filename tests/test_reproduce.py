@@ -229,6 +229,7 @@ def wrong_cells(table: list[dict[str, str]], values: dict[str, dict[str, float]]
 ROWS = {
     "GRPO (TRL)": "GRPO",
     "GRPO": "GRPO",
+    "GRPO, prompts shared": step_overhead.SHARED,
     "GCPO, defaults": "GCPO, defaults",
     "the last three together": "full contexts, all, of all candidates",
     '`estimator="scored"`': "estimator scored",  # which takes all contexts in any case
@@ -252,6 +253,7 @@ def step_values(result: dict[str, Any]) -> dict[str, float]:
     return {
         "s per step": result["step_seconds"]["median"],
         "to GRPO": result["ratio"]["median"],
+        **({"to GRPO, prompts shared": result["ratio_shared"]["median"]} if "ratio_shared" in result else {}),
         "planned": result["predicted"]["ratio"],
         **{phase: result["seconds"][phase]["median"] for phase in step_overhead.PHASES},
         "tokens scored": result["scored"],

@@ -1,15 +1,18 @@
 """A reward function that hangs: stopped, counted as no reward, and nothing left behind."""
 
 import asyncio
+import functools
 import signal
 import threading
 import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from test_trainer_causal import first_batch, make_trainer
 from tiny_policy import count_low, parameters, prompts, save_policy
 
+from gcpo._trl import get_callable_name, is_async_callable
 from gcpo.training.inputs import ArgumentsError
 from gcpo.training.reward_timeout import with_timeout
 
@@ -82,6 +85,28 @@ def test_asynchronous_functions_are_cancelled():
     assert asyncio.run(with_timeout(quick, 5)(completions=["a"])) == [1.0]
 
 
+def test_callable_objects():
+    """Asynchronous where their `__call__` is, as for TRL, and logged under the name that TRL would give them."""
+
+    class Judge:
+        async def __call__(self, completions, seconds=0.0, **kwargs):
+            await asyncio.sleep(seconds)
+            return [1.0] * len(completions)
+
+    class Rule:
+        def __call__(self, completions, **kwargs):
+            return [2.0] * len(completions)
+
+    judge = with_timeout(Judge(), 5)
+    assert is_async_callable(judge) and asyncio.run(judge(completions=["a"])) == [1.0]
+    slow = with_timeout(functools.partial(Judge(), seconds=60), 0.05)
+    with pytest.warns(UserWarning, match="'Judge' took longer"):
+        assert asyncio.run(slow(completions=["a"])) == [None]
+    rule = with_timeout(Rule(), 5)
+    assert not is_async_callable(rule) and rule(completions=["a"]) == [2.0]
+    assert [get_callable_name(reward) for reward in (judge, slow, rule)] == ["Judge", "Judge", "Rule"]
+
+
 def test_wrong_arguments():
     for seconds in (0, -1.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="`seconds`"):
@@ -89,8 +114,9 @@ def test_wrong_arguments():
     for seconds in (None, "3", True):
         with pytest.raises(TypeError, match="`seconds`"):
             with_timeout(count_low, seconds)
-    with pytest.raises(TypeError, match="`reward_func`"):
-        with_timeout(None, 1.0)
+    for reward in (None, "a/reward-model", torch.nn.Linear(1, 1)):
+        with pytest.raises(TypeError, match=f"`reward_func` must be a function.*got {type(reward).__name__}"):
+            with_timeout(reward, 1.0)
     errors = []
 
     def elsewhere():
@@ -122,12 +148,12 @@ def test_the_command_line_sets_a_limit(tmp_path, monkeypatch):
     monkeypatch.setattr("gcpo.training.command.check_chat_template", lambda *args: None)
     argv = ["--model_name_or_path", policy, "--dataset_name", str(data), "--reward_funcs", "tiny_policy.count_low"]
     argv += ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false", "--reward_timeout"]
-    with pytest.raises(ArgumentsError, match="`seconds`"):
+    with pytest.raises(ArgumentsError, match="`--reward_timeout`"):
         prepare([*argv, "0"])
     prepare([*argv, "2.5"])
     (reward,) = given["reward_funcs"]
     assert reward.__name__ == "count_low"
-    assert reward.__wrapped__ is count_low
+    assert reward.__wrapped__.__wrapped__ is count_low  # inside what checks what it returns, and the limit
 
 
 def test_training_goes_on_without_the_reward(tmp_path):

@@ -94,3 +94,14 @@ def test_a_generation_that_is_not_token_by_token_leaves_nothing(policy, tmp_path
         outputs = generate(trainer, PROMPTS, 0.0)
         changed = [[*ids[:-2], 9, ids[-1]] for ids in outputs]
         assert recorder.finish(trainer, PROMPTS, changed) is None  # not what was fed
+
+
+@pytest.mark.parametrize("changed", [{"cache_implementation": "static"}, {"generation_kwargs": {"num_beams": 2}}])
+def test_other_ways_of_generating_are_scored_as_if_nothing_was_left(changed, policy, tmp_path):
+    """A cache of fixed size takes no further token, and beams are rows of no completion's."""
+    losses = []
+    for reuse in (True, False):
+        trainer = make_trainer(policy, tmp_path / str(reuse), reuse_rollout=reuse, max_steps=1, **changed)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[0] == losses[1]

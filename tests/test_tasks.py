@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 
 from gcpo.demo.tiny import tiny_model, tiny_tokenizer
-from gcpo.evaluation.evaluate import evaluate_pass_at_k, mean_and_standard_error
+from gcpo.evaluation.evaluate import EvaluationError, evaluate_pass_at_k, mean_and_standard_error
 from gcpo.evaluation.tasks import extract_answer, reasoning_gym_dataset, reasoning_gym_reward, train_and_held_out
 
 # One task each with the default verifier, with one of its own, with multi-line answers, with tuples among its data.
@@ -147,15 +147,31 @@ def test_evaluation_restores_when_it_fails(tiny):
     model, tokenizer = tiny
     model.train()
     state = torch.get_rng_state()
-    for bad in (lambda completions, **kwargs: [None] * len(completions), lambda completions, **kwargs: [1.0]):
-        with pytest.raises(ValueError, match="`reward_func`"):
+    for returned in ([None] * 3, [1.0], None, 1.0, ["a"] * 3):
+
+        def bad(completions, returned=returned, **kwargs):
+            return returned
+
+        with pytest.raises(EvaluationError, match=r"`reward_func` must .* 3 completions, bad returned ") as error:
             evaluate_pass_at_k(model, tokenizer, make_rows(True), bad, max_new_tokens=2, progress=False)
+        assert str(error.value).endswith(f"returned {returned!r}.")
+
+    def raises(completions, **kwargs):
+        return len(None)
+
+    with pytest.raises(TypeError, match="NoneType"):  # the function's own error stays what it is
+        evaluate_pass_at_k(model, tokenizer, make_rows(True), raises, max_new_tokens=2, progress=False)
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(ValueError, match="`dataset`"):
         evaluate_pass_at_k(model, tokenizer, Dataset.from_list([]), bad, max_new_tokens=2)
     with pytest.raises(ValueError, match="`num_samples`"):
         evaluate_pass_at_k(model, tokenizer, make_rows(True), bad, max_new_tokens=2, num_samples=0)
+    for temperature in (-1.0, math.nan, math.inf):
+        with pytest.raises(EvaluationError, match=f"`temperature` must be finite and at least 0, got {temperature}"):
+            evaluate_pass_at_k(model, tokenizer, make_rows(True), bad, max_new_tokens=2, temperature=temperature)
+    with pytest.raises(EvaluationError, match=r"`num_samples` must be 1 at `temperature` 0.*got 4"):
+        evaluate_pass_at_k(model, tokenizer, make_rows(True), bad, max_new_tokens=2, num_samples=4, temperature=0)
 
 
 def test_left_padding_does_not_change_what_is_generated(tiny):

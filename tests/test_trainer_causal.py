@@ -1,11 +1,24 @@
 """What GCPOTrainer adds to a step, against the same computed plainly from the model."""
 
+from pathlib import Path
+
+import pandas as pd
 import pytest
 import torch
-from tiny_policy import SHORT_TEMPLATES, count_low, options, parameters, prompts, save_policy, worst_difference
+from tiny_policy import (
+    SHORT_TEMPLATES,
+    count_low,
+    make_tokenizer,
+    options,
+    parameters,
+    prompts,
+    save_policy,
+    worst_difference,
+)
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from gcpo import GCPOConfig, GCPOTrainer
-from gcpo_kernels import reference
+from gcpo_kernels import gcpo_loss, reference
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +259,53 @@ def test_trains_with(changed, policy, tmp_path):
         assert "gcpo/kl_causal" not in logged
 
 
+def test_second_kl_is_logged_as_the_mean_of_the_scored_tokens(policy, tmp_path, monkeypatch):
+    """A row at a time, of which one in four is scored, and two steps in a log entry."""
+    seen = []
+
+    def keep(*args, **kwargs):
+        loss, metrics = gcpo_loss(*args, **kwargs)
+        seen.append((metrics["kl_causal"].item(), metrics["proj_clamped"].item(), args[2].sum().item()))
+        return loss, metrics
+
+    monkeypatch.setattr("gcpo.trainer.gcpo_loss", keep)
+    split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "logging_steps": 2}
+    trainer = make_trainer(policy, tmp_path, kl_fraction=0.25, **split)
+    trainer.train()
+    counts = [count for _, _, count in seen]
+    assert len(seen) == 16 and counts.count(0) == 12
+    logged = trainer.state.log_history[0]
+    for place, name in enumerate(("gcpo/kl_causal", "gcpo/proj_clamped")):
+        expected = sum(row[place] * row[2] for row in seen) / sum(counts)
+        assert logged[name] == pytest.approx(expected) and expected > 0
+        assert name not in trainer.state.log_history[-1]  # the end of training, where nothing is scored
+    # What is NaN once does not hide the rest.
+    trainer._metrics["train"]["causal_sums"] = [[float("nan"), 1.0, 5.0], [6.0, 1.0, 4.0]]
+    trainer.log({})
+    assert trainer.state.log_history[-1]["gcpo/kl_causal"] == 1.5
+
+
+def test_arguments_may_be_given_as_to_grpo_trainer(policy, tmp_path):
+    """By position, as far as TRL's own go; a second value or an unknown name is TRL's own TypeError."""
+    config = GCPOConfig(**options(tmp_path, **SHORT_TEMPLATES, max_steps=1))
+    trainer = GCPOTrainer(policy, count_low, config, prompts(), prompts(4))
+    assert len(trainer.train_dataset) == 8 and len(trainer.eval_dataset) == 4
+    with pytest.raises(TypeError, match="train_dataset"):
+        GCPOTrainer(policy, count_low, config, prompts(), train_dataset=prompts())
+    with pytest.raises(TypeError, match="dataset"):
+        GCPOTrainer(policy, count_low, config, dataset=prompts())
+
+
+def test_learned_positions_are_warned_of(tmp_path):
+    tokenizer = make_tokenizer()
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 512, "vocab_size": len(tokenizer)}
+    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = GCPOConfig(**options(tmp_path, **SHORT_TEMPLATES))
+    arguments = {"reward_funcs": count_low, "train_dataset": prompts(), "processing_class": tokenizer}
+    with pytest.warns(UserWarning, match="gpt2 learns an embedding for each position"):
+        GCPOTrainer(GPT2LMHeadModel(GPT2Config(**sizes, **special)), args=config, **arguments)
+
+
 @pytest.mark.hazard(6)
 def test_peft_reference_is_the_disabled_adapter(policy, tmp_path):
     """Seen in trl#4612."""
@@ -263,12 +323,18 @@ def test_peft_reference_is_the_disabled_adapter(policy, tmp_path):
 
 def test_evaluation_is_grpos(policy, tmp_path):
     """Evaluation costs what GRPO's does: no colliders, no contexts, and nothing added to training's counters."""
-    trainer = make_trainer(
-        policy, tmp_path, eval_dataset=prompts(2), per_device_eval_batch_size=8, eval_strategy="steps", eval_steps=1
-    )
+    evaluated = {"eval_dataset": prompts(1), "per_device_eval_batch_size": 4, "eval_strategy": "steps", "eval_steps": 1}
+    shown = {"log_completions": True, "num_completions_to_print": 0}
+    trainer = make_trainer(policy, tmp_path, **evaluated, **shown)
     trainer.train()
     evaluation = next(entry for entry in trainer.state.log_history if "eval_reward" in entry)
-    assert "eval_gcpo/upsilon/mean" not in evaluation
+    assert [name for name in evaluation if "gcpo" in name] == ["eval_gcpo/groups_without_reward"]
+    # Of 8 rows, those of the evaluation are the last 4; they have no weights.
+    table = pd.read_parquet(Path(trainer.args.output_dir) / "completions" / "completions_00001.parquet")
+    for column in ("upsilon", "plain_advantage"):
+        assert list(table[column].isna()) == [False] * 4 + [True] * 4
+    trained = table[:4]
+    assert list(trained["advantage"]) == pytest.approx(list(trained["plain_advantage"] * trained["upsilon"]))
     tokens = [e["gcpo/tokens/generated"] for e in trainer.state.log_history if "gcpo/tokens/generated" in e]
     assert len(tokens) == 2 and max(tokens) <= 8 * 10
 
@@ -308,3 +374,22 @@ def test_reward_of_the_colliders(conversational, policy, tmp_path):
     assert logged == pytest.approx(1.5 * sum(count_low(texts)) / len(texts))
     assert len(trainer._logs["extra"]["length"]) == 8
     assert trainer._metrics["train"]["seen"] == [8]
+
+
+def test_colliders_without_a_reward_are_left_out_of_its_mean(policy, tmp_path):
+    """As `reward` leaves out candidates; and without any there is no mean."""
+
+    def one(completions, **kwargs):
+        return [None if k % 3 == 0 else 1.0 for k in range(len(completions))]
+
+    def other(completions, **kwargs):
+        return [(float("-inf"), None, 2.0)[k % 3] for k in range(len(completions))]
+
+    def none(completions, **kwargs):
+        return [None] * len(completions)
+
+    for rewards, weights, expected in (([one, other], [1.0, 0.5], 1.5), (none, None, float("nan"))):
+        options = {"reward_funcs": rewards, "reward_weights": weights, "log_collider_reward": True}
+        trainer = make_trainer(policy, tmp_path, **options)
+        first_batch(trainer)
+        assert trainer._metrics["train"]["gcpo/colliders/reward"] == pytest.approx([expected], nan_ok=True)

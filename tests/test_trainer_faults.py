@@ -121,6 +121,9 @@ def test_without_any_collider_the_second_kl_is_left_out(policy, tmp_path):
     with_inputs = trainer._compute_loss(trainer.model, output)
     plain = {k: v for k, v in output.items() if k != "context_logps"}
     assert with_inputs == trainer._compute_loss(trainer.model, plain)
+    trainer.log({})
+    (logged,) = trainer.state.log_history
+    assert "gcpo/colliders/masked" in logged and not {"gcpo/kl_causal", "gcpo/proj_clamped"} & logged.keys()
 
 
 def test_undefined_weights_fall_back_to_grpo(policy, tmp_path):

@@ -20,18 +20,24 @@ SHORT_TEMPLATES = {
 }
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+TURNS = ["<|user|>", "<|assistant|>"]
+
+
+def make_tokenizer(named_turns: bool = True) -> PreTrainedTokenizerFast:
+    """One token for each character. Without `named_turns`, turn markers are special as Llama's are: in no list."""
     characters = ["\n", *map(chr, range(32, 127))]
     vocab = {token: index for index, token in enumerate([*SPECIAL, *characters])}
     inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(pattern="", behavior="isolated")
     inner.decoder = decoders.Fuse()
+    if not named_turns:
+        inner.add_special_tokens(TURNS)
     return PreTrainedTokenizerFast(
         tokenizer_object=inner,
         pad_token="<pad>",
         eos_token="<eos>",
         unk_token="<unk>",
-        additional_special_tokens=["<|user|>", "<|assistant|>"],
+        additional_special_tokens=TURNS if named_turns else [],
         chat_template=TEMPLATE,
     )
 

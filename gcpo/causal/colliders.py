@@ -101,8 +101,9 @@ def generate_colliders(
     outputs = gather_object(local)[: len(tasks)]
 
     def counts(collider: list[int]) -> bool:
-        ended = not config.mask_truncated_colliders or collider[-1] in trainer.eos_token_ids
-        return bool(builder.content(collider)) and ended
+        if not builder.content(collider):
+            return False
+        return not config.mask_truncated_colliders or collider[-1] in trainer.eos_token_ids
 
     groups = []
     for p, prompt in enumerate(prompts):
@@ -114,8 +115,8 @@ def generate_colliders(
 
 def reward_colliders(trainer: "GCPOTrainer", inputs: list[dict[str, Any]], groups: list[Group]) -> float:
     """
-    Mean reward of all colliders, those without content included, by the trainer's reward functions and their weights:
-    beside `reward`, what integrating the candidates gains. Processes share the work.
+    Mean reward of all colliders that have one, those without content included, by the trainer's reward functions and
+    their weights: beside `reward`, what integrating the candidates gains. NaN where none has. Processes share the work.
 
     Args:
         inputs: the dataset rows of this process's candidates.
@@ -134,8 +135,10 @@ def reward_colliders(trainer: "GCPOTrainer", inputs: list[dict[str, Any]], group
         per_function = GRPOTrainer._calculate_rewards(
             trainer, [row for row, _, _ in local], [prompt for _, prompt, _ in local], texts, ids
         )
-    weights = trainer.reward_weights.to(per_function.device)
-    return float((per_function[: len(tasks)] * weights).nansum(dim=1).mean())
+    per_function = per_function[: len(tasks)]
+    per_function = per_function[per_function.isfinite().any(dim=1)]  # as `reward`, of what has a finite one
+    per_function = torch.where(per_function.isfinite(), per_function, torch.nan)
+    return float((per_function * trainer.reward_weights.to(per_function.device)).nansum(dim=1).mean())
 
 
 @contextmanager

@@ -9,6 +9,8 @@ one, or be cut in the middle of a special token.
 """
 
 import re
+import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -45,7 +47,10 @@ class PromptBuilder:
         self.config = config
         self.chat_template = chat_template
         self.chat_template_kwargs = chat_template_kwargs or {}
-        self.special_ids = set(tokenizer.all_special_ids)
+        # The named ones, and those that are only added as special: Llama's and DeepSeek's turn markers have no name.
+        added = tokenizer.added_tokens_decoder.items()
+        self.special_ids = set(tokenizer.all_special_ids) | {token for token, content in added if content.special}
+        self._warned = False
         self._encode = lru_cache(maxsize=4096)(self._encode_text)
         self._bos = self._leading_ids()
 
@@ -58,7 +63,7 @@ class PromptBuilder:
         pieces = {"candidates": self._show(candidates), "collider": self.content(collider)}
         return self._build(prompt, self.config.context_prompt_template, pieces)
 
-    def content(self, ids: list[int]) -> list[int]:
+    def content(self, ids: Sequence[int]) -> list[int]:
         """`ids` without special tokens."""
         return [token for token in ids if token not in self.special_ids]
 
@@ -86,6 +91,8 @@ class PromptBuilder:
         else:
             question, text = self._render_with_template(prompt, template)
         question = _MARKER_PATTERN.sub("", question)
+        if isinstance(prompt, str):
+            self._warn_of_template(question)
         ids = list(self._bos) if isinstance(prompt, str) else []
         for segment in _MARKER_PATTERN.split(text):
             name = segment[1:-1]
@@ -96,6 +103,18 @@ class PromptBuilder:
             elif segment:
                 ids += self._encode(segment, False)
         return ids
+
+    def _warn_of_template(self, question: str) -> None:
+        """Plain text is data: a chat template that it already went through would be shown as text, its turns gone."""
+        ids = self._encode(question, False)
+        if not self._warned and len(self.content(ids)) < len(ids):
+            self._warned = True
+            warnings.warn(
+                "A prompt of plain text holds special tokens, as if a chat template had been applied to it. GCPO's own "
+                "prompts show it without them, and so without its turns: pass messages (a list of role and content) as "
+                "`prompt` instead, and the template is applied for you.",
+                stacklevel=2,
+            )
 
     def _render_with_template(self, messages: list[dict[str, Any]], template: str) -> tuple[str, str]:
         """The question (the last user message) and the conversation's text with the template in its place."""

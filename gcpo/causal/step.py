@@ -17,12 +17,13 @@ from gcpo.causal.parallel import GroupReading, read_groups, score_copies
 from gcpo.causal.sampling import ContextDraw, draw_contexts
 from gcpo.forward.representations import HiddenRecorder
 from gcpo.forward.rollout import Rollout
-from gcpo.forward.scoring import Reading, Scorer, pad_ids
+from gcpo.forward.scoring import Reading, Scorer, learns_positions, pad_ids
 
 if TYPE_CHECKING:
     from gcpo.trainer import GCPOTrainer
 
 Ids = list[int]
+WEIGHT_COLUMNS = ("plain_advantage", "upsilon")  # of TRL's completions table, whose `advantage` is B
 
 
 class CausalStep:
@@ -44,6 +45,13 @@ class CausalStep:
         self.scorer = Scorer(trainer)
         self.z_size: int = trainer.model.config.get_text_config().hidden_size
         config, kind = trainer.args, trainer.model.config.model_type
+        if config.is_causal and learns_positions(trainer.model):
+            warnings.warn(
+                f"{kind} learns an embedding for each position, and TRL's forwards do not tell it where a prompt that "
+                "is padded on the left begins: its scores depend on the padding, and those that GCPO makes without any "
+                "do not fit them. Use a model with rotary positions.",
+                stacklevel=2,
+            )
         self.parallel = config.prefers_parallel and self.scorer.can_continue
         if config.context_attention == "parallel" and config.scores_contexts and not self.parallel:
             raise ValueError(
@@ -276,12 +284,19 @@ class CausalStep:
         check_length(longest, self.trainer.max_positions, "A context with an output sampled under it")
         seed = self._seed(2) + 7 * self.accelerator.process_index
         trainer, recorder = self.trainer, HiddenRecorder(self.config.representation)
+        # L * m times the rollout's rows: no more of them at once than there. An engine makes batches of its own.
+        size = len(contexts) if trainer.use_vllm else len(rows)
+        outputs: list[Ids] = []
+        states: list[torch.Tensor] = []
         with trainer._account.phase("contexts"), own_random_stream(seed), trainer._recording(recorder):
-            outputs, _ = trainer._generate_single_turn(contexts, None, {}, 1)
+            for start in range(0, len(contexts), size):
+                outputs += trainer._generate_single_turn(contexts[start : start + size], None, {}, 1)[0]
+                if trainer._generated is not None:
+                    states.append(trainer._generated.z)
+                    trainer._generated = None
         trainer._account.add_tokens("generated_contexts", sum(map(len, outputs)))
-        states, trainer._generated = trainer._generated, None
-        if states is not None:
-            return states.z.view(len(rows), colliders, m, -1)
+        if sum(map(len, states)) == len(contexts):
+            return torch.cat(states).view(len(rows), colliders, m, -1)
         outputs = [ids or [trainer._tokenizer.eos_token_id] for ids in outputs]
         with trainer._counted_as("contexts", "scored_contexts"):
             _, z = self.scorer.score(contexts, outputs, max(map(len, outputs)))
@@ -323,8 +338,8 @@ class CausalStep:
         logged = self.trainer._logs["advantages"]
         tail = [logged.pop() for _ in range(min(len(upsilon), len(logged)))][::-1]
         logged.extend(a * u for a, u in zip(tail, upsilon[-len(tail) :].tolist(), strict=True))
-        self.trainer._logs["extra"]["plain_advantage"].extend(tail)
-        self.trainer._logs["extra"]["upsilon"].extend(upsilon.tolist())
+        for column, values in zip(WEIGHT_COLUMNS, (tail, upsilon.tolist()), strict=True):
+            self.trainer._logs["extra"][column].extend(values)
         return upsilon
 
     def _represent_colliders(self, groups: list[Group], found: dict[int, GroupReading]) -> torch.Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gcpo.training.inputs import (
+    ArgumentsError,
     TaskArguments,
     argument_errors,
     check_chat_template,
@@ -50,8 +51,8 @@ def eval_parser() -> argparse.ArgumentParser:
     add("--allow_code_execution", action="store_true", help="run the programs that a model writes, in a sandbox")
     add(
         "--reward_funcs",
-        help="verifier: as in `gcpo train`, one. Default: that of the benchmark or task; math-verify for rows with an "
-        "answer",
+        help="verifier: as in `gcpo train`, one; a completion passes with a score of 1 or more. Default: that of the "
+        "benchmark or task; math-verify for rows with an answer",
     )
     for item in fields(TaskArguments):
         kind = bool if item.type is bool else int if item.type is int else str
@@ -60,8 +61,8 @@ def eval_parser() -> argparse.ArgumentParser:
             add(f"--no_{item.name}", dest=item.name, action="store_false", help=item.metadata["help"])
         else:
             add(f"--{item.name}", type=kind, default=default, help=item.metadata["help"])
-    add("--limit", type=int, help="use the first rows of the dataset only")
-    add("--num_samples", type=int, default=1, help="completions per prompt")
+    add("--limit", type=int, help="use so many of the dataset's first rows only")
+    add("--num_samples", type=int, default=1, help="completions per prompt; 1 at temperature 0")
     add("--pass_at", type=int, nargs="+", default=[1], metavar="K", help="values of k, each at most --num_samples")
     add("--max_new_tokens", type=int, default=256, help="most tokens of a completion")
     add("--temperature", type=float, default=1.0, help="of sampling; 0 takes the most likely token")
@@ -78,13 +79,21 @@ def run(flags: list[str]) -> int:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from gcpo.evaluation.evaluate import evaluate_pass_at_k
+        from gcpo.evaluation.evaluate import EvaluationError, evaluate_pass_at_k
 
         if args.output is not None and not args.output.parent.is_dir():
             raise FileNotFoundError(f"`--output` must be in a folder that exists, got {str(args.output)!r}.")
         for k in args.pass_at:
             if not 1 <= k <= args.num_samples:
                 raise ValueError(f"`--pass_at` must be between 1 and --num_samples ({args.num_samples}), got {k}.")
+        if args.limit is not None and args.limit < 1:
+            raise ValueError(f"`--limit` must be at least 1, got {args.limit}.")
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device = args.device or accelerator or "cpu"
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"`--device` {device} does not work here: {str(error).splitlines()[0]}") from error
         check_model(args.model_name_or_path)
         dataset, reward = load_questions(args)
         if args.limit is not None:
@@ -95,8 +104,8 @@ def run(flags: list[str]) -> int:
         model: Any = AutoModelForCausalLM.from_pretrained(
             args.model_name_or_path, dtype=args.dtype, attn_implementation=args.attn_implementation, **options
         )
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        model.to(args.device or accelerator or "cpu")
+    model.to(device)
+    try:  # what the reward function itself raises keeps its traceback
         result = evaluate_pass_at_k(
             model,
             tokenizer,
@@ -110,9 +119,11 @@ def run(flags: list[str]) -> int:
             seed=args.seed,
             progress=sys.stderr.isatty(),
         )
+    except EvaluationError as error:
+        raise ArgumentsError(str(error)) from error
     print(f"{args.model_name_or_path} on {args.dataset_name}")
-    for k, (value, error) in {"1": [result.pass_at_1, result.pass_at_1_se], **result.pass_at_k}.items():
-        print(f"{'pass@' + k:<18} {value:.4f} ± {error:.4f}")
+    for k, (value, se) in {"1": [result.pass_at_1, result.pass_at_1_se], **result.pass_at_k}.items():
+        print(f"{'pass@' + k:<18} {value:.4f} ± {se:.4f} (score >= 1)")
     print(f"{'mean score':<18} {result.mean_score:.4f} ± {result.mean_score_se:.4f}")
     print(f"{'prompts':<18} {result.num_prompts}")
     print(f"{'samples per prompt':<18} {result.num_samples}")

@@ -14,6 +14,10 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
+class EvaluationError(ValueError):
+    """What is asked for cannot be measured, or the reward function does not score; the message says what to change."""
+
+
 @dataclass(frozen=True)
 class EvalResult:
     """
@@ -70,8 +74,8 @@ def evaluate_pass_at_k(
         model: a causal language model.
         tokenizer: its tokenizer; needs an end token.
         dataset: N rows with a column `prompt` (text or messages); the other columns go to `reward_func`.
-        reward_func: a reward function as TRL calls it; may not return None for a completion.
-        num_samples: completions per prompt.
+        reward_func: a reward function as TRL calls it; must return a number for every completion.
+        num_samples: completions per prompt; 1 where `temperature` is 0.
         ks: values of k for pass@k, each at most `num_samples`.
         max_new_tokens: most tokens of a completion.
         temperature: of sampling; 0 takes the most likely token.
@@ -81,17 +85,25 @@ def evaluate_pass_at_k(
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: an empty dataset, one without prompts, a count below 1, or a k that needs more samples.
+        EvaluationError: an empty dataset, one without prompts, a count below 1, a k that needs more samples, a
+            temperature that is negative or not finite, several samples at temperature 0, no end token, or a reward
+            function that returns something else than a number per completion. What the function raises passes through.
     """
     for name, value in (("num_samples", num_samples), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+            raise EvaluationError(f"`{name}` must be at least 1, got {value}.")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise EvaluationError(f"`temperature` must be finite and at least 0, got {temperature}.")
+    if temperature == 0 and num_samples > 1:
+        raise EvaluationError(
+            f"`num_samples` must be 1 at `temperature` 0, where a prompt's samples are all the same, got {num_samples}."
+        )
     for k in ks:
         if not 1 <= k <= num_samples:
-            raise ValueError(f"`ks` must be between 1 and `num_samples` ({num_samples}), got {k}.")
+            raise EvaluationError(f"`ks` must be between 1 and `num_samples` ({num_samples}), got {k}.")
     if "prompt" not in dataset.column_names or len(dataset) == 0:
-        raise ValueError(f"`dataset` must have rows and a column `prompt`, got {len(dataset)} rows of "
-                         f"{', '.join(dataset.column_names) or 'no column'}.")  # fmt: skip
+        raise EvaluationError(f"`dataset` must have rows and a column `prompt`, got {len(dataset)} rows of "
+                              f"{', '.join(dataset.column_names) or 'no column'}.")  # fmt: skip
     rows = [row for row in dataset for _ in range(num_samples)]
     scores: list[float] = []
     lengths: list[int] = []
@@ -200,7 +212,7 @@ def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
     ends = configured if isinstance(configured, list) else [configured]
     ids = [end for end in dict.fromkeys([tokenizer.eos_token_id, *ends]) if end is not None]
     if not ids:
-        raise ValueError("`tokenizer` must have an end token (`eos_token`), or the model's generation config one.")
+        raise EvaluationError("`tokenizer` must have an end token (`eos_token`), or the model's generation config one.")
     return ids
 
 
@@ -215,14 +227,20 @@ def _score(
     if not isinstance(batch[0]["prompt"], str):
         completions = [[{"role": "assistant", "content": text}] for text in texts]
     columns = {key: [row[key] for row in batch] for key in batch[0] if key not in ("prompt", "completion")}
-    scores = reward_func(
+    returned = reward_func(
         prompts=[row["prompt"] for row in batch], completions=completions, completion_ids=completion_ids, **columns
     )
-    if len(scores) != len(batch) or any(score is None for score in scores):
-        raise ValueError(
-            f"`reward_func` must return a number for each of {len(batch)} completions, got {scores!r:.200}."
+    try:
+        scores = [float(score) for score in returned]
+    except (TypeError, ValueError):  # nothing to go through, or something in it is no number
+        scores = []
+    if len(scores) != len(batch):
+        name = getattr(reward_func, "__name__", repr(reward_func))
+        raise EvaluationError(
+            f"`reward_func` must return a number for each of {len(batch)} completions, {name} returned "
+            f"{returned!r:.200}."
         )
-    return [float(score) for score in scores]
+    return scores
 
 
 @contextmanager

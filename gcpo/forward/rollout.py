@@ -111,7 +111,9 @@ class GenerationRecorder:
             None where the model did not generate one token after the other, so that there is nothing to take.
         """
         most = trainer._causal.scorer.most  # a process without states is one too many: all go the same way
-        if most(int(self.cache is None or self.cache.get_seq_length() != self.prompt_width + len(self.fed))):
+        # A cache of fixed size has no place for the last tokens; beams are rows that are no completion's.
+        grows = isinstance(self.cache, DynamicCache) and all(len(ids) == len(completion_ids) for ids in self.fed)
+        if most(int(not grows or self.cache.get_seq_length() != self.prompt_width + len(self.fed))):
             return None
         longest = max(map(len, completion_ids))
         device, rows = trainer.accelerator.device, len(completion_ids)

@@ -6,10 +6,13 @@ Everything here is collective: a process with less to do repeats its last forwar
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import is_peft_model
+from torch import nn
 
 from gcpo._trl import pad
 from gcpo.forward.key_values import Piece, cut, join, keeps_every_token, length_of
@@ -52,8 +55,10 @@ class Scorer:
         self.trainer = trainer
         self.config = trainer.args
         self.accelerator = trainer.accelerator
-        self.can_continue = keeps_every_token(trainer.model)
-        self.can_pack = takes_tree_mask(trainer.model)
+        # Prompt and prefix tuning put tokens of their own before every forward, a continuation's included.
+        virtual_tokens = is_peft_model(trainer.model) and trainer.model.active_peft_config.is_prompt_learning
+        self.can_continue = keeps_every_token(trainer.model) and not virtual_tokens
+        self.can_pack = takes_tree_mask(trainer.model) and not virtual_tokens
         self.shares = trainer.args.share_prefix and self.can_continue
 
     @property
@@ -71,7 +76,8 @@ class Scorer:
         for part, counts in self._parts([len(x) + len(y) for x, y in zip(prompts, completions, strict=True)]):
             x, x_mask = self._pad([prompts[k] for k in part], "left")
             y, y_mask = self._pad([completions[k] for k in part], "right")
-            with self.trainer._recording(HiddenRecorder(self.config.representation)) as recorder:
+            recorder = HiddenRecorder(self.config.representation)
+            with self.trainer._recording(recorder), without_dropout(self.trainer.model):
                 scores, _, _ = self.trainer._get_per_token_logps_and_entropies(
                     self.trainer.model, torch.cat([x, y], dim=1), torch.cat([x_mask, y_mask], dim=1), y.size(1)
                 )
@@ -147,6 +153,7 @@ class Scorer:
         with (
             trainer._account.phase("contexts" if rows[0].tokens == "scored_contexts" else "scoring"),
             recorder.attached(trainer._backbone(), ids.shape[1]),
+            without_dropout(trainer.model),
             self.accelerator.autocast(),
         ):
             logp = trainer.model(
@@ -197,6 +204,7 @@ class Scorer:
             with (
                 trainer._account.phase("contexts"),
                 recorder.attached(trainer._backbone()),
+                without_dropout(trainer.model),
                 self.accelerator.autocast(),
             ):
                 logp = trainer.model(
@@ -259,6 +267,32 @@ def pad_ids(trainer: "GCPOTrainer", ids: list[Ids], side: str) -> tuple[torch.Te
     padded = pad(tensors, trainer._tokenizer.pad_token_id, side, multiple)
     mask = pad([torch.ones_like(row) for row in tensors], 0, side, multiple)
     return padded.to(trainer.accelerator.device), mask.to(trainer.accelerator.device)
+
+
+def learns_positions(model: Any) -> bool:
+    """Whether positions are looked up in an embedding, as GPT-2's are."""
+    count, tokens = (
+        getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        model.get_input_embeddings(),
+    )
+    found = (part for part in model.modules() if isinstance(part, nn.Embedding) and part is not tokens)
+    return any(part.num_embeddings == count for part in found)
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """
+    Every part of `model` in evaluation mode: what is compared or subtracted later must not differ by noise. The model
+    itself stays in training mode, which is how TRL tells training from evaluation.
+    """
+    parts = [part for part in model.modules() if part is not model and part.training]
+    for part in parts:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.training = True
 
 
 def no_auxiliary_loss(model: Any) -> dict[str, bool]:

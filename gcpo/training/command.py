@@ -8,10 +8,12 @@ import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
+import yaml
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser, get_dataset, get_peft_config, get_quantization_config
 from trl.scripts.grpo import GRPOScriptArguments
 
@@ -20,17 +22,20 @@ from gcpo.training.inputs import (
     TASK_PREFIX,
     TASK_REWARD,
     TRL_REWARDS,
+    ArgumentsError,
     TaskArguments,
     argument_errors,
     check_chat_template,
     check_model,
+    check_prompts,
+    checked,
     is_task,
     load_named,
     load_rewards,
     load_task,
     take_split,
 )
-from gcpo.training.resume import check_same_model, checkpoints, last_complete_checkpoint, why_incomplete
+from gcpo.training.resume import check_same_model, checkpoints, last_complete_checkpoint, step_of, why_incomplete
 from gcpo.training.reward_timeout import with_timeout
 
 _LAUNCHED = "GCPO_LAUNCHED"
@@ -73,6 +78,18 @@ class TrainParser(TrlParser):
         print(f"{self.prog}: error: {message}\n`{self.prog} --help` lists every flag.", file=sys.stderr)
         raise SystemExit(2)
 
+    def parse_args_and_config(self, args: Any = None, *rest: Any, **kwargs: Any) -> tuple[Any, ...]:
+        given = sys.argv[1:] if args is None else args
+        argv = [part for arg in given for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+        if "--config" in argv:
+            value = argv[argv.index("--config") + 1 :][:1]
+            if not value or not Path(value[0]).is_file():
+                raise FileNotFoundError(f"`--config` must be a YAML file, got {value[0] if value else 'nothing'!r}.")
+        try:
+            return super().parse_args_and_config(argv, *rest, **kwargs)
+        except yaml.YAMLError as error:
+            raise ValueError(f"`--config` must be a YAML file: {' '.join(str(error).split())}.") from error
+
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
         return self._for_accelerate(super().set_defaults_with_config(**kwargs))
 
@@ -98,7 +115,12 @@ class TrainParser(TrlParser):
 def make_parser(prog: str = "gcpo train") -> TrainParser:
     """The flags of `trl grpo`, with GCPOConfig in place of GRPOConfig."""
     groups: Any = (GCPOScriptArguments, GCPOConfig, ModelConfig, DatasetMixtureConfig)
-    parser = TrainParser(groups, prog=prog)
+    parser = TrainParser(
+        groups,
+        prog=prog,
+        epilog="To start several processes: --accelerate_config FILE (or the name of one of TRL's), and any flag of "
+        "`accelerate launch`, such as --num_processes.",
+    )
     # TRL's parser cannot write None for an optional integer, and None is a value here (all of it).
     optional = {name for name, hint in GCPOConfig.__annotations__.items() if hint == int | None}
     for action in parser._actions:
@@ -123,11 +145,6 @@ def parse(argv: list[str]) -> tuple[GCPOScriptArguments, GCPOConfig, ModelConfig
         The four groups of arguments, and what is meant for `accelerate launch` (as with `trl grpo`, any of its flags
         may stand among the others). A flag that neither knows is an error.
     """
-    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
-    if "--config" in argv:
-        value = argv[argv.index("--config") + 1 :][:1]
-        if not value or not Path(value[0]).is_file():
-            raise FileNotFoundError(f"`--config` must be a YAML file, got {value[0] if value else 'nothing'!r}.")
     script_args, config, model_args, mixture, launch_args = make_parser().parse_args_and_config(
         argv, return_remaining_strings=True
     )
@@ -154,7 +171,8 @@ def load_splits(args: GCPOScriptArguments, mixture: DatasetMixtureConfig, with_e
 def resolve_checkpoint(config: GCPOConfig, resume: bool = False) -> str | None:
     """
     `--resume_from_checkpoint` as a folder; `last` and `true` name the newest whole one in `--output_dir`, as `--resume`
-    does. For `--resume`, None where there is no whole checkpoint: the run was stopped before its first.
+    does. For `--resume`, None where there is no whole checkpoint: the run was stopped before its first. Without either,
+    a folder that holds checkpoints is refused: a later `--resume` would take them for the new run's.
     """
     value = config.resume_from_checkpoint
     if value is not None and str(value).lower() in ("false", "none"):
@@ -164,7 +182,15 @@ def resolve_checkpoint(config: GCPOConfig, resume: bool = False) -> str | None:
             f"`--resume` and `--resume_from_checkpoint {value}` are two answers to one question: give one."
         )
     if value is None:
-        return last_complete_checkpoint(str(config.output_dir)) if resume else None
+        if resume:
+            return last_complete_checkpoint(str(config.output_dir))
+        found = checkpoints(str(config.output_dir))
+        if found:
+            raise ValueError(
+                f"`--output_dir` {config.output_dir!r} holds {found[0].name} of an earlier run: `--resume` goes on "
+                "with it; for a new run, name another folder or remove the checkpoints."
+            )
+        return None
     if str(value).lower() not in ("true", "last"):
         if not Path(value).is_dir():
             raise FileNotFoundError(f"`--resume_from_checkpoint` must be a checkpoint folder or 'last', got {value!r}.")
@@ -175,12 +201,39 @@ def resolve_checkpoint(config: GCPOConfig, resume: bool = False) -> str | None:
                 "newest whole one."
             )
         return str(value)
-    found = last_complete_checkpoint(str(config.output_dir))
-    if found is None:
+    last = last_complete_checkpoint(str(config.output_dir))
+    if last is None:
         raise FileNotFoundError(
             f"`--resume_from_checkpoint {value}`: no checkpoint in {config.output_dir!r} that is whole."
         )
-    return found
+    return last
+
+
+def prompts_per_rollout(config: GCPOConfig) -> int:
+    """Prompts of one rollout, over all processes."""
+    return int(config.generation_batch_size or 1) // int(config.num_generations or 1)
+
+
+def check_size(config: GCPOConfig, num_prompts: int | None) -> None:
+    """Refuse a dataset smaller than one rollout: only whole ones are trained on, so nothing would be."""
+    wanted = prompts_per_rollout(config)
+    if num_prompts is not None and num_prompts < wanted:
+        raise ValueError(
+            f"The dataset has {num_prompts} prompts, one rollout takes {wanted}: lower `per_device_train_batch_size`, "
+            "`gradient_accumulation_steps` or `steps_per_generation`."
+        )
+
+
+def check_installed(config: GCPOConfig, model_args: ModelConfig) -> None:
+    """Refuse flags whose package is missing, before a model is loaded."""
+    if config.use_vllm and find_spec("vllm") is None:
+        raise ValueError(
+            '`--use_vllm` needs vLLM, which is not installed: `pip install ".[vllm]"` from a checkout, in an '
+            "environment of its own."
+        )
+    if (model_args.load_in_4bit or model_args.load_in_8bit) and find_spec("bitsandbytes") is None:
+        flag = "load_in_4bit" if model_args.load_in_4bit else "load_in_8bit"
+        raise ValueError(f"`--{flag}` needs bitsandbytes, which is not installed: `pip install bitsandbytes`.")
 
 
 def count_steps(config: GCPOConfig, num_prompts: int | None) -> int | None:
@@ -189,7 +242,7 @@ def count_steps(config: GCPOConfig, num_prompts: int | None) -> int | None:
         return config.max_steps
     if num_prompts is None:
         return None
-    rollouts = num_prompts // (int(config.generation_batch_size or 1) // int(config.num_generations or 1))
+    rollouts = num_prompts // prompts_per_rollout(config)
     batches = rollouts * int(config.steps_per_generation or 1) * config.num_iterations
     return math.ceil(config.num_train_epochs * math.ceil(batches / config.gradient_accumulation_steps))
 
@@ -242,6 +295,7 @@ def prepare(argv: list[str]) -> int | tuple[Any, str | None, str]:
     warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
     with argument_errors():
         script_args, config, model_args, mixture, launch_args = parse(argv)
+        check_installed(config, model_args)
         starts_others = wants_launch(config, launch_args)
     if starts_others:
         return launch(argv, launch_args)
@@ -252,11 +306,20 @@ def prepare(argv: list[str]) -> int | tuple[Any, str | None, str]:
             print("gcpo train: warning: `datasets` is given, so --dataset_name is not read", file=sys.stderr)
             script_args.dataset_name = None
         train_dataset, eval_dataset = load_splits(script_args, mixture, config.eval_strategy != "no")
+        for dataset in (train_dataset, eval_dataset):
+            if dataset is not None:
+                check_prompts(dataset)
+        num_prompts = len(train_dataset) if hasattr(train_dataset, "__len__") else None
+        check_size(config, num_prompts)
         rewards: list[Any] = load_rewards(
             script_args.reward_funcs, script_args.dataset_name, train_dataset.column_names
         )
-        if script_args.reward_timeout is not None:
-            rewards = [with_timeout(reward, script_args.reward_timeout) for reward in rewards]
+        limit = script_args.reward_timeout
+        if limit is not None:
+            if not 0 < limit < math.inf:
+                raise ValueError(f"`--reward_timeout` must be finite and above 0, got {limit}.")
+            rewards = [with_timeout(reward, limit) for reward in rewards]
+        rewards = [checked(reward) for reward in rewards]
         if script_args.reward_model_name_or_path:
             rewards = [script_args.reward_model_name_or_path, *rewards]
         if not rewards:
@@ -283,7 +346,7 @@ def prepare(argv: list[str]) -> int | tuple[Any, str | None, str]:
         check_chat_template(trainer.processing_class, train_dataset, model)
         if checkpoint is not None:
             check_same_model(checkpoint, trainer.model)
-    steps = count_steps(config, len(train_dataset) if hasattr(train_dataset, "__len__") else None)
+    steps = count_steps(config, num_prompts)
     return trainer, checkpoint, summary(config, model, script_args.dataset_name or "a mixture of datasets", steps)
 
 
@@ -291,7 +354,9 @@ def train(trainer: Any, checkpoint: str | None, announcement: str) -> int:
     """Train, save, and return the exit code."""
     say, config = trainer.accelerator.print, trainer.args
     say(announcement, flush=True)
+    begun = 0
     if checkpoint is not None:
+        begun = step_of(checkpoint)  # now: `save_total_limit` may remove it
         say(f"gcpo train: going on from {checkpoint}", flush=True)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -300,6 +365,12 @@ def train(trainer: Any, checkpoint: str | None, announcement: str) -> int:
         where = f"continue with --resume_from_checkpoint {kept}" if kept else "no checkpoint was saved"
         print(f"gcpo train: interrupted at step {trainer.state.global_step}; {where}", file=sys.stderr)
         return 130
+    state = trainer.state
+    if state.global_step == 0:  # a stream's length is not known before
+        wanted = prompts_per_rollout(config)
+        raise ArgumentsError(f"No step was made, and nothing is saved: one rollout takes {wanted} prompts.")
+    if begun >= state.max_steps:
+        say(f"gcpo train: already finished: {checkpoint} is of step {begun}, of {state.max_steps}")
     trainer.save_model(config.output_dir)
     say(f"gcpo train: saved to {config.output_dir}")
     if config.push_to_hub:

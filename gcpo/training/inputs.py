@@ -1,5 +1,6 @@
 """Datasets and reward functions as a command line names them. Nothing heavy is imported before it is named."""
 
+import functools
 import importlib
 import inspect
 import json
@@ -29,10 +30,11 @@ def argument_errors() -> Iterator[None]:
     """Errors that reading and checking arguments raises, as ArgumentsError: they need no traceback."""
     try:
         yield
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         if (error.name or "").split(".")[0] in ("gcpo", "gcpo_kernels"):
             raise
-        raise ArgumentsError(f"{error}; `pip install 'gcpo[train]'` brings what the commands need") from error
+        hint = "; `pip install 'gcpo[train]'` brings what the commands need"
+        raise ArgumentsError(f"{error}{hint if isinstance(error, ModuleNotFoundError) else ''}") from error
     except (ValueError, TypeError, OSError) as error:
         raise ArgumentsError(str(error)) from error
 
@@ -103,6 +105,7 @@ def load_task(name: str, args: TaskArguments, held_out_size: int = 0) -> tuple[A
 def load_named(name: str, config: str | None = None, streaming: bool = False) -> Mapping[str, Any]:
     """The splits of a dataset: a folder written by `save_to_disk`, a data file or folder, or a name on the hub."""
     from datasets import Dataset, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetsError
 
     path = Path(name)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
@@ -113,12 +116,20 @@ def load_named(name: str, config: str | None = None, streaming: bool = False) ->
         if builder is None:
             endings = ", ".join(f".{ending}" for ending in _FILE_FORMATS)
             raise ValueError(f"`--dataset_name` must end in one of {endings} if it is a file, got {name!r}.")
-        return load_dataset(builder, data_files=name, streaming=streaming)
+        try:
+            return load_dataset(builder, data_files=name, streaming=streaming)
+        except (DatasetsError, OSError, ValueError, StopIteration) as error:
+            # The reader of JSON says by an empty StopIteration that there is no row.
+            reason = str(error.__cause__ or error) or "it holds no rows"
+            raise ValueError(f"`--dataset_name`: cannot read {name!r} ({_one_line(reason)}).") from error
+    if not path.exists() and (name.startswith((".", "/", "~")) or path.suffix.lstrip(".") in _FILE_FORMATS):
+        raise FileNotFoundError(f"`--dataset_name`: there is no file or folder {name!r}.")
     try:
         return load_dataset(name, name=config, streaming=streaming)
-    except (OSError, ValueError) as error:
+    except (DatasetsError, OSError, ValueError) as error:
         raise ValueError(
-            f"`--dataset_name` must be a dataset on the hub, a path, or {TASK_PREFIX}NAME, got {name!r} ({error})."
+            f"`--dataset_name` must be a dataset on the hub, a path, or {TASK_PREFIX}NAME, got {name!r} "
+            f"({error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error})."
         ) from error
 
 
@@ -127,6 +138,13 @@ def take_split(splits: Mapping[str, Any], flag: str, name: str) -> Any:
     if name not in splits:
         raise ValueError(f"`--{flag}` must be one of {', '.join(map(repr, splits))}, got {name!r}.")
     return splits[name]
+
+
+def check_prompts(dataset: Any) -> None:
+    """Refuse a dataset without prompts."""
+    columns = dataset.column_names or list(next(iter(dataset), {}))  # a stream may not know before its first row
+    if "prompt" not in columns:
+        raise ValueError(f"The dataset must have a column `prompt`, got {', '.join(columns) or 'no column'}.")
 
 
 def check_model(name: str | None) -> str:
@@ -160,6 +178,8 @@ def load_reward(name: str) -> Callable[..., list[float]]:
         if name == "get_soft_overlong_punishment":  # the values of `trl grpo`
             return trl.rewards.get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256)
         return getattr(trl.rewards, name)
+    if "/" in name or ":" in name or name.startswith(".") or name.endswith(".py"):
+        raise ValueError(f"`--reward_funcs` must be a dotted path such as rewards.letters, not a file, got {name!r}.")
     module, dot, attribute = name.rpartition(".")
     if not dot:
         choices = ", ".join((*TRL_REWARDS, TASK_REWARD))
@@ -182,16 +202,25 @@ def load_rewards(
     The reward functions of `--reward_funcs`; a generated task's own scorer where none is named.
 
     Raises:
-        ValueError: an unknown name, or a function that asks for a column that the dataset does not have.
+        ValueError: an unknown name, a function that asks for a column that the dataset does not have, or one that does
+            not take all that it is passed.
         TypeError: a path to something that cannot be called.
     """
     names = names or ([TASK_REWARD] if is_task(dataset_name) else [])
     rewards = [load_reward(name) for name in names]
     given = set(columns) if columns is not None else None
+    passed = (_TRAINER_ARGS - {"environments"}) | ((given or set()) - _UNSEEN_COLUMNS)
     for name, reward in zip(names, rewards, strict=True):
+        try:
+            parameters = inspect.signature(reward).parameters
+        except (TypeError, ValueError):  # of a callable in C
+            continue
+        extra = passed - set(parameters)
+        if extra and all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
+            raise ValueError(f"`--reward_funcs`: {name} must take **kwargs, it is passed {', '.join(sorted(extra))}.")
         wanted = {
             parameter.name
-            for parameter in inspect.signature(reward).parameters.values()
+            for parameter in parameters.values()
             if parameter.default is parameter.empty
             and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         }
@@ -202,3 +231,42 @@ def load_rewards(
                 f"it has {', '.join(sorted(given))}."
             )
     return rewards
+
+
+def checked(reward: Callable[..., Any]) -> Callable[..., Any]:
+    """`reward`, which stops the run with one line where it does not return a number, or None, for each completion."""
+    from gcpo._trl import get_callable_name, is_async_callable
+
+    name = get_callable_name(reward)  # what its rewards are logged under
+
+    def check(returned: Any, completions: Any) -> list[float | None]:
+        try:
+            scores = [None if score is None else float(score) for score in returned]
+        except (TypeError, ValueError):  # nothing to go through, or something in it is no number
+            scores = []
+        if len(scores) != len(completions):
+            raise ArgumentsError(
+                f"`--reward_funcs`: '{name}' must return a list with a number for each of {len(completions)} "
+                f"completions, it returned {_one_line(repr(returned))[:200]}."
+            )
+        return scores
+
+    call: Callable[..., Any]
+    if is_async_callable(reward):
+
+        @functools.wraps(reward)
+        async def call(*, completions: Any, **kwargs: Any) -> Any:
+            return check(await reward(completions=completions, **kwargs), completions)
+
+    else:
+
+        @functools.wraps(reward)
+        def call(*, completions: Any, **kwargs: Any) -> Any:
+            return check(reward(completions=completions, **kwargs), completions)
+
+    call.__name__ = name
+    return call
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -20,7 +20,7 @@ class RunRecorder(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not state.is_world_process_zero:
+        if not state.is_world_process_zero or state.global_step >= state.max_steps:  # nothing left to do or to record
             return
         folder = Path(args.output_dir)
         if state.global_step == 0:  # another run in the same folder starts over; a resumed one goes on

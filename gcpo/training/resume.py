@@ -90,6 +90,11 @@ def _is_readable(path: Path) -> bool:
     return True
 
 
+def step_of(checkpoint: str | Path) -> int:
+    """The optimizer steps that were made before a checkpoint."""
+    return int(json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())["global_step"])
+
+
 def check_same_model(checkpoint: str | Path, model: Any) -> None:
     """
     Refuse a checkpoint whose weights cannot be those of `model`.
@@ -149,8 +154,17 @@ class ResumableGRPOTrainer(GRPOTrainer):
         self._train_sampler = super()._get_train_sampler(dataset)
         return self._train_sampler
 
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        epochs_trained, steps_trained = super()._init_training_state(*args, **kwargs)
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, num_epochs: int, *args: Any, **kwargs: Any
+    ) -> tuple[int, int]:
+        epochs_trained, steps_trained = super()._init_training_state(
+            max_steps, steps_per_epoch, num_epochs, *args, **kwargs
+        )
+        finished = self.state.global_step >= max_steps
+        # Where no completions are made, the table of the last step's is not to be written over.
+        self.log_completions = self.args.log_completions and not finished
+        if finished:  # no epoch is left to begin: `max_steps` is looked at after a step, so one more would be made
+            return num_epochs, 0
         sampler = getattr(self, "_train_sampler", None)
         if sampler is not None:
             # It draws the order of every epoch from one stream, which a new process starts from its beginning.

@@ -2,13 +2,16 @@
 
 import asyncio
 import functools
-import inspect
 import signal
 import threading
 import warnings
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
+
+from torch import nn
+
+from gcpo._trl import get_callable_name, is_async_callable
 
 
 class _TimeIsUp(BaseException):
@@ -32,16 +35,16 @@ def with_timeout(reward_func: Callable[..., Any], seconds: float) -> Callable[..
         seconds: > 0.
 
     Raises:
-        TypeError: `reward_func` is not a function, or `seconds` not a number.
+        TypeError: `reward_func` is not a function, or is a model, or `seconds` is not a number.
         ValueError: `seconds` is not above 0 and finite, or the platform has no signals to interrupt a thread with.
     """
-    if not callable(reward_func):
-        raise TypeError(f"`reward_func` must be a function, got {type(reward_func).__name__}.")
+    if isinstance(reward_func, nn.Module) or not callable(reward_func):  # TRL itself calls models
+        raise TypeError(f"`reward_func` must be a function, not a model or its name, got {type(reward_func).__name__}.")
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):
         raise TypeError(f"`seconds` must be a number, got {type(seconds).__name__}.")
     if not 0 < seconds < threading.TIMEOUT_MAX:
         raise ValueError(f"`seconds` must be finite and above 0, got {seconds}.")
-    name = getattr(reward_func, "__name__", type(reward_func).__name__)
+    name = get_callable_name(reward_func)  # what its rewards are logged under
 
     def without_reward(completions: Any) -> list[None]:
         warnings.warn(
@@ -51,7 +54,7 @@ def with_timeout(reward_func: Callable[..., Any], seconds: float) -> Callable[..
         )
         return [None] * len(completions)
 
-    if inspect.iscoroutinefunction(reward_func):
+    if is_async_callable(reward_func):
 
         @functools.wraps(reward_func)
         async def limited_async(*, completions: Any, **kwargs: Any) -> Any:
@@ -60,6 +63,7 @@ def with_timeout(reward_func: Callable[..., Any], seconds: float) -> Callable[..
             except TimeoutError:
                 return without_reward(completions)
 
+        limited_async.__name__ = name
         return limited_async
     # Not SIGALRM, which the functions themselves may use (math-verify does), nor one that a cluster sends to jobs.
     number = getattr(signal, "SIGRTMAX", None)
@@ -90,4 +94,5 @@ def with_timeout(reward_func: Callable[..., Any], seconds: float) -> Callable[..
             watch.join()  # after it no signal comes, and the handler may go
             signal.signal(number, before)
 
+    limited.__name__ = name
     return limited
