@@ -7,6 +7,7 @@ samples. "float" is float32, bfloat16 or float16 (float64 too on the torch backe
 devices and option values raise ValueError or TypeError naming the argument. Equations are those of arXiv 2508.05428.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from gcpo_kernels.checks import (
     check_contexts,
     check_head,
     check_ids,
+    check_no_tangents,
     check_rank,
     check_tensor,
     check_token_arguments,
@@ -140,7 +142,12 @@ def _triton_loss(
     options: LossOptions,
     tensors: dict[str, torch.Tensor | None],
 ) -> tuple[torch.Tensor, Metrics]:
+    check_no_tangents(logp=logp, causal_logp=tensors["causal_logp"])
     items = options.num_items_in_batch
+    if items is not None and not isinstance(items, torch.Tensor) and torch.compiler.is_compiling():
+        # A number would be a constant of the operator, and compile again for every value.
+        items = torch.ones((), dtype=torch.float32, device=logp.device) * items
+        options = replace(options, num_items_in_batch=items)
     constants = {name: x if x is None or name == "causal_logp" else x.detach() for name, x in tensors.items()}
     out = triton_ops.triton_token_loss(
         logp,
@@ -236,7 +243,7 @@ def linear_gcpo_loss(
             f"`hidden` must have shape (B, T, H) or (B * T, H) with (B, T) = {shape}, got {lead} before H."
         )
     token_ids = check_ids("token_ids", token_ids, lead, "(B, T)", hidden)
-    check_head(hidden, weight, bias)
+    check_head(hidden, weight, bias, group)
     dtype = reference.compute_dtype(hidden, weight)
     tensors = {
         "old_logp": old_logp,
@@ -331,7 +338,8 @@ def linear_logprob(
     weight, bias = gather_head(weight, bias, group)
     check_rank("hidden", hidden, (2, 3), "(B, T, H) or (N, H)")
     token_ids = check_ids("token_ids", token_ids, tuple(hidden.shape[:-1]), "of hidden without H", hidden)
-    check_head(hidden, weight, bias)
+    check_head(hidden, weight, bias, group)
+    check_no_tangents(hidden=hidden, weight=weight, bias=bias)
     storage = storage_dtype(hidden, weight)
     logp, entropy = ops.linear_logprob(
         hidden.flatten(0, -2),
@@ -372,6 +380,7 @@ def selective_logprob(
     HeadOptions(temperature)
     check_rank("logits", logits, (2, 3), "(B, T, V) or (N, V)")
     token_ids = check_ids("token_ids", token_ids, tuple(logits.shape[:-1]), "of logits without V", logits)
+    check_no_tangents(logits=logits)
     name = "triton" if use_triton(backend, logits) else "torch"
     logp, entropy, *_ = ops.selective_logprob(logits, token_ids, float(temperature), name)
     return (logp, entropy) if return_entropy else logp
@@ -409,6 +418,7 @@ def causal_weights(
     check_rank("z", z, (3,), "(P, n, H)")
     check_causal(tuple(z.shape), z, context_z, alpha, baseline, similarity, context_mask)
     if use_triton(backend, z, context_z):
+        check_no_tangents(z=z, context_z=context_z)
         return triton_ops.triton_causal_weights(z, None, context_z, context_mask, float(alpha), baseline, similarity)[0]
     return reference.causal_weights(
         z, context_z, alpha=alpha, baseline=baseline, similarity=similarity, context_mask=context_mask
@@ -452,6 +462,7 @@ def causal_weights_from_hidden(
             raise ValueError(f"`last_index` must be in [0, {hidden.shape[1]}), got values from {low} to {high}.")
     check_causal((p, n, hidden.shape[2]), hidden, context_z, alpha, baseline, similarity, context_mask)
     if use_triton(backend, hidden, context_z):
+        check_no_tangents(hidden=hidden, context_z=context_z)
         return triton_ops.triton_causal_weights(
             hidden, last_index, context_z, context_mask, float(alpha), baseline, similarity
         )[0]
@@ -470,6 +481,7 @@ def leave_one_out_mean(z: torch.Tensor, *, backend: str | None = None) -> torch.
     """mean_{k != i} z_k for each i: (P, n, H) from (P, n, H) float; NaN for n = 1. Carries gradient."""
     check_rank("z", z, (3,), "(P, n, H)")
     if use_triton(backend, z):
+        check_no_tangents(z=z)
         return triton_ops.triton_leave_one_out(z, torch.float32)
     return reference.leave_one_out_mean(z)
 

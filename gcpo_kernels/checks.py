@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from gcpo_kernels.options import BASELINES, SIMILARITIES, LossOptions, check_choice, check_number
 
@@ -17,18 +18,28 @@ def check_tensor(
     like: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    `x`, once it is known to be a tensor of one of `shapes` (described by `wanted`), floating or not as asked, on the
-    device of `like`.
+    `x`, once it is known to be a tensor of one of `shapes` (called `wanted`, without numbers: text that holds a size
+    makes torch.compile take it for a constant), floating or not as asked, on the device of `like`.
     """
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"`{name}` must be a tensor, got {type(x).__name__}.")
     if floating and x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise TypeError(f"`{name}` must be float32, bfloat16, float16 or float64, got {x.dtype}.")
     if shapes and tuple(x.shape) not in shapes:
-        raise ValueError(f"`{name}` must have shape {wanted}, got {tuple(x.shape)}.")
+        sizes = " or ".join(map(str, shapes))
+        raise ValueError(f"`{name}` must have shape {wanted} = {sizes}, got {tuple(x.shape)}.")
     if like is not None and x.device != like.device:
         raise ValueError(f"`{name}` must be on {like.device}, got {x.device}.")
     return x
+
+
+def check_no_tangents(**tensors: torch.Tensor | None) -> None:
+    """The operators have backward derivatives only; forward-mode ones would come out as 0."""
+    if torch.compiler.is_compiling():
+        return
+    for name, x in tensors.items():
+        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(f"`{name}` must have no forward-mode tangent (only backward works), got one.")
 
 
 def check_rank(name: str, x: Any, ranks: tuple[int, ...], wanted: str) -> torch.Tensor:
@@ -92,13 +103,14 @@ def check_contexts(shape: tuple[int, ...], like: torch.Tensor, context_logp: Any
         )
 
 
-def check_head(hidden: torch.Tensor, weight: Any, bias: Any) -> None:
+def check_head(hidden: torch.Tensor, weight: Any, bias: Any, group: str) -> None:
     check_rank("weight", weight, (2,), "(V, H)")
     check_tensor("weight", weight, like=hidden)
-    if weight.shape[1] != hidden.shape[-1] or weight.shape[0] < 1:
+    # No rows on one process of a group: all of them must hear of it (`find_shards`), or the others would wait.
+    if weight.shape[1] != hidden.shape[-1] or (weight.shape[0] < 1 and not group):
         raise ValueError(f"`weight` must have shape (V, H) = (V, {hidden.shape[-1]}), got {tuple(weight.shape)}.")
     if bias is not None:
-        check_tensor("bias", bias, shapes=((weight.shape[0],),), wanted=f"(V,) = ({weight.shape[0]},)", like=hidden)
+        check_tensor("bias", bias, shapes=((weight.shape[0],),), wanted="(V,)", like=hidden)
 
 
 def check_token_arguments(
@@ -113,14 +125,13 @@ def check_token_arguments(
     b = shape[0]
     check_mask("mask", mask, shape, "(B, T)", like)
     per_row = ((b,), shape)
-    check_tensor("advantages", advantages, shapes=per_row, wanted=f"(B,) or (B, T) = ({b},) or {shape}", like=like)
+    check_tensor("advantages", advantages, shapes=per_row, wanted="(B,) or (B, T)", like=like)
     for name in ("old_logp", "ref_logp", "query_logp", "causal_logp"):
         if tensors[name] is not None:
-            check_tensor(name, tensors[name], shapes=(shape,), wanted=f"(B, T) = {shape}", like=like)
+            check_tensor(name, tensors[name], shapes=(shape,), wanted="(B, T)", like=like)
     if (ratio := tensors["importance_sampling_ratio"]) is not None:
-        shapes = (shape, (b, 1), (b,))
-        wanted = f"(B, T), (B, 1) or (B,) with (B, T) = {shape}"
-        check_tensor("importance_sampling_ratio", ratio, shapes=shapes, wanted=wanted, like=like)
+        wanted = "(B, T), (B, 1) or (B,)"
+        check_tensor("importance_sampling_ratio", ratio, shapes=(shape, (b, 1), (b,)), wanted=wanted, like=like)
     context_logp, weights = tensors["context_logp"], tensors["context_weights"]
     if context_logp is not None:
         check_contexts(shape, like, context_logp)
@@ -128,8 +139,8 @@ def check_token_arguments(
         if context_logp is None:
             raise ValueError("`context_weights` needs `context_logp`, got None.")
         contexts = context_logp.shape[2]
-        wanted = f"(L,) or (B, L) = ({contexts},) or ({b}, {contexts})"
-        check_tensor("context_weights", weights, shapes=((contexts,), (b, contexts)), wanted=wanted, like=like)
+        shapes, wanted = ((contexts,), (b, contexts)), "(L,) or (B, L)"
+        check_tensor("context_weights", weights, shapes=shapes, wanted=wanted, like=like)
         if weights.device.type == "cpu" and not torch.compiler.is_compiling():
             counted = weights if weights.dim() == 1 else weights[(mask != 0).any(dim=1)]
             if not bool(((counted >= 0) & (counted < torch.inf)).all()):

@@ -9,17 +9,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gcpo_kernels import linear, torch_backend
 from gcpo_kernels.options import HeadOptions, LossOptions
 from gcpo_kernels.reference import TokenInputs, compute_dtype
 
 _NAMESPACE = "gcpo"
+# Operators that wait for the device, to know which tokens count: a CUDA graph cannot hold them.
+_SYNCS = (torch.Tag.cudagraph_unsafe,)
 
 
 def _without_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
+
+
+def on_device_of(x: Tensor) -> torch.accelerator.device_index:
+    """Triton launches on the current device, wherever the tensors are: make that theirs. On a CPU nothing happens."""
+    return torch.accelerator.device_index(x.device.index)
 
 
 def _tiles(
@@ -64,7 +70,7 @@ def linear_logprob(
     backend: str = "torch",
     group: str = "",
 ) -> tuple[Tensor, Tensor]:
-    with _without_autocast(hidden):
+    with _without_autocast(hidden), on_device_of(hidden):
         tiles = _tiles(hidden, weight, bias, storage, head, backend, group)
         return linear.linear_logprob_forward(hidden, tiles, token_ids)
 
@@ -75,7 +81,7 @@ def _(hidden, weight, bias, token_ids, storage, head, backend="torch", group="")
     return tuple(hidden.new_empty(token_ids.shape, dtype=dtype) for _ in range(2))
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::linear_logprob_backward", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::linear_logprob_backward", mutates_args=(), tags=_SYNCS)
 def linear_logprob_backward(
     hidden: Tensor,
     weight: Tensor,
@@ -89,7 +95,7 @@ def linear_logprob_backward(
     backend: str = "torch",
     group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with _without_autocast(hidden):
+    with _without_autocast(hidden), on_device_of(hidden):
         tiles = _tiles(hidden, weight, bias, storage, head, backend, group)
         needed = (need[0], need[1], need[2])
         return linear.linear_logprob_backward(hidden, tiles, token_ids, g_logp, g_entropy, needed)
@@ -138,7 +144,7 @@ linear_logprob.register_autograd(_linear_logprob_grad, setup_context=_linear_log
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::linear_loss", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::linear_loss", mutates_args=(), tags=_SYNCS)
 def linear_loss(
     hidden: Tensor,  # (B * T, H)
     weight: Tensor,  # (V, H)
@@ -183,7 +189,7 @@ def linear_loss(
         context_logp=context_logp,
         context_weights=context_weights,
     )
-    with _without_autocast(hidden):
+    with _without_autocast(hidden), on_device_of(hidden):
         tiles = _tiles(hidden, weight, bias, storage, head, backend, group)
         needed = (need[0], need[1], need[2])
         return linear.linear_loss(hidden, tiles, token_ids, inputs, weights, options, needed)
@@ -217,8 +223,12 @@ class LossWithGradients(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable  # a second derivative raises: these gradients do not know how they depend on the inputs
     def backward(ctx: Any, grad: Tensor) -> tuple:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # compiled functions refuse by themselves
+            raise RuntimeError(
+                "`linear_gcpo_loss` has no second derivative, got `create_graph=True`: use `gcpo_loss` with "
+                "`backend='torch'`, of log-probabilities from plain torch."
+            )
         # `grad` expanded: as a 0-dim tensor it would be rounded to a bfloat16 gradient's type before the product.
         scaled = (
             torch.mul(d, grad.expand_as(d), out=torch.empty_like(d, dtype=dtype)) if needed else None
@@ -240,7 +250,7 @@ def selective_logprob(
     backend: str = "torch",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities, entropies, and two tensors that the Triton backend's backward goes on from (else empty)."""
-    with _without_autocast(logits):
+    with _without_autocast(logits), on_device_of(logits):
         if backend == "triton":
             from gcpo_kernels.triton_backend.logprob import logprob_forward
 
@@ -273,7 +283,7 @@ def selective_logprob_backward(
     total: Tensor | None = None,
     backend: str = "torch",
 ) -> Tensor:
-    with _without_autocast(logits):
+    with _without_autocast(logits), on_device_of(logits):
         d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         if backend == "triton":
             from gcpo_kernels.triton_backend.logprob import RowScores, logprob_backward

@@ -166,8 +166,10 @@ def token_weights(mask: torch.Tensor, options: LossOptions, dtype: torch.dtype) 
         assert options.max_completion_length is not None
         return ones / (max(mask.shape[0], 1) * options.max_completion_length)
     if options.loss_type == "dapo" and options.num_items_in_batch is not None:
-        items = torch.as_tensor(options.num_items_in_batch, dtype=dtype, device=mask.device)
-        return ones / items.clamp(min=1.0)
+        items = options.num_items_in_batch
+        if isinstance(items, torch.Tensor):  # of any rank: it must not broadcast
+            return ones / items.reshape(()).to(device=mask.device, dtype=dtype).clamp(min=1.0)
+        return ones / max(items, 1)
     return ones / ones.sum().clamp(min=1.0)
 
 

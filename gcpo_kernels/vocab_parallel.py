@@ -77,6 +77,10 @@ def find_shards(name: str, hidden: torch.Tensor, weight: torch.Tensor) -> VocabS
                 f"{[shape[number] for shape in shapes]} by rank."
             )
     sizes = tuple(shape[0] for shape in shapes)
+    if 0 in sizes:
+        raise ValueError(
+            f"`weight` must have at least one row on every process of `process_group`, got {sizes} by rank."
+        )
     return VocabShards(group, sum(sizes[: dist.get_rank(group)]), sizes)
 
 

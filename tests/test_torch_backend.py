@@ -162,6 +162,17 @@ def test_causal_weights(baseline: str, similarity: str, masked: bool, dtype: tor
     assert_near(ours_mean, reference.leave_one_out_mean(inputs["z"].double()), dtype, "leave_one_out_mean")
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_items_of_any_rank(rank: int, level: str) -> None:
+    """A one-element `num_items_in_batch` is a number, whatever its shape."""
+    options = {"loss_type": "dapo", "importance_sampling_level": level, "kappa": 0.06}
+    items = torch.full([1] * rank, 17)
+    for function, make in (("gcpo_loss", make_token_inputs), ("linear_gcpo_loss", make_linear_inputs)):
+        want = grid.run(function, make(), options | {"num_items_in_batch": 17})
+        torch.testing.assert_close(grid.run(function, make(), options | {"num_items_in_batch": items}), want)
+
+
 def test_hidden_may_be_flat() -> None:
     inputs = make_linear_inputs(dtype=torch.float64)
     flat = inputs | {"hidden": inputs["hidden"].flatten(0, 1), "token_ids": inputs["token_ids"].flatten()}

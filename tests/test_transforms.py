@@ -85,8 +85,8 @@ def assert_same(got: list[torch.Tensor | None], want: list[torch.Tensor | None])
 @pytest.mark.hazard(19, 22)
 @pytest.mark.parametrize("name", CALLS)
 def test_compiled_whole(name: str, fresh_compiler: None) -> None:
-    """One graph, the same values and gradients, and one more compilation at most for any further length.
-    Seen in flash-attention#911, fla#52, pytorch#171289."""
+    """One graph, the same values and gradients, and one more compilation at most for any further length, and one for
+    any further batch size. Seen in flash-attention#911, fla#52, pytorch#171289."""
     function, make = CALLS[name]
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     first = make()
@@ -98,6 +98,27 @@ def test_compiled_whole(name: str, fresh_compiler: None) -> None:
         for length in (8, 11, 16):
             other = make(**dict.fromkeys(sizes, length))
             assert_same(results(compiled, other), results(function, other))
+    if "tokens" in sizes:
+        compiled(**make(batch=6))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for batch in range(7, 10):
+                compiled(**make(batch=batch))
+
+
+@pytest.mark.parametrize("name", ["gcpo_loss", "linear_gcpo_loss"])
+def test_compiled_with_a_number_of_items(name: str, fresh_compiler: None) -> None:
+    """One more compilation at most for any number of tokens, which changes at every step."""
+
+    def function(items: float, **arguments: Any) -> torch.Tensor:
+        return getattr(gcpo_kernels, name)(**arguments, loss_type="dapo", num_items_in_batch=items)[0]
+
+    inputs = CALLS[name][1]()
+    for values in ((17, 19, 23), (17.5, 19.5, 23.5)):
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(function, fullgraph=True, backend=counter)
+        for items in values:
+            torch.testing.assert_close(compiled(items, **inputs), function(items, **inputs))
+        assert counter.frame_count <= 2
 
 
 def test_compiled_without_gradients(fresh_compiler: None) -> None:
@@ -182,6 +203,58 @@ def test_checkpointed(name: str, reentrant: bool) -> None:
         )
 
     assert_same(results(checkpointed, make()), results(function, make()))
+
+
+@pytest.mark.parametrize("penalty", [False, True])
+def test_no_silent_second_derivative(penalty: bool) -> None:
+    """The linear loss makes its gradients in the forward: a graph of them is refused, whatever it is asked for with."""
+    inputs = with_gradients(make_linear_inputs(), "hidden", "weight")
+    value = gcpo_kernels.linear_gcpo_loss(**inputs, kappa=0.06)[0]
+    value = value.square() if penalty else value
+    torch.autograd.grad(value, inputs["hidden"], retain_graph=True)
+    with pytest.raises(RuntimeError, match="`linear_gcpo_loss` has no second derivative, got `create_graph=True`"):
+        torch.autograd.grad(value, inputs["hidden"], create_graph=True)
+
+
+def assert_no_silent_tangent(name: str) -> None:
+    """A forward-mode derivative is refused, by dual numbers and by torch.func."""
+    function, make = CALLS[name]
+    inputs = make()
+    leaf = next(key for key in inputs if key in LEAVES)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(inputs[leaf], torch.ones_like(inputs[leaf]))
+        with pytest.raises((RuntimeError, NotImplementedError), match=r"tangent|forward mode AD"):
+            function(**(inputs | {leaf: dual}))
+        function(**inputs)  # without a tangent of their own they are left alone
+    with pytest.raises(RuntimeError, match=r"tangent|functorch"):
+        torch.func.jvp(lambda x: function(**(inputs | {leaf: x})), (inputs[leaf],), (inputs[leaf],))
+
+
+@pytest.mark.parametrize("name", ["linear_gcpo_loss", "linear_logprob", "selective_logprob"])
+def test_no_silent_tangent(name: str) -> None:
+    assert_no_silent_tangent(name)
+
+
+def test_operators_that_sync_stay_out_of_cuda_graphs() -> None:
+    for operator in (ops.linear_loss, ops.linear_logprob_backward):
+        assert torch.Tag.cudagraph_unsafe in operator._opoverload.tags
+
+
+def assert_default_dtype_is_unused(name: str) -> None:
+    function, make = CALLS[name]
+    inputs = make()
+    want = results(function, inputs)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        assert_same(results(function, inputs), want)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_default_dtype_is_unused(name: str) -> None:
+    """Code that loads a model in bfloat16 may set it for a while."""
+    assert_default_dtype_is_unused(name)
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -299,12 +299,12 @@ def coefficients(context_mask: torch.Tensor) -> torch.Tensor:
     """Each sample's coefficient in Zbar_i - Zprime_i, (P * n, L * m) float32, from (P, n, L, m); NaN: not there."""
     keep = context_mask.bool()
     count = keep.sum(dim=3)  # (P, n, L)
-    filled = (count > 0).sum(dim=2)  # (P, n)
-    first = torch.zeros_like(count)
+    filled = (count > 0).sum(dim=2, dtype=torch.float32)  # (P, n); of integers, 1 / filled would have the default type
+    first = torch.zeros_like(count, dtype=torch.float32)
     first[:, :, 0] = 1
     c = first - 1.0 / filled.clamp(min=1).unsqueeze(-1)
     c = torch.where((count[:, :, :1] > 0), c / count.clamp(min=1), math.nan)
-    return torch.where(keep, c.unsqueeze(-1), math.nan).flatten(0, 1).flatten(1).to(torch.float32).contiguous()
+    return torch.where(keep, c.unsqueeze(-1), math.nan).flatten(0, 1).flatten(1).contiguous()
 
 
 class CausalArguments(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gcpo_kernels.ops import on_device_of
 from gcpo_kernels.options import LOSS_TYPES, LossOptions
 from gcpo_kernels.triton_backend import causal, token_loss
 from gcpo_kernels.triton_backend.token_loss import METRICS as METRICS
@@ -73,7 +74,8 @@ def triton_token_loss(
         context_logp,
         context_weights,
     )
-    return tuple(token_loss.token_loss_forward(tensors, _options(numbers, items)))  # type: ignore[return-value]
+    with on_device_of(logp):
+        return tuple(token_loss.token_loss_forward(tensors, _options(numbers, items)))  # type: ignore[return-value]
 
 
 @triton_token_loss.register_fake
@@ -110,7 +112,8 @@ def triton_token_loss_backward(
     numbers: list[float],
 ) -> tuple[Tensor, Tensor]:
     result = token_loss.TokenResult(out, d_logp, d_causal, sequence, sums)
-    return token_loss.token_loss_backward(grad, result, mask, _options(numbers, None), (logp_dtype, causal_dtype))
+    with on_device_of(d_logp):
+        return token_loss.token_loss_backward(grad, result, mask, _options(numbers, None), (logp_dtype, causal_dtype))
 
 
 @triton_token_loss_backward.register_fake
@@ -150,7 +153,8 @@ def triton_causal_weights(
 ) -> tuple[Tensor, Tensor]:
     """Upsilon (P, n), and what the backward needs."""
     arguments = _causal(z, index, context_z, context_mask, alpha, baseline, similarity)
-    upsilon, saved = causal.causal_weights_forward(arguments)
+    with on_device_of(z):
+        upsilon, saved = causal.causal_weights_forward(arguments)
     rows = arguments.row_index
     if index is not None and rows is not None:  # a row outside the tensor is not read, and shows
         wrong = torch.ne(index.view(upsilon.shape), rows).any(dim=1, keepdim=True)
@@ -187,7 +191,8 @@ def triton_causal_weights_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients in z, of its shape, and in context_z (empty if not needed)."""
     arguments = _causal(z, index, context_z, context_mask, alpha, baseline, similarity)
-    d_rows, d_context = causal.causal_weights_backward(g, arguments, saved, need_context)
+    with on_device_of(z):
+        d_rows, d_context = causal.causal_weights_backward(g, arguments, saved, need_context)
     if index is None:
         return d_rows, d_context
     d_z = torch.zeros(z.shape, dtype=z.dtype, device=z.device)
@@ -223,7 +228,8 @@ triton_causal_weights.register_autograd(_causal_grad, setup_context=_causal_setu
 
 @torch.library.custom_op("gcpo::triton_leave_one_out", mutates_args=())
 def triton_leave_one_out(z: Tensor, dtype: torch.dtype) -> Tensor:
-    return causal.leave_one_out(z, dtype)
+    with on_device_of(z):
+        return causal.leave_one_out(z, dtype)
 
 
 @triton_leave_one_out.register_fake

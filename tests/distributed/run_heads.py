@@ -158,6 +158,9 @@ def check_refusals() -> None:
     fewer = {k: arguments[k][: 5 - dist.get_rank()] for k in ("hidden", "token_ids")}
     with pytest.raises(ValueError, match=r"`hidden` must be the same on every process.*got tokens \[35, 28\]"):
         linear_logprob(**arguments | fewer, **group)
+    none = {k: inputs[k][: 7 * dist.get_rank()] for k in ("weight", "bias")}
+    with pytest.raises(ValueError, match=r"`weight` must have at least one row on every process.*got \(0, 7\) by rank"):
+        linear_logprob(**arguments | none, **group)
     with pytest.raises(TypeError, match=r"`process_group` must be a torch.distributed.ProcessGroup, got str"):
         linear_logprob(**arguments, process_group="tp")
     mesh = init_device_mesh("cpu", (2,))

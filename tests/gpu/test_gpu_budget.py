@@ -203,6 +203,21 @@ def test_compiled(name: str, fresh_compiler: None) -> None:
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("name", test_layout.CALLS)
+def test_on_another_device_than_the_current_one(name: str) -> None:
+    function, make, options = test_layout.CALLS[name]
+    inputs = make()
+    first, second = (
+        test_layout.values_and_gradients(function, {key: x.to(device) for key, x in inputs.items()}, options)
+        for device in ("cuda:0", "cuda:1")
+    )
+    assert torch.cuda.current_device() == 0
+    for x, y in zip(first, second, strict=True):
+        assert y.device == torch.device("cuda:1")
+        torch.testing.assert_close(x, y.to(x.device), rtol=1e-5, atol=1e-6)
+
+
 SANITIZED = """
 import torch, gcpo_kernels
 from gcpo_kernels.testing import make_linear_inputs, make_representations, with_gradients

@@ -132,23 +132,72 @@ def test_refused_autocast(name: str) -> None:
         function(**make(), backend="triton")
 
 
+@pytest.mark.parametrize("square", [False, True])
 @pytest.mark.parametrize("name", CALLS)
-def test_no_silent_second_derivative(name: str, small_inputs: None) -> None:
+def test_no_silent_second_derivative(name: str, square: bool, small_inputs: None) -> None:
     """Gradients do not know how they depend on the inputs: asking for that raises. A mean's gradient is a mean."""
     function, make = CALLS[name]
     inputs = {key: x.requires_grad_(key in budget.LEAVES) for key, x in make().items()}
     leaf = next(x for x in inputs.values() if x.requires_grad)
 
     def second_derivative(backend: str) -> torch.Tensor:
-        out = test_layout.total(function(**inputs, backend=backend)).square()
+        out = test_layout.total(function(**inputs, backend=backend))
+        out = out.square() if square else out
         (first,) = torch.autograd.grad(out, leaf, create_graph=True)
         return torch.autograd.grad(first.square().sum(), leaf)[0]
 
     if name == "leave_one_out_mean":
+        if not square:  # linear: its gradient is a constant
+            return
         torch.testing.assert_close(second_derivative("triton"), second_derivative("torch"), rtol=1e-4, atol=1e-5)
         return
     with pytest.raises(RuntimeError):
         second_derivative("triton")
+
+
+@pytest.mark.parametrize("name", test_transforms.CALLS)
+def test_no_silent_tangent(name: str, small_inputs: None) -> None:
+    test_transforms.assert_no_silent_tangent(name)
+
+
+@pytest.mark.parametrize("name", test_transforms.CALLS)
+def test_default_dtype_is_unused(name: str, small_inputs: None) -> None:
+    test_transforms.assert_default_dtype_is_unused(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_launched_on_the_device_of_the_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device: each operator makes it that of its tensors, and puts it back."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    operator, arguments = operator_calls()[name]
+    current: list[int | None] = []
+    launches = 0
+
+    class Current:
+        def __init__(self, index: int | None):
+            self.index = index
+
+        def __enter__(self) -> None:
+            current.append(self.index)
+
+        def __exit__(self, *raised: object) -> None:
+            current.pop()
+
+    def launch(self: Any, *args: Any, **kwargs: Any) -> None:
+        nonlocal launches
+        launches += 1
+        assert current, "launched on whatever device is current"
+
+    monkeypatch.setattr(torch.accelerator, "device_index", Current)
+    monkeypatch.setattr(InterpretedFunction, "run", launch)
+    operator(*arguments)
+    assert launches and not current
+
+
+def test_items_that_change(fresh_compiler: None) -> None:
+    """One more compilation at most for any `num_items_in_batch`; other numbers are the operator's constants."""
+    test_transforms.test_compiled_with_a_number_of_items("gcpo_loss", None)
 
 
 def test_scheduled_options(fresh_compiler: None) -> None:
