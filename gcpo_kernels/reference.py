@@ -531,7 +531,9 @@ def causal_weights(
     target = context_difference(context_z, context_mask).to(dtype) + zbar
     dot = (z * target).sum(dim=-1)
     cosine = dot / (_norm(z) * _norm(target)).clamp(min=COSINE_EPS)
-    return alpha * similarity_of_cosine(cosine.clamp(-1.0, 1.0), similarity)
+    # Rounding can take it past 1: its value is bounded then, its derivative is what it is just below.
+    cosine = cosine + (cosine.clamp(-1.0, 1.0) - cosine).detach()
+    return alpha * similarity_of_cosine(cosine, similarity)
 
 
 def causal_weights_from_hidden(

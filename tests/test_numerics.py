@@ -332,6 +332,20 @@ def test_equal_candidates(similarity: str) -> None:
     torch.testing.assert_close(out, torch.ones(500, 3), rtol=0, atol=2e-3 if similarity == "euclidean" else 1e-6)
 
 
+def test_almost_parallel_vectors_keep_a_gradient() -> None:
+    """Their cosine rounds to 1 or past it, and pulls z towards its target all the same."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(200, 1, 8, generator=generator)
+    context_z = 1e-3 * torch.randn(200, 1, 2, 1, 8, generator=generator)
+    grads = []
+    for module, dtype in ((gcpo_kernels, torch.float32), (reference, torch.float64)):
+        leaf = context_z.detach().to(dtype).requires_grad_()
+        module.causal_weights(z.to(dtype), leaf).sum().backward()
+        grads.append(leaf.grad)
+    assert grads[1].abs().amax(dim=-1).min() > 5e-6
+    torch.testing.assert_close(grads[0].double(), grads[1], rtol=0, atol=2e-6)
+
+
 def test_one_candidate() -> None:
     z = torch.randn(2, 1, 4)
     context_z = torch.randn(2, 1, 1, 1, 4)

@@ -238,10 +238,9 @@ def causal_weights_backward_kernel(
             floored = norm < 1e-8
             norm = tl.where(floored, 1e-8, norm)
             cosine = dot / norm
-            outside = (cosine > 1.0) | (cosine < -1.0)  # clamped: no gradient
             cosine = tl.where(cosine > 1.0, 1.0, tl.where(cosine < -1.0, -1.0, cosine))
             _, slope = _similarity(cosine, SIMILARITY)
-            g = tl.where(outside, 0.0, tl.load(g_ptr + row) * alpha * slope)
+            g = tl.load(g_ptr + row) * alpha * slope
             # d cosine / d t = z / (|z||t|) - cosine t / |t|^2; under the floor the norms are constants.
             pull = tl.where(floored, 0.0, cosine / tl.where(t2 > 0.0, t2, 1.0))
             d_target = g * (z / norm - pull * t)
