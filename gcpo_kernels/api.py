@@ -19,6 +19,7 @@ from gcpo_kernels.checks import (
     check_contexts,
     check_head,
     check_ids,
+    check_main_grad,
     check_no_tangents,
     check_rank,
     check_tensor,
@@ -195,6 +196,8 @@ def linear_gcpo_loss(
     max_completion_length: int | None = None,
     num_items_in_batch: float | torch.Tensor | None = None,
     proj_floor: float = 1e-6,
+    offset_logp: torch.Tensor | None = None,
+    main_grad: torch.Tensor | None = None,
     process_group: Any = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, Metrics]:
@@ -203,7 +206,8 @@ def linear_gcpo_loss(
 
     Equal to `gcpo_loss(linear_logprob(hidden, weight, token_ids, ...), advantages, mask, ...)`. Gradients in hidden,
     weight and bias are made in the forward, tile by tile: three matrix products, two when the weight needs no
-    gradient, one when nothing does. Weight gradients accumulate in float32. Masked tokens cost nothing.
+    gradient, one when nothing does. Weight gradients accumulate in float32. Masked tokens cost nothing. The backward
+    multiplies by the upstream gradient, in place unless `retain_graph` forbids it, and not at all where that is 1.
 
     Args:
         hidden: (B, T, H) or (B * T, H) float; row t is what predicts token t.
@@ -212,6 +216,12 @@ def linear_gcpo_loss(
         advantages, mask: as in `gcpo_loss`; the mask gives B and T.
         bias: (V,) float.
         temperature, logit_scale, logit_softcap, process_group: as in `linear_logprob`; a DTensor as weight, too.
+        offset_logp: (B, T) float, any estimate of the tokens' log-probabilities, such as a sampler's or an older
+            policy's, for speed alone: where it is within 27 nats, the Triton backend reads each logit once instead of
+            twice. No result depends on it, whatever it holds, NaN included. None: `old_logp`, if it is given.
+        main_grad: (V, H) float32, contiguous: the backward adds the weight's gradient to it, in float32, and the weight
+            itself gets none, as trainers want that keep gradients in float32 beside a bfloat16 weight. Not under
+            torch.compile, nor with a DTensor as weight. None: the weight gets its gradient.
         others: as in `gcpo_loss`.
 
     Returns:
@@ -231,6 +241,7 @@ def linear_gcpo_loss(
     )
     head = HeadOptions(temperature, logit_scale, logit_softcap)
     group = group_name(process_group)
+    given = weight
     weight, bias = gather_head(weight, bias, group)
     check_rank("hidden", hidden, (2, 3), "(B, T, H) or (B * T, H)")
     check_tensor("mask", mask, floating=False, like=hidden)
@@ -255,6 +266,10 @@ def linear_gcpo_loss(
         "importance_sampling_ratio": importance_sampling_ratio,
     }
     check_token_arguments(shape, hidden, advantages, mask, options, tensors)
+    if offset_logp is not None:
+        check_tensor("offset_logp", offset_logp, shapes=(shape,), wanted="(B, T)", like=hidden)
+    if main_grad is not None:
+        check_main_grad(main_grad, weight, gathered=weight is not given)
     storage = storage_dtype(hidden, weight)
     on_triton = use_triton(backend, hidden, weight, bias, advantages, *tensors.values(), storage=storage)
     inputs = reference.token_inputs(mask, advantages, dtype, **tensors)
@@ -274,7 +289,9 @@ def linear_gcpo_loss(
         inputs.importance_sampling_ratio,
         inputs.context_logp,
         inputs.context_weights,
+        None if offset_logp is None else offset_logp.detach(),
         storage,
+        None if main_grad is None else torch.float32,
         ops.head_arguments(head),
         [beta, kappa, epsilon_low, epsilon_high, delta or 0.0, proj_floor],
         importance_sampling_level == "sequence",
@@ -292,7 +309,8 @@ def linear_gcpo_loss(
     else:
         value, metrics = reference.objective(logp, inputs, options)
     metrics["entropy"] = reference.masked_mean(entropy, inputs.mask)
-    loss = ops.LossWithGradients.apply(value, hidden.flatten(0, -2), weight, bias, *gradients)
+    where = "triton" if on_triton else "torch"
+    loss = ops.LossWithGradients.apply(value, hidden.flatten(0, -2), weight, bias, *gradients, main_grad, where)
     return loss, metrics
 
 

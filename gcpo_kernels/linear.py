@@ -9,8 +9,9 @@ The loops are here; what happens to a tile is a backend's, a subclass of `Tiles`
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -42,7 +43,8 @@ class Scores(NamedTuple):
 
     logp: torch.Tensor  # (M,)
     entropy: torch.Tensor  # (M,)
-    state: tuple[torch.Tensor, ...]  # what the backend needs to make the gradient
+    tile: torch.Tensor  # (M, V), as the backend left it
+    state: tuple[torch.Tensor, ...]  # what else the backend needs to make the gradient
 
 
 class TileGradient(NamedTuple):
@@ -90,8 +92,12 @@ class Tiles(ABC):
         return self.head.logit_scale / self.head.temperature
 
     @abstractmethod
-    def rows(self, vocab: int | None = None) -> int:
-        """Tokens per tile of so wide a vocabulary; None: this one."""
+    def rows(self, tokens: int, vocab: int | None = None) -> int:
+        """Tokens per tile of so wide a vocabulary, for so many tokens in all; None: this one."""
+
+    def scored_rows(self, tokens: int) -> int:
+        """The same where no gradient will follow."""
+        return self.rows(tokens)
 
     @abstractmethod
     def operand(self, x: torch.Tensor) -> torch.Tensor:
@@ -106,24 +112,21 @@ class Tiles(ABC):
         """Log-probabilities and entropies of operands x, (M,) each, where no gradient will follow."""
 
     @abstractmethod
-    def score(self, tile: torch.Tensor, token_ids: torch.Tensor) -> Scores:
-        """Scores of a tile that `gradient` will be asked of; may use up the tile."""
+    def score(self, x: torch.Tensor, token_ids: torch.Tensor, offset: torch.Tensor | None) -> Scores:
+        """
+        Scores of operands x that `gradient` will be asked of. `offset` (M,): estimates of the log-probabilities, which
+        may make it faster and change nothing.
+        """
 
     @abstractmethod
-    def gradient(
-        self,
-        tile: torch.Tensor,
-        token_ids: torch.Tensor,
-        scores: Scores,
-        g_logp: torch.Tensor,  # (M,)
-    ) -> TileGradient:
-        """The gradient of the raw logits for a loss with d loss / d logp = g_logp."""
+    def gradient(self, scores: Scores, token_ids: torch.Tensor, g_logp: torch.Tensor) -> TileGradient:
+        """The gradient of the raw logits for a loss with d loss / d logp = g_logp (M,); uses up the scores' tile."""
 
     @abstractmethod
     def gradient_with_entropy(
-        self, tile: torch.Tensor, token_ids: torch.Tensor, g_logp: torch.Tensor, g_entropy: torch.Tensor
+        self, x: torch.Tensor, token_ids: torch.Tensor, g_logp: torch.Tensor, g_entropy: torch.Tensor
     ) -> TileGradient:
-        """The same from an unscored tile, for a loss that depends on the entropies too."""
+        """The same of unscored operands, for a loss that depends on the entropies too."""
 
     @abstractmethod
     def row_state(self, tile: torch.Tensor, token_ids: torch.Tensor) -> RowState:
@@ -145,8 +148,13 @@ class Tiles(ABC):
         """d loss / d hidden = d loss / d logits @ weight, (M, H)."""
 
     @abstractmethod
-    def add_to_weight(self, total: torch.Tensor, gradient: TileGradient, x: torch.Tensor) -> None:
-        """total (V, H) += d loss / d logits.T @ x."""
+    def to_weight(
+        self, gradient: TileGradient, x: torch.Tensor, total: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """
+        total (V, H), of the arithmetic type, with d loss / d logits.T @ x added in place; None: a new tensor of
+        `dtype`.
+        """
 
     @abstractmethod
     def add_to_bias(self, total: torch.Tensor, gradient: TileGradient) -> None:
@@ -167,37 +175,55 @@ class Tiles(ABC):
 
 
 class _Gradients:
-    """Accumulates d hidden, d weight and d bias over tiles; the latter two in the arithmetic type."""
+    """
+    Accumulates d hidden, d weight and d bias over tiles; the latter two in the arithmetic type. The first tile writes
+    what later ones add to, and a single one writes the weight's own type.
+    """
 
-    def __init__(self, hidden: torch.Tensor, tiles: Tiles, need: Need):
-        self.tiles = tiles
-        weight = tiles.weight
+    def __init__(self, hidden: torch.Tensor, tiles: Tiles, need: Need, parts: list["_Part"], dtype: torch.dtype | None):
+        """`dtype`: of the weight's gradient; None: that of `gradient_dtype`."""
+        self.tiles, self.need = tiles, need
+        self.weight_dtype = gradient_dtype(tiles.weight.dtype) if dtype is None else dtype
+        self.first_dtype = self.weight_dtype if len(parts) == 1 else tiles.dtype
+        self.hidden: torch.Tensor | None = None
+        if need[0]:
+            # Where every token is in a part, every row will be written.
+            whole = sum(part.count for part in parts) == len(hidden)
+            make = torch.empty if whole else torch.zeros
+            self.hidden = make(hidden.shape, dtype=gradient_dtype(hidden.dtype), device=hidden.device)
+        self.weight: torch.Tensor | None = None
+        self.bias: torch.Tensor | None = None
 
-        def zeros(shape: tuple[int, ...], dtype: torch.dtype, needed: bool) -> torch.Tensor | None:
-            return torch.zeros(shape, dtype=dtype, device=weight.device) if needed else None
-
-        self.hidden = zeros(tuple(hidden.shape), gradient_dtype(hidden.dtype), need[0])
-        self.weight = zeros(tuple(weight.shape), tiles.dtype, need[1])
-        self.bias = zeros((weight.shape[0],), tiles.dtype, need[2])
-
-    def add(self, index: torch.Tensor, gradient: TileGradient, x: torch.Tensor) -> None:
+    def add(self, index: "Index", gradient: TileGradient, x: torch.Tensor) -> None:
         """Add those of tokens `index`, whose operands are x."""
         if self.hidden is not None:
-            self.hidden.index_copy_(0, index, self.tiles.to_hidden(gradient).to(self.hidden.dtype))
-        if self.weight is not None:
-            self.tiles.add_to_weight(self.weight, gradient, x)
-        if self.bias is not None:
+            rows = self.tiles.to_hidden(gradient)
+            if isinstance(index, slice):
+                self.hidden[index] = rows
+            else:
+                self.hidden.index_copy_(0, index, rows.to(self.hidden.dtype))
+        if self.need[1]:
+            self.weight = self.tiles.to_weight(gradient, x, self.weight, self.first_dtype)
+        if self.need[2]:
+            if self.bias is None:
+                weight = self.tiles.weight
+                self.bias = torch.zeros(weight.shape[0], dtype=self.tiles.dtype, device=weight.device)
             self.tiles.add_to_bias(self.bias, gradient)
 
     def results(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         weight, bias = self.tiles.weight, self.tiles.bias
-        bias_dtype = bias.dtype if bias is not None else self.tiles.dtype
-        # A tensor of its own for each gradient that is not needed: an operator's outputs may not alias each other.
-        empty = weight.new_empty
+        bias_dtype = gradient_dtype(bias.dtype if bias is not None else self.tiles.dtype)
+
+        def final(x: torch.Tensor | None, shape: torch.Size, dtype: torch.dtype, needed: bool) -> torch.Tensor:
+            # A tensor of its own for each gradient that is not needed: an operator's outputs may not alias each other.
+            if not needed:
+                return weight.new_empty(0)
+            return torch.zeros(shape, dtype=dtype, device=weight.device) if x is None else x.to(dtype)
+
         return (
-            empty(0) if self.hidden is None else self.hidden,
-            empty(0) if self.weight is None else self.weight.to(gradient_dtype(weight.dtype)),
-            empty(0) if self.bias is None else self.bias.to(gradient_dtype(bias_dtype)),
+            weight.new_empty(0) if self.hidden is None else self.hidden,
+            final(self.weight, weight.shape, self.weight_dtype, self.need[1]),
+            final(self.bias, weight.shape[:1], bias_dtype, self.need[2]),
         )
 
 
@@ -209,7 +235,7 @@ def linear_logprob_forward(
     """Log-probability and entropy of each token, (N,)."""
     logp, entropy = (torch.zeros(len(hidden), dtype=tiles.dtype, device=hidden.device) for _ in range(2))
     ids = check_token_ids(token_ids, tiles.vocab)
-    for start in range(0, len(hidden), step := tiles.rows()):
+    for start in range(0, len(hidden), step := tiles.scored_rows(len(hidden))):
         block = slice(start, start + step)
         logp[block], entropy[block] = tiles.score_only(tiles.operand(hidden[block]), ids[block])
     return logp, entropy
@@ -219,53 +245,81 @@ def linear_logprob_backward(
     hidden: torch.Tensor,  # (N, H)
     tiles: Tiles,
     token_ids: torch.Tensor,  # (N,)
+    logp: torch.Tensor,  # (N,), from the forward
     g_logp: torch.Tensor,  # (N,)
-    g_entropy: torch.Tensor,  # (N,)
+    g_entropy: torch.Tensor | None,  # (N,)
     need: Need,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients in hidden, weight and bias; the logits are made again, for the tokens that have a gradient."""
-    grads = _Gradients(hidden, tiles, need)
-    index = ((g_logp != 0) | (g_entropy != 0)).nonzero().squeeze(1)
+    used = g_logp != 0 if g_entropy is None else (g_logp != 0) | (g_entropy != 0)
+    index = used.nonzero().squeeze(1)
     ids = check_token_ids(token_ids, tiles.vocab)
-    g_logp, g_entropy = g_logp.to(tiles.dtype), g_entropy.to(tiles.dtype)
-    for part in index.split(tiles.rows()) if index.numel() else ():
-        x = tiles.operand(hidden[part])
-        gradient = tiles.gradient_with_entropy(tiles.logits(x), ids[part], g_logp[part], g_entropy[part])
-        grads.add(part, gradient, x)
+    parts = _cut(index, len(hidden), tiles.rows(index.numel()))
+    grads = _Gradients(hidden, tiles, need, parts, None)
+    g_logp = g_logp.to(tiles.dtype)
+    for part in parts:
+        at = part.tokens
+        x = tiles.operand(hidden[at])
+        if g_entropy is None:
+            gradient = tiles.gradient(tiles.score(x, ids[at], logp[at]), ids[at], g_logp[at])
+        else:
+            gradient = tiles.gradient_with_entropy(x, ids[at], g_logp[at], g_entropy[at].to(tiles.dtype))
+        grads.add(at, gradient, x)
     return grads.results()
+
+
+Index = torch.Tensor | slice
 
 
 class _Part(NamedTuple):
     """Tokens of one tile."""
 
-    tokens: torch.Tensor  # (M,) flat indices
+    tokens: Index  # flat indices
+    count: int
     rows: slice  # with whole sequences: which
-    scored_first: bool  # of a sequence that does not fit into one tile
+    scored_first: bool  # of a sequence that does not fit into one
 
 
-def _split(mask: torch.Tensor, whole_sequences: bool, step: int) -> list[_Part]:
+def _cut(
+    index: torch.Tensor, whole: int, step: int, start: int = 0, end: int | None = None, **rest: Any
+) -> list[_Part]:
+    """Entries `start` to `end` of the flat index, of `whole` tokens in all, in parts of at most `step`."""
+    end = len(index) if end is None else end
+    bounds = [(at, min(at + step, end)) for at in range(start, end, step)]
+    fields = {"rows": slice(0, 0), "scored_first": False} | rest
+    # Where no token is left out a slice says the same, and neither gathers nor scatters.
+    return [_Part(slice(a, b) if len(index) == whole else index[a:b], b - a, **fields) for a, b in bounds]
+
+
+def _split(mask: torch.Tensor, whole_sequences: bool, rows: Callable[[int], int]) -> list[_Part]:
     """
-    The unmasked tokens, in parts of at most `step`. With `whole_sequences`, no part divides a sequence that fits into
-    one. Finding the tokens is one sync where the mask is on a GPU; counting them per sequence is another.
+    The unmasked tokens, in parts of at most `rows` of their number. With `whole_sequences`, no part divides a sequence
+    that fits into one. Finding the tokens is one sync where the mask is on a GPU; counting them per sequence is
+    another.
     """
     index = mask.flatten().nonzero().squeeze(1)
+    whole, step = mask.numel(), rows(index.numel())
     if not whole_sequences:
-        return [_Part(part, slice(0, 0), False) for part in index.split(step)] if index.numel() else []
+        return _cut(index, whole, step)
     parts: list[_Part] = []
     start = end = first = 0
     counts = mask.sum(dim=1).tolist()
     for row, count in enumerate(counts):
         if end - start + count > step and end > start:
-            parts.append(_Part(index[start:end], slice(first, row), False))
+            parts += _cut(index, whole, step, start, end, rows=slice(first, row))
             start = end
         first = row if start == end else first
         end += count
         if count > step:
-            parts += [_Part(part, slice(row, row + 1), True) for part in index[start:end].split(step)]
+            parts += _cut(index, whole, step, start, end, rows=slice(row, row + 1), scored_first=True)
             start = end
     if end > start:
-        parts.append(_Part(index[start:end], slice(first, len(counts)), False))
+        parts += _cut(index, whole, step, start, end, rows=slice(first, len(counts)))
     return parts
+
+
+def _shifted(index: Index, by: int) -> Index:
+    return slice(index.start + by, index.stop + by) if isinstance(index, slice) else index + by
 
 
 def linear_loss(
@@ -276,6 +330,8 @@ def linear_loss(
     weights: torch.Tensor,  # (B, T): the loss is sum(weights * per-token loss)
     options: LossOptions,
     need: Need,
+    offset: torch.Tensor | None = None,  # (B, T): estimates of the log-probabilities, for speed only
+    weight_dtype: torch.dtype | None = None,  # of the weight's gradient; None: that of `gradient_dtype`
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     (B, T) log-probabilities and entropies (0 where masked), and the gradients of the loss in hidden, weight and bias.
@@ -287,26 +343,28 @@ def linear_loss(
     logp, entropy = (torch.zeros(shape, dtype=tiles.dtype, device=hidden.device) for _ in range(2))
     flat_logp, flat_entropy = logp.view(-1), entropy.view(-1)
     flat_inputs, flat_weights = inputs.flatten(), weights.flatten()
-    grads = _Gradients(hidden, tiles, need)
+    offset = inputs.old_logp if offset is None else offset
+    flat_offset = None if offset is None else offset.flatten()
     by_sequence = options.importance_sampling_level == "sequence"
-    parts = _split(inputs.mask, by_sequence, tiles.rows())
+    parts = _split(inputs.mask, by_sequence, tiles.rows if any(need) else tiles.scored_rows)
+    grads = _Gradients(hidden, tiles, need, parts, weight_dtype)
     if any(need):
         for part in parts:
             if part.scored_first:
                 flat_logp[part.tokens] = linear_logprob_forward(hidden[part.tokens], tiles, token_ids[part.tokens])[0]
-    for index, rows, _ in parts:
-        x = tiles.operand(hidden[index])
-        ids = check_token_ids(token_ids[index], tiles.vocab)
+    for part in parts:
+        at, rows = part.tokens, part.rows
+        x = tiles.operand(hidden[at])
+        ids = check_token_ids(token_ids[at], tiles.vocab)
         if not any(need):
-            flat_logp[index], flat_entropy[index] = tiles.score_only(x, ids)
+            flat_logp[at], flat_entropy[at] = tiles.score_only(x, ids)
             continue
-        tile = tiles.logits(x)
-        scores = tiles.score(tile, ids)
-        flat_logp[index], flat_entropy[index] = scores.logp, scores.entropy
+        scores = tiles.score(x, ids, None if flat_offset is None else flat_offset[at])
+        flat_logp[at], flat_entropy[at] = scores.logp, scores.entropy
         if by_sequence:
             g = tiles.loss_gradient(logp[rows], inputs.take(rows), weights[rows], options)
-            g = g.flatten()[index - rows.start * shape[1]]
+            g = g.flatten()[_shifted(at, -rows.start * shape[1])]
         else:
-            g = tiles.loss_gradient(scores.logp, flat_inputs.take(index), flat_weights[index], options)
-        grads.add(index, tiles.gradient(tile, ids, scores, g), x)
+            g = tiles.loss_gradient(scores.logp, flat_inputs.take(at), flat_weights[at], options)
+        grads.add(at, tiles.gradient(scores, ids, g), x)
     return logp, entropy, *grads.results()

@@ -87,8 +87,9 @@ def linear_logprob_backward(
     weight: Tensor,
     bias: Tensor | None,
     token_ids: Tensor,
+    logp: Tensor,  # (N,), the forward's
     g_logp: Tensor,  # (N,)
-    g_entropy: Tensor,  # (N,)
+    g_entropy: Tensor | None,  # (N,)
     storage: torch.dtype,
     head: list[float],
     need: list[bool],
@@ -98,31 +99,36 @@ def linear_logprob_backward(
     with _without_autocast(hidden), on_device_of(hidden):
         tiles = _tiles(hidden, weight, bias, storage, head, backend, group)
         needed = (need[0], need[1], need[2])
-        return linear.linear_logprob_backward(hidden, tiles, token_ids, g_logp, g_entropy, needed)
+        return linear.linear_logprob_backward(hidden, tiles, token_ids, logp, g_logp, g_entropy, needed)
 
 
-def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, need: list[bool]) -> tuple[Tensor, ...]:
-    def like(x: Tensor | None, needed: bool) -> Tensor:
+def _fake_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, need: list[bool], weight_dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
+    def like(x: Tensor | None, needed: bool, dtype: torch.dtype | None = None) -> Tensor:
         if x is None or not needed:
             return weight.new_empty(0)
-        return torch.empty(x.shape, dtype=linear.gradient_dtype(x.dtype), device=x.device)
+        return torch.empty(x.shape, dtype=dtype or linear.gradient_dtype(x.dtype), device=x.device)
 
-    return like(hidden, need[0]), like(weight, need[1]), like(bias, need[2])
+    return like(hidden, need[0]), like(weight, need[1], weight_dtype), like(bias, need[2])
 
 
 @linear_logprob_backward.register_fake
-def _(hidden, weight, bias, token_ids, g_logp, g_entropy, storage, head, need, backend="torch", group=""):
+def _(hidden, weight, bias, token_ids, logp, g_logp, g_entropy, storage, head, need, backend="torch", group=""):
     return _fake_gradients(hidden, weight, bias, need)
 
 
 def _linear_logprob_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, weight, bias, token_ids, *ctx.options = inputs
-    ctx.save_for_backward(hidden, weight, bias, token_ids)
-    ctx.set_materialize_grads(True)
+    ctx.save_for_backward(hidden, weight, bias, token_ids, output[0])
+    # Without a gradient in the entropies, the backward needs one pass over the logits instead of two.
+    ctx.set_materialize_grads(False)
 
 
-def _linear_logprob_grad(ctx: Any, g_logp: Tensor, g_entropy: Tensor) -> tuple:
-    hidden, weight, bias, token_ids = ctx.saved_tensors
+def _linear_logprob_grad(ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None) -> tuple:
+    hidden, weight, bias, token_ids, logp = ctx.saved_tensors
+    if g_logp is None:
+        g_logp = torch.zeros_like(logp)
     need = list(ctx.needs_input_grad[:3])
     storage, head, *where = ctx.options
     if weight.dim() != 2:
@@ -130,7 +136,9 @@ def _linear_logprob_grad(ctx: Any, g_logp: Tensor, g_entropy: Tensor) -> tuple:
             "`weight` was put away between forward and backward (DeepSpeed ZeRO-3 does that), got shape "
             f"{tuple(weight.shape)}: read it, and call this function, in the forward of the module that was wrapped."
         )
-    grads = linear_logprob_backward(hidden, weight, bias, token_ids, g_logp, g_entropy, storage, head, need, *where)
+    grads = linear_logprob_backward(
+        hidden, weight, bias, token_ids, logp, g_logp, g_entropy, storage, head, need, *where
+    )
     inputs = (hidden, weight, bias)
     found = (g.to(x.dtype) if n else None for g, n, x in zip(grads, need, inputs, strict=True))
     return (*found, None, None, None, None, None)
@@ -160,7 +168,9 @@ def linear_loss(
     importance_sampling_ratio: Tensor | None,
     context_logp: Tensor | None,
     context_weights: Tensor | None,
+    offset: Tensor | None,  # (B, T): estimates of the log-probabilities, for speed only; None: old_logp, if it is given
     storage: torch.dtype,
+    weight_dtype: torch.dtype | None,  # of the weight's gradient; None: the weight's
     head: list[float],
     loss: list[float],  # beta, kappa, epsilon_low, epsilon_high, delta (0: none), proj_floor
     by_sequence: bool,
@@ -192,16 +202,17 @@ def linear_loss(
     with _without_autocast(hidden), on_device_of(hidden):
         tiles = _tiles(hidden, weight, bias, storage, head, backend, group)
         needed = (need[0], need[1], need[2])
-        return linear.linear_loss(hidden, tiles, token_ids, inputs, weights, options, needed)
+        return linear.linear_loss(hidden, tiles, token_ids, inputs, weights, options, needed, offset, weight_dtype)
 
 
 @linear_loss.register_fake
 def _(hidden, weight, bias, token_ids, mask, *rest):
     # `need` is followed by `backend` and `group` only where those were given.
     need: Any = next(x for x in reversed(rest) if isinstance(x, list | tuple))
+    storage = next(k for k, x in enumerate(rest) if isinstance(x, torch.dtype))
     dtype = compute_dtype(hidden, weight)
     scores = (hidden.new_empty(mask.shape, dtype=dtype) for _ in range(2))
-    return (*scores, *_fake_gradients(hidden, weight, bias, need))
+    return (*scores, *_fake_gradients(hidden, weight, bias, need, rest[storage + 1]))
 
 
 class LossWithGradients(torch.autograd.Function):
@@ -217,24 +228,47 @@ class LossWithGradients(torch.autograd.Function):
         d_hidden: Tensor,
         d_weight: Tensor,
         d_bias: Tensor,
+        main_grad: Tensor | None,  # (V, H) float32: receives the weight's gradient in the weight's place
+        backend: str,
     ) -> Tensor:
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.main_grad, ctx.backend = main_grad, backend
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # compiled functions refuse by themselves
+        compiling = torch.compiler.is_compiling()
+        if torch.is_grad_enabled() and not compiling:  # compiled functions refuse by themselves
             raise RuntimeError(
                 "`linear_gcpo_loss` has no second derivative, got `create_graph=True`: use `gcpo_loss` with "
                 "`backend='torch'`, of log-probabilities from plain torch."
             )
-        # `grad` expanded: as a 0-dim tensor it would be rounded to a bfloat16 gradient's type before the product.
+        # Without `retain_graph` nobody will ask again: what was saved may become what is returned.
+        once = not compiling and not torch._C._autograd._get_current_graph_task_keep_graph()
+        need, gradients = list(ctx.needs_input_grad[1:4]), ctx.saved_tensors
+        if ctx.main_grad is not None and need[1]:
+            ctx.main_grad.addcmul_(gradients[1], grad.to(torch.float32).expand_as(gradients[1]))
+            need[1] = False
         scaled = (
-            torch.mul(d, grad.expand_as(d), out=torch.empty_like(d, dtype=dtype)) if needed else None
-            for d, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[1:4], strict=True)
+            _times(d, grad, dtype, ctx.backend if once else "") if needed else None
+            for d, dtype, needed in zip(gradients, ctx.dtypes, need, strict=True)
         )
-        return (grad, *scaled, None, None, None)
+        return (grad, *scaled, None, None, None, None, None)
+
+
+def _times(d: Tensor, grad: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    """d * grad of type `dtype`. Where a backend is named d may become the result, and does where grad is 1."""
+    if backend and d.dtype == dtype:
+        if backend == "triton":
+            from gcpo_kernels.triton_backend.scale import scale_
+
+            with on_device_of(d):
+                return scale_(d, grad)
+        if d.device.type == "cpu" and grad == 1:
+            return d
+    # `grad` expanded: as a 0-dim tensor it would be rounded to a bfloat16 gradient's type before the product.
+    return torch.mul(d, grad.expand_as(d), out=torch.empty_like(d, dtype=dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

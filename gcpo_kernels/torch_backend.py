@@ -104,7 +104,7 @@ def softmax_tile_(
 class TorchTiles(Tiles):
     """Products in the arithmetic type, of operands rounded to the storage type: right everywhere, fast on a CPU."""
 
-    def rows(self, vocab: int | None = None) -> int:
+    def rows(self, tokens: int, vocab: int | None = None) -> int:
         return tile_rows(vocab or self.vocab, self.dtype, self.weight.device)
 
     def operand(self, x: torch.Tensor) -> torch.Tensor:
@@ -127,18 +127,18 @@ class TorchTiles(Tiles):
         scores = softmax_tile_(self.logits(x), token_ids, self.head, keep=False)
         return scores.logp, scores.entropy
 
-    def score(self, tile: torch.Tensor, token_ids: torch.Tensor) -> Scores:
+    def score(self, x: torch.Tensor, token_ids: torch.Tensor, offset: torch.Tensor | None) -> Scores:
+        tile = self.logits(x)
         scores = softmax_tile_(tile, token_ids, self.head, keep=True)
-        return Scores(scores.logp, scores.entropy, (scores.total,))
+        return Scores(scores.logp, scores.entropy, tile, (scores.total,))
 
-    def gradient(
-        self, tile: torch.Tensor, token_ids: torch.Tensor, scores: Scores, g_logp: torch.Tensor
-    ) -> TileGradient:
-        return TileGradient(tile, -self.chain * g_logp / scores.state[0])
+    def gradient(self, scores: Scores, token_ids: torch.Tensor, g_logp: torch.Tensor) -> TileGradient:
+        return TileGradient(scores.tile, -self.chain * g_logp / scores.state[0])
 
     def gradient_with_entropy(
-        self, tile: torch.Tensor, token_ids: torch.Tensor, g_logp: torch.Tensor, g_entropy: torch.Tensor
+        self, x: torch.Tensor, token_ids: torch.Tensor, g_logp: torch.Tensor, g_entropy: torch.Tensor
     ) -> TileGradient:
+        tile = self.logits(x)
         scores = softmax_tile_(tile, token_ids, self.head, keep=True, g_logp=g_logp, g_entropy=g_entropy)
         return TileGradient(tile, -self.chain / scores.total)
 
@@ -189,9 +189,14 @@ class TorchTiles(Tiles):
             out.addmm_(tile[:, some], weight)
         return out.mul_(row_scale.unsqueeze(1))
 
-    def add_to_weight(self, total: torch.Tensor, gradient: TileGradient, x: torch.Tensor) -> None:
+    def to_weight(
+        self, gradient: TileGradient, x: torch.Tensor, total: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
         assert gradient.row_scale is not None
-        total.addmm_(gradient.tile.T, x * gradient.row_scale.unsqueeze(1))
+        scaled = x * gradient.row_scale.unsqueeze(1)
+        if total is None:
+            return torch.mm(gradient.tile.T, scaled).to(dtype)
+        return total.addmm_(gradient.tile.T, scaled)
 
     def add_to_bias(self, total: torch.Tensor, gradient: TileGradient) -> None:
         assert gradient.row_scale is not None

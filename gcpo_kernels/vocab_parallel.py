@@ -99,8 +99,9 @@ class ShardedTiles(Tiles):
     def vocab(self) -> int:
         return self.shards.whole
 
-    def rows(self, vocab: int | None = None) -> int:
-        return self.inner.rows(vocab or max(self.shards.sizes))  # the same on every process: each tile is collective
+    def rows(self, tokens: int, vocab: int | None = None) -> int:
+        # The same on every process: each tile is collective.
+        return self.inner.rows(tokens, vocab or max(self.shards.sizes))
 
     def operand(self, x: torch.Tensor) -> torch.Tensor:
         return self.inner.operand(x)
@@ -115,19 +116,19 @@ class ShardedTiles(Tiles):
         scores = self._scores(self.logits(x), token_ids)
         return scores.logp, scores.entropy
 
-    def score(self, tile: torch.Tensor, token_ids: torch.Tensor) -> Scores:
+    def score(self, x: torch.Tensor, token_ids: torch.Tensor, offset: torch.Tensor | None) -> Scores:
+        tile = self.logits(x)
         scores = self._scores(tile, token_ids)
-        return Scores(scores.logp, scores.entropy, tuple(scores))
+        return Scores(scores.logp, scores.entropy, tile, tuple(scores))
 
-    def gradient(
-        self, tile: torch.Tensor, token_ids: torch.Tensor, scores: Scores, g_logp: torch.Tensor
-    ) -> TileGradient:
+    def gradient(self, scores: Scores, token_ids: torch.Tensor, g_logp: torch.Tensor) -> TileGradient:
         local = token_ids - self.shards.first
-        return self.inner.part_gradient(tile, local, RowScores(*scores.state), g_logp, None)
+        return self.inner.part_gradient(scores.tile, local, RowScores(*scores.state), g_logp, None)
 
     def gradient_with_entropy(
-        self, tile: torch.Tensor, token_ids: torch.Tensor, g_logp: torch.Tensor, g_entropy: torch.Tensor
+        self, x: torch.Tensor, token_ids: torch.Tensor, g_logp: torch.Tensor, g_entropy: torch.Tensor
     ) -> TileGradient:
+        tile = self.logits(x)
         scores = self._scores(tile, token_ids)
         return self.inner.part_gradient(tile, token_ids - self.shards.first, scores, g_logp, g_entropy)
 
@@ -136,8 +137,10 @@ class ShardedTiles(Tiles):
         dist.all_reduce(part, group=self.shards.group)
         return part
 
-    def add_to_weight(self, total: torch.Tensor, gradient: TileGradient, x: torch.Tensor) -> None:
-        self.inner.add_to_weight(total, gradient, x)
+    def to_weight(
+        self, gradient: TileGradient, x: torch.Tensor, total: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        return self.inner.to_weight(gradient, x, total, dtype)
 
     def add_to_bias(self, total: torch.Tensor, gradient: TileGradient) -> None:
         self.inner.add_to_bias(total, gradient)

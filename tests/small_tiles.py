@@ -19,15 +19,22 @@ SETTINGS = {
             "_WIDEN_ROWS": "8",
         }
     },
-    # Tiles of three tokens, slices of two rows by eight columns, blocks of sixteen columns.
+    # Tiles of three tokens, slices of two rows by eight columns, blocks of sixteen columns of a row; products of blocks of
+    # 16 x 32, in two parts, of a chunk of four rows.
     "triton": {
+        "gcpo_kernels.triton_backend.tiling": {"TILE_BYTES": "0", "_STEP": "3"},
         "gcpo_kernels.triton_backend.linear": {
-            "_TILE_BYTES": "0",
-            "_MIN_ROWS": "3",
             "_SLICE_ROWS": "2",
             "_SLICE_VOCAB": "8",
+            "_SCORED_BYTES": "0",
+            "_SCORED_ROWS": "4",
         },
-        "gcpo_kernels.triton_backend.logprob": {"block_v": "lambda vocab: 16"},
+        "gcpo_kernels.triton_backend.logprob": {
+            "row_block": "lambda vocab, itemsize, shape=module.Shape(2, 4, 2): shape"
+        },
+        "gcpo_kernels.triton_backend.product": {
+            name: "module.Blocks(16, 32, 16, 4, 2, 2)" for name in ("POINTER_BLOCKS", "FLOAT32_BLOCKS")
+        },
     },
 }
 # Of the kernels whose blocks span a prompt's hidden dimension and a sequence's tokens.
@@ -45,9 +52,10 @@ BLOCKS = {
 def apply(patch: pytest.MonkeyPatch, *settings: dict[str, dict[str, str]]) -> None:
     """Until `patch` is undone."""
     for modules in settings:
-        for module, values in modules.items():
-            for name, value in values.items():
-                patch.setattr(import_module(module), name, eval(value))
+        for name, values in modules.items():
+            module = import_module(name)
+            for attribute, value in values.items():
+                patch.setattr(module, attribute, eval(value, {"module": module}))
 
 
 def source(*settings: dict[str, dict[str, str]]) -> list[str]:

@@ -294,7 +294,7 @@ def operator_calls() -> dict[str, tuple[Any, tuple]]:
         inputs["mask"], inputs["advantages"], torch.float32, **{key: inputs[key] for key in keys}
     )
     frozen = tuple(x.detach() for x in (hidden, weight, bias))
-    rest = (torch.float32, head, [0.04, 0.06, 0.2, 0.2, 0.0, 1e-6])
+    rest = (None, torch.float32, None, head, [0.04, 0.06, 0.2, 0.2, 0.0, 1e-6])
     linear_loss = (
         *frozen,
         ids,
@@ -312,10 +312,18 @@ def operator_calls() -> dict[str, tuple[Any, tuple]]:
         "linear_logprob, no bias": (ops.linear_logprob, (hidden, weight, None, ids, torch.float32, head)),
         "linear_logprob_backward": (
             ops.linear_logprob_backward,
-            (*frozen, ids, score, score, torch.float32, head, [True, False, True]),
+            (*frozen, ids, score, score, score, torch.float32, head, [True, False, True]),
+        ),
+        "linear_logprob_backward, no entropy": (
+            ops.linear_logprob_backward,
+            (*frozen, ids, score, score, None, torch.float32, head, [True, True, True]),
         ),
         "linear_loss": (ops.linear_loss, (*linear_loss, False, [True, True, True])),
         "linear_loss, sequence": (ops.linear_loss, (*linear_loss, True, [False, True, False])),
+        "linear_loss, offset and float32": (
+            ops.linear_loss,
+            (*linear_loss[:14], tokens.ref_logp, torch.float32, torch.float32, *linear_loss[17:], False, [True] * 3),
+        ),
         "linear_loss, no gradients": (ops.linear_loss, (*linear_loss, False, [False, False, False])),
         "selective_logprob": (ops.selective_logprob, (logits, small, 0.9)),
         "selective_logprob_backward": (ops.selective_logprob_backward, (logits.detach(), small, scores, scores, 0.9)),

@@ -4,6 +4,52 @@ import triton
 import triton.language as tl
 
 LARGEST_LOG = tl.constexpr(88.72283)  # exp of what lies above overflows
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def power_of_two(y):
+    """
+    2**y, and y bounded from below: where y is -inf, 2**y y must be 0, not NaN. -200 is far below float32's range, so
+    that 2**-200 is 0. NaN stays NaN.
+    """
+    y = tl.maximum(y, -200.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.exp2(y), y
+
+
+@triton.jit
+def _tanh(x):
+    """tanh and its slope."""
+    # exp of a negative argument only: no overflow at either end.
+    e = tl.exp(-2.0 * tl.abs(x))
+    r = 1.0 / (1.0 + e)
+    y = (1.0 - e) * r
+    y = tl.where(x < 0, -y, tl.where(x >= 0, y, x))
+    # 1 - e loses its digits as x goes to 0: its series, to 1e-8 of it. 1 - y * y would as y goes to 1.
+    x2 = x * x
+    y = tl.where(x2 < 0.0225, x - x * x2 * (1.0 / 3 - x2 * (2.0 / 15 - x2 * (17.0 / 315))), y)
+    return y, 4.0 * e * r * r
+
+
+@triton.jit
+def head_logit(u, scale, softcap, HAS_SOFTCAP: tl.constexpr, NEGATIVE: tl.constexpr):
+    """
+    z of raw logits u, and the softcap's slope: a logit is chain * z with a chain of at least 0, the same for all.
+    Kernels subtract one z from another before they multiply by the chain, because that difference is exact between
+    large neighbours.
+
+    Without a softcap z is u, or -u where scale / temperature is negative, and chain its absolute value; with one z is
+    softcap(scale * u), and chain 1 / temperature.
+    """
+    slope = 1.0
+    z = u
+    if HAS_SOFTCAP:
+        y, slope = _tanh(u * scale / softcap)
+        z = softcap * y
+    elif NEGATIVE:
+        z = -u
+    return z, slope
 
 
 @triton.jit

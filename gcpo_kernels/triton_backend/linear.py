@@ -1,4 +1,7 @@
-"""Tiles of the Triton backend: products by the vendor's library, everything between them in one kernel each way."""
+"""
+Tiles of the Triton backend: products by the vendor's library, or by our own where the gate says so; what is between
+them in one kernel each way.
+"""
 
 from functools import cached_property
 
@@ -8,28 +11,53 @@ from gcpo_kernels import linear
 from gcpo_kernels.linear import RowState, Scores, TileGradient, Tiles
 from gcpo_kernels.options import LossOptions
 from gcpo_kernels.reference import TokenInputs
-from gcpo_kernels.triton_backend.logprob import RowScores, logprob_backward, logprob_forward
+from gcpo_kernels.triton_backend import gate
+from gcpo_kernels.triton_backend.logprob import (
+    RowScores,
+    head_numbers,
+    logprob_backward,
+    logprob_forward,
+    narrowed,
+    softmax_once,
+)
+from gcpo_kernels.triton_backend.product import Product, num_programs
+from gcpo_kernels.triton_backend.tiling import tile_rows
 from gcpo_kernels.triton_backend.token_loss import token_derivatives
 
-# With gradients, a tile holds float32 logits and their gradient in the operands' type: 6 bytes an entry in bfloat16.
-_TILE_BYTES = 1536 << 20
-_MIN_ROWS, _MAX_ROWS = 1024, 8192
-# Without gradients, a slice of the tile should stay in the L2 cache between the product and the kernel.
+# Scoring by slices: one should stay in the L2 cache between the product and the kernel.
 _SLICE_ROWS, _SLICE_VOCAB = 2048, 4096
+# Scoring by a product of our own: hidden states that stay in the L2 cache while the weight streams by.
+_SCORED_BYTES = 24 << 20
+_SCORED_ROWS = 1024
 
 
 class TritonTiles(Tiles):
-    def rows(self, vocab: int | None = None) -> int:
-        bytes_per_entry = 4 + self.storage.itemsize
-        rows = _TILE_BYTES // (bytes_per_entry * max(vocab or self.vocab, 1))
-        return min(_MAX_ROWS, max(_MIN_ROWS, rows // 256 * 256))
+    def rows(self, tokens: int, vocab: int | None = None) -> int:
+        # 4 bytes a logit: the gradient takes the place of the logits, or there are exponentials only.
+        hidden = self.weight.shape[1]
+        return tile_rows(tokens, hidden, vocab or self.vocab, num_programs(self.weight.device), self._logit_bytes)
+
+    def scored_rows(self, tokens: int) -> int:
+        row_bytes = self.weight.shape[1] * self.storage.itemsize
+        return max(_SCORED_ROWS, _SCORED_BYTES // max(row_bytes, 1) // 128 * 128)
+
+    @property
+    def _logit_bytes(self) -> int:
+        return self.storage.itemsize if self._choice("loss") == "epilogue" else 4
+
+    def _choice(self, operation: str) -> str:
+        return gate.choose(operation, self.weight.device, self.weight.shape[1], self.vocab)
 
     def operand(self, x: torch.Tensor) -> torch.Tensor:
         return x.to(self.storage)
 
     @cached_property
     def _weight(self) -> torch.Tensor:
-        return self.weight.to(self.storage)
+        weight = self.weight.to(self.storage)
+        return weight if weight.stride(1) == 1 else weight.contiguous()
+
+    def _product(self, x: torch.Tensor, token_ids: torch.Tensor) -> Product:
+        return Product(x.contiguous(), self._weight, self.bias, token_ids.contiguous(), self.head)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         return self._slice(x, self._weight, self.bias)
@@ -40,6 +68,9 @@ class TritonTiles(Tiles):
         return u if bias is None else u.add_(bias.to(torch.float32))
 
     def score_only(self, x: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # Without tensor cores a product of our own does not come near the vendor's.
+        if self._choice("scoring") == "product" and (self.storage != torch.float32 or x.device.type == "cpu"):
+            return self._product(x, token_ids).scores()
         logp, entropy = (torch.empty(len(x), dtype=torch.float32, device=x.device) for _ in range(2))
         weight = self._weight
         for start in range(0, len(x), _SLICE_ROWS):
@@ -53,23 +84,43 @@ class TritonTiles(Tiles):
             logp[rows], entropy[rows] = scores.logp, scores.entropy
         return logp, entropy
 
-    def score(self, tile: torch.Tensor, token_ids: torch.Tensor) -> Scores:
-        scores = logprob_forward(tile, token_ids, self.head)
-        return Scores(scores.logp, scores.entropy, tuple(scores))
+    def score(self, x: torch.Tensor, token_ids: torch.Tensor, offset: torch.Tensor | None) -> Scores:
+        # float16 holds no exponentials of 28 nats.
+        choice = "two_reads" if offset is None or self.storage == torch.float16 else self._choice("loss")
+        if choice == "two_reads":
+            tile = self.logits(x)
+            scores = logprob_forward(tile, token_ids, self.head)
+            return Scores(scores.logp, scores.entropy, tile, tuple(scores))
+        assert offset is not None
+        offset = offset.to(torch.float32).contiguous()
+        product = self._product(x, token_ids)
+        if choice == "epilogue":
+            out = product.exponentials(offset)
+        else:
+            out = softmax_once(self.logits(x), token_ids, self.head, offset, self.storage)
+        product.redo(out)
+        return Scores(out.logp, out.entropy, out.e, (out.total,))
 
-    def gradient(
-        self, tile: torch.Tensor, token_ids: torch.Tensor, scores: Scores, g_logp: torch.Tensor
-    ) -> TileGradient:
-        return self._gradient(tile, token_ids, RowScores(*scores.state), g_logp, None)
+    def gradient(self, scores: Scores, token_ids: torch.Tensor, g_logp: torch.Tensor) -> TileGradient:
+        if (
+            len(scores.state) == 1
+        ):  # exponentials: what a row must be multiplied by goes to the thin side of the products
+            row_scale = g_logp * -head_numbers(self.head).signed_chain / scores.state[0]
+            # Where nothing is to come, whatever the row holds.
+            return TileGradient(scores.tile, torch.where(g_logp == 0, 0.0, row_scale))
+        return self._gradient(scores.tile, token_ids, RowScores(*scores.state), g_logp, None)
 
     def gradient_with_entropy(
-        self, tile: torch.Tensor, token_ids: torch.Tensor, g_logp: torch.Tensor, g_entropy: torch.Tensor
+        self, x: torch.Tensor, token_ids: torch.Tensor, g_logp: torch.Tensor, g_entropy: torch.Tensor
     ) -> TileGradient:
+        tile = self.logits(x)
         return self._gradient(tile, token_ids, logprob_forward(tile, token_ids, self.head), g_logp, g_entropy)
 
     def row_state(self, tile: torch.Tensor, token_ids: torch.Tensor) -> RowState:
+        """In logits; the kernel counts in z, see `head_logit`."""
         unfinished = logprob_forward(tile, token_ids, self.head, finish=False)
-        return RowState(unfinished.logp, unfinished.entropy, unfinished.peak, unfinished.total)
+        chain = head_numbers(self.head).chain
+        return RowState(unfinished.logp * chain, unfinished.entropy, unfinished.peak * chain, unfinished.total)
 
     def part_gradient(
         self,
@@ -79,7 +130,10 @@ class TritonTiles(Tiles):
         g_logp: torch.Tensor,
         g_entropy: torch.Tensor | None,
     ) -> TileGradient:
-        return self._gradient(tile, token_ids, RowScores(*scores), g_logp, g_entropy)
+        peak = scores.peak / head_numbers(self.head).chain
+        return self._gradient(
+            tile, token_ids, RowScores(scores.logp, scores.entropy, peak, scores.total), g_logp, g_entropy
+        )
 
     def _gradient(
         self,
@@ -96,27 +150,43 @@ class TritonTiles(Tiles):
             scale = torch.where(size > 0, size, 1.0).amax().expand(len(tile))
             g_logp = g_logp / scale
             g_entropy = None if g_entropy is None else g_entropy / scale
-        out = tile if self.storage == torch.float32 else torch.empty_like(tile, dtype=self.storage)
+        out = narrowed(tile, self.storage)
         logprob_backward(tile, token_ids, self.head, scores, g_logp, g_entropy, out)
         return TileGradient(out, scale)
 
     def to_hidden(self, gradient: TileGradient) -> torch.Tensor:
         if gradient.row_scale is None:
             return gradient.tile @ self._weight
-        return _mm_float32(gradient.tile, self._weight) * gradient.row_scale.unsqueeze(1)
+        return _mm_float32(gradient.tile, self._weight).mul_(gradient.row_scale.unsqueeze(1))
 
-    def add_to_weight(self, total: torch.Tensor, gradient: TileGradient, x: torch.Tensor) -> None:
-        tile = gradient.tile
-        if gradient.row_scale is not None:  # the same for all rows
-            total.add_(_mm_float32(tile.T, x) * gradient.row_scale[0])
-        elif _float32_out(tile):
-            torch.addmm(total, tile.T, x, out_dtype=torch.float32, out=total)
-        else:
-            total.addmm_(tile.float().T, x.float())
+    def to_weight(
+        self, gradient: TileGradient, x: torch.Tensor, total: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        tile, row_scale = gradient
+        if self.storage == torch.float16 and row_scale is not None:  # the same for all rows, too large or small for x
+            product = _mm_float32(tile.T, x).mul_(row_scale[0])
+            return product.to(dtype) if total is None else total.add_(product)
+        if row_scale is not None:
+            x = (x * row_scale.unsqueeze(1)).to(self.storage)
+        if total is None:
+            return torch.mm(tile.T, x) if dtype == self.storage else _mm_float32(tile.T, x).to(dtype)
+        if _float32_out(tile):
+            return torch.addmm(total, tile.T, x, out_dtype=torch.float32, out=total)
+        return total.addmm_(tile.float().T, x.float())
 
     def add_to_bias(self, total: torch.Tensor, gradient: TileGradient) -> None:
-        column_sums = gradient.tile.sum(dim=0, dtype=torch.float32)
-        total.add_(column_sums if gradient.row_scale is None else column_sums * gradient.row_scale[0])
+        tile, row_scale = gradient
+        if row_scale is None:
+            total.add_(tile.sum(dim=0, dtype=torch.float32))
+        elif self.storage == torch.float16:
+            total.add_(tile.sum(dim=0, dtype=torch.float32) * row_scale[0])
+        else:
+            # One read of the tile: its product with the row scales, in as many parts of the tile's type as hold them.
+            parts, rest = [], row_scale.to(torch.float32)
+            for _ in range(1 if self.storage == torch.float32 else 3):
+                parts.append(rest.to(self.storage))
+                rest = rest - parts[-1].to(torch.float32)
+            total.add_(_mm_float32(tile.T, torch.stack(parts, dim=1)).sum(dim=1))
 
     def loss_gradient(
         self, logp: torch.Tensor, inputs: TokenInputs, weights: torch.Tensor, options: LossOptions

@@ -1,172 +1,52 @@
 """
-Log-probability, entropy and their gradients from a tile of logits, (M, V): one program per token, vocabulary by blocks.
+Log-probability, entropy and their gradients from logits, (M, V) or (B, T, V): one program per token, vocabulary by
+blocks.
 
-The forward reads the tile once, with a running maximum, and may go on from another tile of the same tokens, so that a
-vocabulary can be scored slice by slice; the backward reads it once more and writes the gradient, in place or elsewhere.
-Between raw logits u and the softmax stand softcap(scale * u) / temperature.
+Three passes. `logprob_forward` reads the logits once, with a running maximum, and may go on from other logits of the
+same tokens, so that a vocabulary can be scored slice by slice. `logprob_backward` reads them once more and writes the
+gradient. `softmax_once` does both in one read, where somebody's estimate of the tokens' log-probabilities says what
+the exponentials are relative to. The last two may write over what they read: a row's result, in a narrower type, lies
+in the row's own first bytes.
+
+A block is (DEPTH, LANES, VEC): a thread holds DEPTH vectors of VEC neighbours, reduces them by itself, and carries one
+running maximum, so that moving the sums to a new maximum costs one exponential a thread and block, not one an element.
 """
 
 from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 
 from gcpo_kernels.options import HeadOptions
-from gcpo_kernels.triton_backend.common import expm1
-
-# Stands for -inf in the running maximum, so that a block of -inf logits does not make NaN.
-_LOWEST = tl.constexpr(-1.0e30)
-
-
-@triton.jit
-def _tanh(x):
-    """tanh and its slope."""
-    # exp of a negative argument only: no overflow at either end.
-    e = tl.exp(-2.0 * tl.abs(x))
-    r = 1.0 / (1.0 + e)
-    y = (1.0 - e) * r
-    y = tl.where(x < 0, -y, tl.where(x >= 0, y, x))
-    # 1 - e loses its digits as x goes to 0: its series, to 1e-8 of it. 1 - y * y would as y goes to 1.
-    x2 = x * x
-    y = tl.where(x2 < 0.0225, x - x * x2 * (1.0 / 3 - x2 * (2.0 / 15 - x2 * (17.0 / 315))), y)
-    return y, 4.0 * e * r * r
+from gcpo_kernels.triton_backend.logprob_kernels import (
+    logprob_backward_kernel,
+    logprob_forward_kernel,
+    softmax_once_kernel,
+)
 
 
-@triton.jit
-def _logit(u, scale, softcap, inverse_temperature, HAS_SOFTCAP: tl.constexpr):
-    """The logit, and the softcap's slope at it."""
-    z = u * scale
-    slope = tl.full(z.shape, 1.0, tl.float32)
-    if HAS_SOFTCAP:
-        y, slope = _tanh(z / softcap)
-        z = softcap * y
-    return z * inverse_temperature, slope
+class Shape(NamedTuple):
+    """Of a block of a row."""
+
+    depth: int
+    lanes: int
+    vec: int
+
+    @property
+    def warps(self) -> int:
+        return max(1, self.lanes // 32)
+
+    @property
+    def constexprs(self) -> dict[str, int]:
+        return {"DEPTH": self.depth, "LANES": self.lanes, "VEC": self.vec}
 
 
-@triton.jit(do_not_specialize=["rows_per_batch", "first_v", "whole_v"])
-def logprob_forward_kernel(
-    u_ptr,  # (B, T, V) logits; row r is [r // rows_per_batch, r % rows_per_batch]
-    ids_ptr,  # (B * T,) int64, contiguous
-    logp_ptr,  # (B * T,) float32
-    entropy_ptr,  # (B * T,) float32
-    peak_ptr,  # (B * T,) float32: the largest logit
-    total_ptr,  # (B * T,) float32: sum of exp(logit - peak)
-    stride_u_b,
-    stride_u_t,
-    stride_u_v,
-    rows_per_batch,
-    scale,
-    softcap,
-    inverse_temperature,
-    first_v,  # which of the whole vocabulary the tile's first column is
-    whole_v,  # size of the whole vocabulary
-    HAS_SOFTCAP: tl.constexpr,
-    FIRST: tl.constexpr,  # no tile came before: nothing to go on from
-    LAST: tl.constexpr,  # no tile comes after: finish
-    V: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    u_ptr += (row // rows_per_batch) * stride_u_b + (row % rows_per_batch) * stride_u_t
-    block = tl.arange(0, BLOCK_V).to(tl.int64)  # v * stride passes 2**31 in transposed logits
-    top = tl.full([BLOCK_V], _LOWEST, tl.float32)  # per lane: merged after the loop, so that the loop has no reduction
-    total = tl.zeros([BLOCK_V], tl.float32)  # sum of exp(z - top)
-    dot = tl.zeros([BLOCK_V], tl.float32)  # sum of exp(z - top) (z - top)
-    for v0 in range(0, V, BLOCK_V):
-        v = v0 + block  # [BLOCK_V]
-        u = tl.load(u_ptr + v * stride_u_v, mask=v < V, other=-float("inf")).to(tl.float32)
-        z, _ = _logit(u, scale, softcap, inverse_temperature, HAS_SOFTCAP)
-        z = tl.where(v < V, z, -float("inf"))  # a softcap, or a negative scale, would make padding finite
-        new_top = tl.where(z > top, z, top)
-        keep = tl.exp(top - new_top)
-        e = tl.exp(z - new_top)
-        dot = (dot + total * (top - new_top)) * keep + tl.where(e > 0.0, e * (z - new_top), tl.where(e == e, 0.0, e))
-        total = total * keep + e
-        top = new_top
-    peak = tl.max(top, axis=0)
-    if not FIRST:
-        before = tl.load(peak_ptr + row)
-        peak = tl.where(before > peak, before, peak)
-    lane = tl.exp(top - peak)
-    s = tl.sum(total * lane, axis=0)
-    weighted = tl.sum((dot + total * (top - peak)) * lane, axis=0)
-    token = tl.load(ids_ptr + row)
-    valid = (token >= 0) & (token < whole_v)
-    here = (token >= first_v) & (token < first_v + V)
-    u = tl.load(u_ptr + (token - first_v) * stride_u_v, mask=here, other=0.0).to(tl.float32)
-    target, _ = _logit(u, scale, softcap, inverse_temperature, HAS_SOFTCAP)
-    if not FIRST:
-        before_total = tl.load(total_ptr + row)
-        shift = tl.exp(before - peak)
-        weighted += (tl.load(entropy_ptr + row) + before_total * (before - peak)) * shift
-        s += before_total * shift
-        target = tl.where(here, target, tl.load(logp_ptr + row))
-    tl.store(peak_ptr + row, peak)
-    tl.store(total_ptr + row, s)
-    if LAST:
-        log_s = tl.log(s)
-        # Never through log-sum-exp = peak + log(s): next to a large peak it would lose the digits of log(s).
-        tl.store(logp_ptr + row, tl.where(valid, (target - peak) - log_s, float("nan")))
-        tl.store(entropy_ptr + row, log_s - weighted / s)
-    else:
-        tl.store(logp_ptr + row, target)
-        tl.store(entropy_ptr + row, weighted)
-
-
-@triton.jit(do_not_specialize=["rows_per_batch"])
-def logprob_backward_kernel(
-    u_ptr,  # (B, T, V) logits
-    ids_ptr,  # (B * T,) int64
-    logp_ptr,  # (B * T,)
-    entropy_ptr,  # (B * T,)
-    peak_ptr,  # (B * T,)
-    total_ptr,  # (B * T,)
-    g_logp_ptr,  # (B * T,) float32
-    g_entropy_ptr,  # (B * T,) float32
-    d_ptr,  # (B * T, V) gradient in u, contiguous; may be u itself where types agree
-    stride_u_b,
-    stride_u_t,
-    stride_u_v,
-    rows_per_batch,
-    scale,
-    softcap,
-    inverse_temperature,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    u_ptr += (row // rows_per_batch) * stride_u_b + (row % rows_per_batch) * stride_u_t
-    d_ptr += row * V
-    token = tl.load(ids_ptr + row)
-    logp = tl.load(logp_ptr + row)
-    peak = tl.load(peak_ptr + row)
-    log_s = tl.log(tl.load(total_ptr + row))
-    g = tl.load(g_logp_ptr + row)
-    chain = scale * inverse_temperature
-    hit = -expm1(logp)  # 1 - p at the target, without the cancellation as p -> 1
-    g_entropy = 0.0
-    entropy = 0.0
-    if HAS_ENTROPY:
-        g_entropy = tl.load(g_entropy_ptr + row)
-        entropy = tl.load(entropy_ptr + row)
-    for v0 in range(0, V, BLOCK_V):
-        v = v0 + tl.arange(0, BLOCK_V).to(tl.int64)  # [BLOCK_V]
-        u = tl.load(u_ptr + v * stride_u_v, mask=v < V, other=0.0).to(tl.float32)
-        z, slope = _logit(u, scale, softcap, inverse_temperature, HAS_SOFTCAP)
-        log_p = (z - peak) - log_s
-        p = tl.exp(log_p)
-        d = g * tl.where(v == token, hit, -p)
-        if HAS_ENTROPY:
-            d -= g_entropy * tl.where(p > 0.0, p * (log_p + entropy), 0.0)
-        d = tl.where((g == 0.0) & (g_entropy == 0.0), 0.0, d * slope * chain)
-        tl.store(d_ptr + v, d.to(d_ptr.dtype.element_ty), mask=v < V)
-
-
-def block_v(vocab: int) -> int:
-    return min(4096, max(128, triton.next_power_of_2(vocab)))
+def row_block(vocab: int, itemsize: int) -> Shape:
+    """Loads of 16 bytes, 256 threads, 64 bytes a thread: less for a vocabulary that is smaller than such a block."""
+    vec = 16 // itemsize
+    lanes = min(256, max(32, triton.next_power_of_2(triton.cdiv(vocab, vec))))
+    depth = min(64 // 16, triton.next_power_of_2(triton.cdiv(vocab, vec * lanes)))
+    return Shape(depth, lanes, vec)
 
 
 def _rows(u: torch.Tensor) -> tuple[int, int, tuple[int, int, int]]:
@@ -176,8 +56,26 @@ def _rows(u: torch.Tensor) -> tuple[int, int, tuple[int, int, int]]:
     return u.shape[0] * u.shape[1], max(u.shape[1], 1), u.stride()  # type: ignore[return-value]
 
 
-def _head(head: HeadOptions) -> tuple[float, float, float]:
-    return head.logit_scale, head.logit_softcap or 1.0, 1.0 / head.temperature
+class HeadNumbers(NamedTuple):
+    """HeadOptions as kernels take them, see `head_logit`."""
+
+    scale: float
+    softcap: float
+    chain: float  # logit = chain * z
+    signed_chain: float  # d logit / d raw logit, but for the softcap's slope
+    flags: dict[str, bool]
+
+
+def head_numbers(head: HeadOptions) -> HeadNumbers:
+    signed = head.logit_scale / head.temperature
+    chain = abs(signed) if head.logit_softcap is None else 1.0 / head.temperature
+    # 0 * -inf of what stands for nothing would be NaN: logits that are all 0 are as good as all almost 0.
+    chain = max(chain, 1e-30)
+    flags = {
+        "HAS_SOFTCAP": head.logit_softcap is not None,
+        "NEGATIVE": head.logit_softcap is None and head.logit_scale < 0,
+    }
+    return HeadNumbers(head.logit_scale, head.logit_softcap or 1.0, chain, signed, flags)
 
 
 class RowScores(NamedTuple):
@@ -185,8 +83,8 @@ class RowScores(NamedTuple):
 
     logp: torch.Tensor  # NaN for an id outside [0, V)
     entropy: torch.Tensor
-    peak: torch.Tensor
-    total: torch.Tensor
+    peak: torch.Tensor  # the largest z, see `head_logit`
+    total: torch.Tensor  # sum of exp(chain (z - peak))
 
 
 def logprob_forward(
@@ -199,8 +97,8 @@ def logprob_forward(
     finish: bool = True,
 ) -> RowScores:
     """
-    Scores of each row. Between slices of a vocabulary they are unfinished, the target's logit (0 if it is in none so
-    far) for logp and sum of exp(z - peak) (z - peak) for the entropy; those of the last one are final, if `finish`.
+    Scores of each row. Between slices of a vocabulary they are unfinished, the target's z (0 if it is in none so far)
+    for logp and sum of exp(logit - peak) (logit - peak) for the entropy; those of the last one are final, if `finish`.
     """
     rows, per_batch, strides = _rows(u)
     whole_v = u.shape[-1] if whole_v is None else whole_v
@@ -208,21 +106,25 @@ def logprob_forward(
     if scores is None:
         scores = RowScores(*(torch.empty(token_ids.shape, dtype=torch.float32, device=u.device) for _ in range(4)))
     if rows:
+        numbers = head_numbers(head)
+        block = row_block(u.shape[-1], u.element_size())
         logprob_forward_kernel[(rows,)](
             u,
             token_ids.contiguous(),
             *scores,
             *strides,
             per_batch,
-            *_head(head),
+            numbers.scale,
+            numbers.softcap,
+            numbers.chain,
             first_v,
             whole_v,
-            HAS_SOFTCAP=head.logit_softcap is not None,
+            **numbers.flags,
             FIRST=so_far is None,
             LAST=finish and first_v + u.shape[-1] == whole_v,
             V=u.shape[-1],
-            BLOCK_V=block_v(u.shape[-1]),
-            num_warps=8,
+            **block.constexprs,
+            num_warps=block.warps,
         )
     return scores
 
@@ -234,10 +136,12 @@ def logprob_backward(
     scores: RowScores,  # from the forward
     g_logp: torch.Tensor,  # (M,) or (B, T)
     g_entropy: torch.Tensor | None,
-    out: torch.Tensor,  # (M, V) or (B, T, V), contiguous: receives the gradient in u
+    out: torch.Tensor,  # (M, V) or (B, T, V), rows evenly apart: receives the gradient in u; may be `narrowed(u)`
 ) -> None:
     rows, per_batch, strides = _rows(u)
     if rows:
+        numbers = head_numbers(head)
+        block = row_block(u.shape[-1], u.element_size())
         logprob_backward_kernel[(rows,)](
             u,
             token_ids.contiguous(),
@@ -246,11 +150,62 @@ def logprob_backward(
             scores.logp if g_entropy is None else g_entropy.to(torch.float32).contiguous(),
             out,
             *strides,
+            out.stride(-2),
             per_batch,
-            *_head(head),
-            HAS_SOFTCAP=head.logit_softcap is not None,
+            numbers.scale,
+            numbers.softcap,
+            numbers.chain,
+            numbers.signed_chain,
+            **numbers.flags,
             HAS_ENTROPY=g_entropy is not None,
+            IN_PLACE=out.data_ptr() == u.data_ptr(),
             V=u.shape[-1],
-            BLOCK_V=block_v(u.shape[-1]),
-            num_warps=8,
+            **block.constexprs,
+            num_warps=block.warps,
         )
+
+
+def narrowed(tile: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(M, V) of type `dtype`, at most as wide, whose rows lie in the first bytes of the rows of `tile` (M, V)."""
+    return tile.view(dtype)[:, : tile.shape[1]]
+
+
+class Exponentials(NamedTuple):
+    """What a softmax with row sums s came to: d loss / d raw logits = -g chain / s * e, for d loss / d logp = g."""
+
+    logp: torch.Tensor  # (M,) float32
+    entropy: torch.Tensor  # (M,) float32
+    total: torch.Tensor  # (M,) float32, s; NaN where the row must be done again
+    e: torch.Tensor  # (M, V)
+
+
+def softmax_once(
+    tile: torch.Tensor,  # (M, V) float32 raw logits, contiguous; used up
+    token_ids: torch.Tensor,  # (M,) int64
+    head: HeadOptions,
+    offset: torch.Tensor,  # (M,) float32: estimates of the tokens' log-probabilities
+    dtype: torch.dtype,
+) -> Exponentials:
+    """Exponentials of type `dtype` in the bytes of `tile`: one read and one write."""
+    rows, vocab = tile.shape
+    logp, entropy, total = (torch.empty(rows, dtype=torch.float32, device=tile.device) for _ in range(3))
+    out = Exponentials(logp, entropy, total, narrowed(tile, dtype))
+    if rows:
+        numbers = head_numbers(head)
+        block = row_block(vocab, 4)
+        softmax_once_kernel[(rows,)](
+            tile,
+            token_ids.contiguous(),
+            offset,
+            *out,
+            tile.stride(0),
+            out.e.stride(0),
+            numbers.scale,
+            numbers.softcap,
+            numbers.chain,
+            **numbers.flags,
+            V=vocab,
+            **block.constexprs,
+            num_warps=block.warps,
+        )
+    return out

@@ -13,8 +13,8 @@ TILE_BYTES = 2 << 30
 _STEP = 128
 # (height, width) of the blocks that vendors' libraries use on large products, and what the smaller one loses.
 _BLOCKS = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.87))
-# Tokens whose product with the weight takes as long as reading and writing the weight's float32 gradient once more, half
-# of it hidden behind the product: 4 bytes a weight at 200 operations a byte, two operations a token and weight.
+# Tokens whose product with the weight takes as long as reading and writing the weight's float32 gradient once more,
+# half of it hidden behind the product: 4 bytes a weight at 200 operations a byte, two operations a token and weight.
 _ROUND_TRIP = 400
 # As much for rounding that gradient to the weight's type in the end, which a single tile does by itself.
 _CAST = 600

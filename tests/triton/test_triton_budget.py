@@ -9,7 +9,7 @@ import torch
 
 import gcpo_kernels
 from gcpo_kernels.testing import make_linear_inputs, make_representations, make_token_inputs
-from gcpo_kernels.triton_backend import linear
+from gcpo_kernels.triton_backend import tiling
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 CASES = pytest.mark.parametrize("case", grid.cases(), ids=grid.name)
@@ -42,7 +42,7 @@ def test_linear_loss(case: Any, dtype: torch.dtype, small_tiles: None) -> None:
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_any_tile_size(level: str, masked: str, rows: int, small_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles below, at and above the length of a sequence; several sequences in one; one tile for all."""
-    monkeypatch.setattr(linear, "_MIN_ROWS", rows)
+    monkeypatch.setattr(tiling, "_STEP", rows)
     inputs = make_linear_inputs(4, 5, 2, seed=rows, masked=masked) | {"context_weights": None}
     budget.compare("linear_gcpo_loss", inputs, importance_sampling_level=level, beta=0.04, kappa=0.06)
 

@@ -11,7 +11,7 @@ import triton.language as tl
 import gcpo_kernels
 from gcpo_kernels import reference
 from gcpo_kernels.testing import assert_close_to_truth, assert_gradient, make_linear_inputs, with_gradients
-from gcpo_kernels.triton_backend import linear
+from gcpo_kernels.triton_backend import tiling
 from gcpo_kernels.triton_backend import ops as triton_ops
 from gcpo_kernels.triton_backend.common import expm1, k3
 from gcpo_kernels.triton_backend.token_kernels import _log_proj
@@ -236,8 +236,8 @@ def test_error_does_not_grow_with_tiles(dtype: torch.dtype, monkeypatch: pytest.
     truth = with_gradients({k: x.double() if k in keys else x for k, x in inputs.items()}, *keys)
     reference.linear_gcpo_loss(**truth)[0].backward()
     for rows in (80, 1):
-        monkeypatch.setattr(linear, "_TILE_BYTES", 0)
-        monkeypatch.setattr(linear, "_MIN_ROWS", rows)
+        monkeypatch.setattr(tiling, "TILE_BYTES", 0)
+        monkeypatch.setattr(tiling, "_STEP", rows)
         ours = with_gradients(inputs, *keys)
         gcpo_kernels.linear_gcpo_loss(**ours)[0].backward()
         for key in keys:

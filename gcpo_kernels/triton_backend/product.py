@@ -1,0 +1,246 @@
+"""
+The product hidden @ weight.T with a softmax in its epilogue: what a row needs of its logits, without a pass over them.
+
+Two kinds. Without a store (`SCORE`) each tile leaves its rows' largest logit, sum of exponentials and entropy sum, and
+one small kernel combines the tiles: log-probabilities cost the product and nothing of size (N, V). With a store, each
+tile writes E = exp(logit - c) in the operands' type, c known beforehand from an estimate of the token's log-probability
+or from a pass without a store: what `softmax_once` makes of logits, while they are in registers.
+
+Both can run over a list of rows that is made on the device: rows whose estimate was too far off are done again so,
+without the host knowing whether there are any.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from gcpo_kernels.options import HeadOptions
+from gcpo_kernels.triton_backend.logprob import Exponentials, head_numbers
+from gcpo_kernels.triton_backend.product_kernels import (
+    combine_exponentials_kernel,
+    combine_scores_kernel,
+    product_kernel,
+    redo_list_kernel,
+    target_logits_kernel,
+)
+
+
+class Blocks(NamedTuple):
+    """A block table entry of `product_kernel`."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    subtiles: int = 1
+
+    @property
+    def constexprs(self) -> dict[str, int]:
+        return {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k, "SUBTILES": self.subtiles}
+
+
+HOPPER_BLOCKS = Blocks(128, 256, 64, warps=8, stages=3, subtiles=4)
+BLACKWELL_BLOCKS = Blocks(128, 128, 64, warps=4, stages=3, subtiles=4)
+POINTER_BLOCKS = Blocks(128, 128, 32, warps=8, stages=3, subtiles=2)  # half types by pointers: 48 KB of shared memory
+FLOAT32_BLOCKS = Blocks(32, 64, 16, warps=4, stages=2)  # without tensor cores, because TF32 would lose digits
+_COMBINE_ROWS, _COMBINE_PARTS = 32, 32
+_TARGET_BLOCK = 1024
+
+
+def tma_blocks(device: torch.device) -> Blocks | None:
+    """For a device that copies tiles by descriptor and multiplies them from shared memory; None for others."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    return {9: HOPPER_BLOCKS, 10: BLACKWELL_BLOCKS}.get(torch.cuda.get_device_capability(device)[0])
+
+
+def choose_blocks(*matrices: torch.Tensor) -> tuple[Blocks, bool]:
+    """
+    The blocks for a product of these, and whether by descriptors, which want rows 16 bytes apart or a multiple of that,
+    from an aligned start.
+    """
+    blocks = tma_blocks(matrices[0].device)
+    aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in matrices)
+    if blocks is not None and aligned and matrices[0].element_size() == 2:
+        return blocks, True
+    return (FLOAT32_BLOCKS if matrices[0].dtype == torch.float32 else POINTER_BLOCKS), False
+
+
+def num_programs(device: torch.device) -> int:
+    """Multiprocessors of the device: a product's programs stay, and take one tile after the other."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 3 if device.type == "cpu" else 128
+
+
+@dataclass(frozen=True)
+class Product:
+    """hidden @ weight.T for rows x (M, H), with what the head does to it. All launches, no sync."""
+
+    x: torch.Tensor  # (M, H)
+    weight: torch.Tensor  # (V, H), of x's type; rows contiguous, as x's are
+    bias: torch.Tensor | None  # (V,)
+    token_ids: torch.Tensor  # (M,) int64, contiguous
+    head: HeadOptions
+
+    def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.x.device)
+
+    def _run(
+        self,
+        e: torch.Tensor | None,
+        reference: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Launch the product; (target, peaks, sums, dots) of it. With `e` it stores exponentials there."""
+        m, hidden = self.x.shape
+        vocab = self.weight.shape[0]
+        stored = (self.x, self.weight) if e is None else (self.x, self.weight, e)
+        blocks, tma = choose_blocks(*stored)
+        if rows is not None and tma:  # descriptors cannot gather rows
+            blocks, tma = POINTER_BLOCKS, False
+        parts = triton.cdiv(vocab, blocks.n)
+        target, sums, dots = self._empty(m), self._empty(parts, m), self._empty(parts, m)
+        peaks = self._empty(parts, m) if e is None else sums
+        anything = self.x if e is None else e
+        numbers = head_numbers(self.head)
+        tensors: list[Any] = [self.x, self.weight, anything]
+        if tma:
+            from triton.tools.tensor_descriptor import TensorDescriptor
+
+            widths = [blocks.k, blocks.k, blocks.n // blocks.subtiles if e is not None else blocks.k]
+            heights = [blocks.m, blocks.n, blocks.m]
+            tensors = [
+                TensorDescriptor.from_tensor(x, [height, width])
+                for x, height, width in zip(tensors, heights, widths, strict=True)
+            ]
+        product_kernel[(num_programs(self.x.device),)](
+            *tensors,
+            self.x if self.bias is None else self.bias,
+            self.token_ids,
+            target if reference is None else reference,
+            target if shift is None else shift,
+            self.token_ids if rows is None else rows,
+            target,
+            peaks,
+            sums,
+            dots,
+            self.x.stride(0),
+            self.weight.stride(0),
+            anything.stride(0),
+            m,
+            numbers.scale,
+            numbers.softcap,
+            numbers.chain,
+            HAS_BIAS=self.bias is not None,
+            **numbers.flags,
+            SCORE=e is None,
+            GATHER=rows is not None,
+            TMA=tma,
+            V=vocab,
+            H=hidden,
+            **blocks.constexprs,
+            PROGRAMS=num_programs(self.x.device),
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
+        )
+        return target, peaks, sums, dots
+
+    def _combine(self, kernel: Any, *tensors: torch.Tensor, parts: int, gather: bool, stride: tuple[int, ...]) -> None:
+        m = self.x.shape[0]
+        numbers = head_numbers(self.head)
+        kernel[(triton.cdiv(m, _COMBINE_ROWS),)](
+            *tensors,
+            *stride,
+            m,
+            parts,
+            numbers.scale,
+            numbers.softcap,
+            numbers.chain,
+            **numbers.flags,
+            GATHER=gather,
+            V=self.weight.shape[0],
+            BLOCK_M=_COMBINE_ROWS,
+            BLOCK_P=_COMBINE_PARTS,
+            num_warps=4,
+        )
+
+    def scores(self, rows: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Log-probabilities and entropies, (M,). With `rows` instead what exponentials of those rows are to be relative
+        to: their largest z, and the shift.
+        """
+        target, peaks, sums, dots = self._run(None, rows=rows)
+        out = self._empty(len(self.x)), self._empty(len(self.x))
+        listed = self.token_ids if rows is None else rows
+        tensors = (peaks, sums, dots, target, self.token_ids, listed, *out)
+        self._combine(combine_scores_kernel, *tensors, parts=len(sums), gather=rows is not None, stride=())
+        return out
+
+    def _store(
+        self,
+        out: Exponentials,
+        reference: torch.Tensor,
+        shift: torch.Tensor,
+        rows: torch.Tensor | None = None,
+    ) -> None:
+        target, _, sums, dots = self._run(out.e, reference, shift, rows)
+        listed = self.token_ids if rows is None else rows
+        tensors = (
+            sums,
+            dots,
+            target,
+            self.token_ids,
+            reference,
+            shift,
+            listed,
+            out.logp,
+            out.entropy,
+            out.total,
+            out.e,
+        )
+        stride = (out.e.stride(0),)
+        self._combine(combine_exponentials_kernel, *tensors, parts=len(sums), gather=rows is not None, stride=stride)
+
+    def exponentials(self, offset: torch.Tensor) -> Exponentials:
+        """As `softmax_once`, for estimates `offset` (M,) float32 of the log-probabilities; (M, V) is made here."""
+        m, hidden = self.x.shape
+        e = torch.empty(m, self.weight.shape[0], dtype=self.x.dtype, device=self.x.device)
+        out = Exponentials(self._empty(m), self._empty(m), self._empty(m), e)
+        reference, shift = self._empty(m), self._empty(m)
+        numbers = head_numbers(self.head)
+        target_logits_kernel[(m,)](
+            self.x,
+            self.weight,
+            self.x if self.bias is None else self.bias,
+            self.token_ids,
+            offset,
+            reference,
+            shift,
+            self.x.stride(0),
+            self.weight.stride(0),
+            numbers.scale,
+            numbers.softcap,
+            HAS_BIAS=self.bias is not None,
+            **numbers.flags,
+            V=self.weight.shape[0],
+            H=hidden,
+            BLOCK_H=min(_TARGET_BLOCK, triton.next_power_of_2(hidden)),
+            num_warps=4,
+        )
+        self._store(out, reference, shift)
+        return out
+
+    def redo(self, out: Exponentials) -> None:
+        """
+        Make the rows of `out` whose total is NaN again, in place, whatever their offsets were. The host does not learn
+        whether there are any: where there are none, four launches leave at once.
+        """
+        rows = self._empty(1 + len(self.x), dtype=torch.int32)
+        redo_list_kernel[(1,)](out.total, rows, len(self.x), BLOCK=1024, num_warps=4)
+        reference, shift = self.scores(rows)
+        self._store(out, reference, shift, rows)
