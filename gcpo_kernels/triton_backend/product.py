@@ -44,8 +44,8 @@ class Blocks(NamedTuple):
 
 HOPPER_BLOCKS = Blocks(128, 256, 64, warps=8, stages=3, subtiles=4)
 BLACKWELL_BLOCKS = Blocks(128, 128, 64, warps=4, stages=3, subtiles=4)
-POINTER_BLOCKS = Blocks(128, 128, 32, warps=8, stages=3, subtiles=2)  # half types by pointers: 48 KB of shared memory
-FLOAT32_BLOCKS = Blocks(32, 64, 16, warps=4, stages=2)  # without tensor cores, because TF32 would lose digits
+POINTER_BLOCKS = Blocks(128, 128, 32, warps=8, stages=3, subtiles=4)  # half types by pointers: 48 KB of shared memory
+FLOAT32_BLOCKS = Blocks(64, 32, 16, warps=4, stages=2)  # without tensor cores, because TF32 would lose digits
 _COMBINE_ROWS, _COMBINE_PARTS = 32, 32
 _TARGET_BLOCK = 1024
 
@@ -92,11 +92,10 @@ class Product:
     def _run(
         self,
         e: torch.Tensor | None,
-        reference: torch.Tensor | None = None,
         shift: torch.Tensor | None = None,
         rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        """Launch the product; (target, peaks, sums, dots) of it. With `e` it stores exponentials there."""
+        """Launch the product; (target, shifts, sums, dots) of it. With `e` it stores exponentials there."""
         m, hidden = self.x.shape
         vocab = self.weight.shape[0]
         stored = (self.x, self.weight) if e is None else (self.x, self.weight, e)
@@ -105,7 +104,7 @@ class Product:
             blocks, tma = POINTER_BLOCKS, False
         parts = triton.cdiv(vocab, blocks.n)
         target, sums, dots = self._empty(m), self._empty(parts, m), self._empty(parts, m)
-        peaks = self._empty(parts, m) if e is None else sums
+        shifts = self._empty(parts, m) if e is None else sums
         anything = self.x if e is None else e
         numbers = head_numbers(self.head)
         tensors: list[Any] = [self.x, self.weight, anything]
@@ -122,11 +121,10 @@ class Product:
             *tensors,
             self.x if self.bias is None else self.bias,
             self.token_ids,
-            target if reference is None else reference,
             target if shift is None else shift,
             self.token_ids if rows is None else rows,
             target,
-            peaks,
+            shifts,
             sums,
             dots,
             self.x.stride(0),
@@ -148,7 +146,7 @@ class Product:
             num_warps=blocks.warps,
             num_stages=blocks.stages,
         )
-        return target, peaks, sums, dots
+        return target, shifts, sums, dots
 
     def _combine(self, kernel: Any, *tensors: torch.Tensor, parts: int, gather: bool, stride: tuple[int, ...]) -> None:
         m = self.x.shape[0]
@@ -171,38 +169,20 @@ class Product:
 
     def scores(self, rows: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Log-probabilities and entropies, (M,). With `rows` instead what exponentials of those rows are to be relative
-        to: their largest z, and the shift.
+        Log-probabilities and entropies, (M,). With `rows` instead the shifts that make these rows' sums about 1, and
+        nothing.
         """
-        target, peaks, sums, dots = self._run(None, rows=rows)
+        target, shifts, sums, dots = self._run(None, rows=rows)
         out = self._empty(len(self.x)), self._empty(len(self.x))
         listed = self.token_ids if rows is None else rows
-        tensors = (peaks, sums, dots, target, self.token_ids, listed, *out)
+        tensors = (shifts, sums, dots, target, self.token_ids, listed, *out)
         self._combine(combine_scores_kernel, *tensors, parts=len(sums), gather=rows is not None, stride=())
         return out
 
-    def _store(
-        self,
-        out: Exponentials,
-        reference: torch.Tensor,
-        shift: torch.Tensor,
-        rows: torch.Tensor | None = None,
-    ) -> None:
-        target, _, sums, dots = self._run(out.e, reference, shift, rows)
+    def _store(self, out: Exponentials, shift: torch.Tensor, rows: torch.Tensor | None = None) -> None:
+        target, _, sums, dots = self._run(out.e, shift, rows)
         listed = self.token_ids if rows is None else rows
-        tensors = (
-            sums,
-            dots,
-            target,
-            self.token_ids,
-            reference,
-            shift,
-            listed,
-            out.logp,
-            out.entropy,
-            out.total,
-            out.e,
-        )
+        tensors = (sums, dots, target, self.token_ids, shift, listed, out.logp, out.entropy, out.total, out.e)
         stride = (out.e.stride(0),)
         self._combine(combine_exponentials_kernel, *tensors, parts=len(sums), gather=rows is not None, stride=stride)
 
@@ -211,7 +191,7 @@ class Product:
         m, hidden = self.x.shape
         e = torch.empty(m, self.weight.shape[0], dtype=self.x.dtype, device=self.x.device)
         out = Exponentials(self._empty(m), self._empty(m), self._empty(m), e)
-        reference, shift = self._empty(m), self._empty(m)
+        shift = self._empty(m)
         numbers = head_numbers(self.head)
         target_logits_kernel[(m,)](
             self.x,
@@ -219,12 +199,12 @@ class Product:
             self.x if self.bias is None else self.bias,
             self.token_ids,
             offset,
-            reference,
             shift,
             self.x.stride(0),
             self.weight.stride(0),
             numbers.scale,
             numbers.softcap,
+            numbers.chain,
             HAS_BIAS=self.bias is not None,
             **numbers.flags,
             V=self.weight.shape[0],
@@ -232,7 +212,7 @@ class Product:
             BLOCK_H=min(_TARGET_BLOCK, triton.next_power_of_2(hidden)),
             num_warps=4,
         )
-        self._store(out, reference, shift)
+        self._store(out, shift)
         return out
 
     def redo(self, out: Exponentials) -> None:
@@ -242,5 +222,5 @@ class Product:
         """
         rows = self._empty(1 + len(self.x), dtype=torch.int32)
         redo_list_kernel[(1,)](out.total, rows, len(self.x), BLOCK=1024, num_warps=4)
-        reference, shift = self.scores(rows)
-        self._store(out, reference, shift, rows)
+        shift, _ = self.scores(rows)
+        self._store(out, shift, rows)

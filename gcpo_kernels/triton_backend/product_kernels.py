@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from gcpo_kernels.triton_backend.common import LN_2, LOG2_E, expm1, head_logit, power_of_two
-from gcpo_kernels.triton_backend.logprob_kernels import log_unshifted, near_one, whole_shift
+from gcpo_kernels.triton_backend.logprob_kernels import log_unshifted, near_one
 
 
 @triton.jit
@@ -14,14 +14,14 @@ def _halves(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _merge(top, total, dot, peak, s, weighted, k):
-    """Largest z, sum and entropy sum of rows, with those of more of their columns."""
-    new_top = tl.maximum(top, peak)
-    before = (top - new_top) * k
-    now = (peak - new_top) * k
-    dot = (dot + total * before) * tl.exp2(before) + (weighted + s * now) * tl.exp2(now)
-    total = total * tl.exp2(before) + s * tl.exp2(now)
-    return new_top, total, dot
+def _merge(shift, total, dot, other_shift, other_total, other_dot):
+    """Shift, sum and entropy sum of rows, with those of more of their columns; of the shifts the lower one is kept."""
+    low = tl.minimum(shift, other_shift)
+    down = low - shift
+    other_down = low - other_shift
+    dot = (dot + total * down) * tl.exp2(down) + (other_dot + other_total * other_down) * tl.exp2(other_down)
+    total = total * tl.exp2(down) + other_total * tl.exp2(other_down)
+    return low, total, dot
 
 
 @triton.jit
@@ -29,7 +29,6 @@ def _epilogue(
     acc,  # [BLOCK_M, BLOCK_N] float32
     n0,
     token,  # [BLOCK_M]
-    reference,  # [BLOCK_M]
     shift,  # [BLOCK_M]
     inside,  # [BLOCK_M]
     target_ptr,  # of the rows
@@ -44,7 +43,13 @@ def _epilogue(
     V: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Of a part of a tile: E, with the softcap's slope, and of its rows the largest z, sum and entropy sum."""
+    """
+    Of a part of a tile: e = 2**y with the softcap's slope, y = k z + shift, and of its rows the shift, sum of 2**y and
+    sum of 2**y y. To score, the shift is minus the row's largest k z here.
+
+    Multiplied and added in one rounding, large logits keep their digits whatever the shift was rounded to: it is the
+    same for all of a row, and the target's y is made of it too.
+    """
     n = n0 + tl.arange(0, BLOCK_N)
     k = chain * LOG2_E
     if HAS_BIAS:
@@ -58,18 +63,20 @@ def _epilogue(
     if SCORE:
         if n0 + BLOCK_N > V:
             z = tl.where(n[None, :] < V, z, -float("inf"))
-        peak = tl.maximum(tl.max(z, axis=1), -1.0e30)  # finite, so that a row of -inf does not make NaN
-        e, y = power_of_two((z - peak[:, None]) * k)
-    else:
-        peak = reference
-        e, y = power_of_two((z - reference[:, None]) * k + shift[:, None])
+        shift = tl.maximum(tl.max(z, axis=1), -1.0e30) * -k  # finite, so that a row of -inf does not make NaN
+    y = tl.fma(z, k, shift[:, None])
+    if HAS_BIAS or SCORE:
+        e, y = power_of_two(y)
+    else:  # no logit is -inf
+        e = tl.exp2(y)
+    if not SCORE:  # noqa: SIM102 (one is known when this is compiled, the other is not)
         if n0 + BLOCK_N > V:
             e = tl.where(n[None, :] < V, e, 0.0)
     total = tl.sum(e, axis=1)
     dot = tl.sum(e * y, axis=1)
     if HAS_SOFTCAP:
         e = e * slope
-    return e, peak, total, dot
+    return e, shift, total, dot
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -79,13 +86,12 @@ def product_kernel(
     e_ref,  # (M, V): of [BLOCK_M, BLOCK_N // SUBTILES]; receives E unless SCORE
     bias_ptr,  # (V,)
     ids_ptr,  # (M,) int64
-    reference_ptr,  # (M,) float32: z that is subtracted from all of the row, see `head_logit`
-    shift_ptr,  # (M,) float32: what is added after that, in powers of two
+    shift_ptr,  # (M,) float32: of a row's exponents, see `_epilogue`; unless SCORE
     rows_ptr,  # (1 + M,) int32: how many rows, and which; with GATHER
     target_ptr,  # (M,) float32: receives the target's raw logit, if it is in [0, V)
-    peaks_ptr,  # (PARTS, M) float32: of each block of columns, the largest z; with SCORE
-    sums_ptr,  # (PARTS, M) float32: sum of E, or of exp(chain (z - peak))
-    dots_ptr,  # (PARTS, M) float32: sum of E times its logarithm, base 2
+    shifts_ptr,  # (PARTS, M) float32: of each block of columns the shift; with SCORE
+    sums_ptr,  # (PARTS, M) float32: sum of 2**y
+    dots_ptr,  # (PARTS, M) float32: sum of 2**y y
     stride_x,
     stride_w,
     stride_e,
@@ -139,11 +145,9 @@ def product_kernel(
                 w = tl.load(w_at + h0, mask=(n < V)[:, None] & (h0 + h < H)[None, :], other=0.0)
                 acc = tl.dot(x, w.T, acc, input_precision="ieee")
         token = tl.load(ids_ptr + row, mask=inside, other=-1)
-        reference = tl.zeros([BLOCK_M], tl.float32)
-        shift = tl.zeros([BLOCK_M], tl.float32)
+        given = tl.zeros([BLOCK_M], tl.float32)
         if not SCORE:
-            reference = tl.load(reference_ptr + row, mask=inside, other=0.0)
-            shift = tl.load(shift_ptr + row, mask=inside, other=0.0)
+            given = tl.load(shift_ptr + row, mask=inside, other=0.0)
         # A part of the columns at a time: its exponentials take the registers of the part before.
         if SUBTILES == 1:
             parts = (acc,)
@@ -153,17 +157,16 @@ def product_kernel(
             if SUBTILES == 4:
                 parts = _halves(left, BLOCK_M, BLOCK_N // 2) + _halves(right, BLOCK_M, BLOCK_N // 2)
         WIDTH: tl.constexpr = BLOCK_N // SUBTILES
-        top = tl.full([BLOCK_M], -1.0e30, tl.float32)
+        shift = tl.full([BLOCK_M], 1.0e30, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         dot = tl.zeros([BLOCK_M], tl.float32)
         for j in tl.static_range(SUBTILES):
             n1 = n0 + j * WIDTH
-            e, peak, s, weighted = _epilogue(
+            e, part_shift, part_total, part_dot = _epilogue(
                 parts[j],
                 n1,
                 token,
-                reference,
-                shift,
+                given,
                 inside,
                 target_ptr + row,
                 bias_ptr,
@@ -178,10 +181,10 @@ def product_kernel(
                 WIDTH,
             )
             if SCORE:
-                top, total, dot = _merge(top, total, dot, peak, s, weighted, chain * LOG2_E)
+                shift, total, dot = _merge(shift, total, dot, part_shift, part_total, part_dot)
             else:
-                total += s
-                dot += weighted
+                total += part_total
+                dot += part_dot
                 if TMA:
                     e_ref.store([m0, n1], e.to(e_ref.dtype))
                 else:
@@ -190,7 +193,7 @@ def product_kernel(
                     tl.store(e_at, e.to(e_ref.dtype.element_ty), mask=inside[:, None] & (n < V)[None, :])
         at = block.to(tl.int64) * M + m
         if SCORE:
-            tl.store(peaks_ptr + at, top, mask=inside)
+            tl.store(shifts_ptr + at, shift, mask=inside)
         tl.store(sums_ptr + at, total, mask=inside)
         tl.store(dots_ptr + at, dot, mask=inside)
 
@@ -204,14 +207,14 @@ def _row_of(m, inside, rows_ptr, GATHER: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "parts"])
 def combine_scores_kernel(
-    peaks_ptr,  # (parts, M) float32: from `product_kernel`, as the next three
+    shifts_ptr,  # (parts, M) float32: from `product_kernel`, as the next three
     sums_ptr,  # (parts, M)
     dots_ptr,  # (parts, M)
     target_ptr,  # (M,)
     ids_ptr,  # (M,) int64
     rows_ptr,  # (1 + M,) int32; with GATHER
-    first_ptr,  # (M,) float32: receives the log-probability; with GATHER the largest z
-    second_ptr,  # (M,) float32: receives the entropy; with GATHER the shift that makes the sum of exponentials about 1
+    logp_ptr,  # (M,) float32; with GATHER: receives the shift that makes a row's sum of exponentials about 1
+    entropy_ptr,  # (M,) float32; not with GATHER
     M,
     parts,
     scale,
@@ -234,35 +237,32 @@ def combine_scores_kernel(
         inside = m < count
         row = _row_of(m, inside, rows_ptr, GATHER)
         part = tl.arange(0, BLOCK_P)
-        k = chain * LOG2_E
-        peak = tl.full([BLOCK_M], -1.0e30, tl.float32)
+        shift = tl.full([BLOCK_M], 1.0e30, tl.float32)
         s = tl.zeros([BLOCK_M], tl.float32)
         dot = tl.zeros([BLOCK_M], tl.float32)
         for p0 in range(0, parts, BLOCK_P):
             p = (p0 + part).to(tl.int64)
             at = p[:, None] * M + m[None, :]  # [BLOCK_P, BLOCK_M]
             there = (p < parts)[:, None] & inside[None, :]
-            peaks = tl.load(peaks_ptr + at, mask=there, other=-1.0e30)
+            shifts = tl.load(shifts_ptr + at, mask=there, other=1.0e30)
             sums = tl.load(sums_ptr + at, mask=there, other=0.0)
             dots = tl.load(dots_ptr + at, mask=there, other=0.0)
-            top = tl.max(peaks, axis=0)
-            down = (peaks - top[None, :]) * k
+            low = tl.min(shifts, axis=0)
+            down = low[None, :] - shifts
             moved = tl.exp2(down)
             added = tl.sum(sums * moved, axis=0)
-            weighted = tl.sum((dots + sums * down) * moved, axis=0)
-            peak, s, dot = _merge(peak, s, dot, top, added, weighted, k)
+            shift, s, dot = _merge(shift, s, dot, low, added, tl.sum((dots + sums * down) * moved, axis=0))
         if GATHER:
-            tl.store(first_ptr + row, peak, mask=inside)
-            tl.store(second_ptr + row, tl.floor(0.5 - tl.log2(s)), mask=inside)
+            tl.store(logp_ptr + row, shift - tl.floor(tl.log2(s) + 0.5), mask=inside)
         else:
             token = tl.load(ids_ptr + row, mask=inside, other=-1)
             valid = (token >= 0) & (token < V)
-            target = tl.load(target_ptr + row, mask=inside & valid, other=0.0)
-            target, _ = head_logit(target, scale, softcap, HAS_SOFTCAP, NEGATIVE)
+            z = tl.load(target_ptr + row, mask=inside & valid, other=0.0)
+            z, _ = head_logit(z, scale, softcap, HAS_SOFTCAP, NEGATIVE)
             log_s = tl.log(s)
-            logp = tl.where(valid, (target - peak) * chain - log_s, float("nan"))
-            tl.store(first_ptr + row, logp, mask=inside)
-            tl.store(second_ptr + row, log_s - dot * LN_2 / s, mask=inside)
+            logp = tl.fma(z, chain * LOG2_E, shift) * LN_2 - log_s
+            tl.store(logp_ptr + row, tl.where(valid, logp, float("nan")), mask=inside)
+            tl.store(entropy_ptr + row, log_s - dot * LN_2 / s, mask=inside)
 
 
 @triton.jit(do_not_specialize=["M", "parts"])
@@ -271,8 +271,7 @@ def combine_exponentials_kernel(
     dots_ptr,  # (parts, M)
     target_ptr,  # (M,)
     ids_ptr,  # (M,) int64
-    reference_ptr,  # (M,) float32: as `product_kernel` had it, and the next one
-    shift_ptr,  # (M,)
+    shift_ptr,  # (M,) float32: as `product_kernel` had it
     rows_ptr,  # (1 + M,) int32; with GATHER
     logp_ptr,  # (M,) float32
     entropy_ptr,  # (M,) float32
@@ -311,11 +310,13 @@ def combine_exponentials_kernel(
             dot += tl.sum(tl.load(dots_ptr + at, mask=there, other=0.0), axis=0)
         token = tl.load(ids_ptr + row, mask=inside, other=-1)
         valid = (token >= 0) & (token < V) & inside
-        reference = tl.load(reference_ptr + row, mask=inside, other=0.0)
         shift = tl.load(shift_ptr + row, mask=inside, other=0.0)
         target = tl.load(target_ptr + row, mask=valid, other=0.0)
         z, slope = head_logit(target, scale, softcap, HAS_SOFTCAP, NEGATIVE)
-        logp = (z - reference) * chain - log_unshifted(s, shift)
+        y = tl.fma(z, chain * LOG2_E, shift)
+        # The whole part of the target's y goes into the sum, which is about 2**y / p: p may be close to 1.
+        whole = tl.where(y > -1.0e9, tl.floor(y + 0.5), 0.0)
+        logp = (y - whole) * LN_2 - log_unshifted(s, whole)
         tl.store(logp_ptr + row, tl.where(valid, logp, float("nan")), mask=inside)
         tl.store(entropy_ptr + row, tl.log(s) - dot * LN_2 / s, mask=inside)
         if not GATHER:
@@ -345,13 +346,13 @@ def target_logits_kernel(
     w_ptr,  # (V, H)
     bias_ptr,  # (V,)
     ids_ptr,  # (M,) int64
-    offset_ptr,  # (M,) float32
-    reference_ptr,  # (M,) float32: receives the target's z
-    shift_ptr,  # (M,) float32: receives the offset in whole powers of two
+    offset_ptr,  # (M,) float32: an estimate of each token's log-probability
+    shift_ptr,  # (M,) float32: receives the row's shift, with which the target's y is that estimate
     stride_x,
     stride_w,
     scale,
     softcap,
+    chain,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     NEGATIVE: tl.constexpr,
@@ -360,7 +361,7 @@ def target_logits_kernel(
     BLOCK_H: tl.constexpr,
 ):
     """
-    What `product_kernel` subtracts, from a dot product a row. It rounds otherwise than the product does: close to the
+    Shifts for `product_kernel`, from a dot product a row. It rounds otherwise than the product does: close to the
     target's logit is enough, because the product's own logit of the target is what log-probabilities are made of.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -375,5 +376,4 @@ def target_logits_kernel(
     if HAS_BIAS:
         u += tl.load(bias_ptr + token, mask=here, other=0.0).to(tl.float32)
     z, _ = head_logit(u, scale, softcap, HAS_SOFTCAP, NEGATIVE)
-    tl.store(reference_ptr + row, z)
-    tl.store(shift_ptr + row, whole_shift(tl.load(offset_ptr + row)))
+    tl.store(shift_ptr + row, tl.load(offset_ptr + row) * LOG2_E - z * (chain * LOG2_E))

@@ -63,6 +63,20 @@ def _fast_interpreter() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _one_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tl.fma` rounds once, as on a device; the interpreter rounds the product and then the sum."""
+
+    def fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        exact = x.data.astype("float64") * y.data.astype("float64") + z.data.astype("float64")
+        return type(x)(exact.astype(z.data.dtype), z.dtype.scalar)
+
+    if INTERPRETED:
+        from triton.runtime import interpreter
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", fma)
+
+
+@pytest.fixture(autouse=True)
 def _triton_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """`backend=None` is Triton, as on a GPU (but for float64, which goes to torch)."""
     monkeypatch.setattr(backends, "available_backends", lambda device="cpu": ("triton", "torch"))
