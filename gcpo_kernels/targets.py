@@ -218,11 +218,11 @@ def count(specimen: Specimen) -> sass.Counts:
     return sass.count(code, specimen.stream_bytes(), specimen.tile_elements())
 
 
-def find(label: str, **constexprs: Any) -> Specimen | None:
-    """The specimen of that label, with other compile-time arguments if given; None if there is none."""
-    for specimen in specimens():
-        if specimen.label == label:
-            return replace(specimen, constexprs={**specimen.constexprs, **constexprs})
+def find(label: str, types: dict[str, str] | None = None, **constexprs: Any) -> Specimen | None:
+    """The specimen of that label, with other types and compile-time arguments if given; None if there is none."""
+    for x in specimens():
+        if x.label == label:
+            return replace(x, types={**x.types, **(types or {})}, constexprs={**x.constexprs, **constexprs})
     return None
 
 
