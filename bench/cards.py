@@ -24,7 +24,6 @@ class Card:
     clock: float = 1.75e9  # estimate, under load; the data sheet's boost is 1.98
     issue: float = 0.75  # share of issue slots that a loop without products fills, estimate
     stream: float = 0.92  # share of a copy's rate that one pass over memory reaches, estimate
-    small_tiles: float = 0.87  # speed of products in tiles of 128 x 128 beside larger ones, estimate
     own_product: float = 0.90  # speed of Triton's product beside the vendor's, estimate
     drain: float = 1200  # cycles a tile to fill and empty the product's pipeline, estimate
     exposed_store: float = 0.4  # share of a product's output that is not hidden behind it, estimate
@@ -45,12 +44,6 @@ def tiled(m: int, n: int, block_m: int, block_n: int, sms: int) -> float:
     """Share of the processors' time that the output of (m, n) in tiles of that size uses."""
     waves = math.ceil(math.ceil(m / block_m) * math.ceil(n / block_n) / sms)
     return m * n / (block_m * block_n) / (waves * sms)
-
-
-def fill(m: int, n: int, sms: int, small_tiles: float = Card.small_tiles) -> float:
-    """The same with the best of the tiles that a vendor's library has."""
-    large = max(tiled(m, n, 128, 256, sms), tiled(m, n, 256, 128, sms))
-    return max(large, small_tiles * tiled(m, n, 128, 128, sms))
 
 
 def product(m: int, n: int, k: int, card: Card) -> float:

@@ -10,17 +10,17 @@ beside.
 
 import functools
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from bench.cards import CARDS, Card, cycles, fill, one_pass, own_product, product, traffic
+from bench.cards import CARDS, Card, cycles, one_pass, own_product, product, traffic
 from bench.registry import MODELS, PUBLISHED, Case
 from bench.report import FILE, RESULTS
 from gcpo_kernels import sass, targets
+from gcpo_kernels.triton_backend.tiling import tile_rows, wave_fill
 
 
 @dataclass(frozen=True)
@@ -52,18 +52,6 @@ def counts(name: str) -> sass.Counts | None:
     return None if specimen is None else targets.count(specimen)
 
 
-def tile_rows(tokens: int, hidden: int, vocab: int, sms: int, bytes_per_logit: int = 4) -> int:
-    """Rows of a tile of logits of at most 2 GiB: those that waste least of dX's waves and of dW's round trips."""
-    most = max(256, min((2 << 30) // (bytes_per_logit * vocab), tokens) // 256 * 256)
-
-    def waste(rows: int) -> float:
-        tiles = math.ceil(tokens / rows)
-        dx = sum(x / fill(x, hidden, sms) for x in heights(tokens, rows)) / tokens
-        return dx + 2 * 184 * (tiles - 1) / tokens  # 184 flops take as long as a byte, on either card within a quarter
-
-    return min(range(most, 0, -256), key=waste)
-
-
 def heights(tokens: int, rows: int) -> list[int]:
     """Of every tile; the last may be lower."""
     return [min(rows, tokens - first) for first in range(0, tokens, rows)]
@@ -91,7 +79,7 @@ def linear_loss(n: int, h: int, v: int, card: Card, how: str, found: list[sass.C
         parts["logits"] = product(n, v, h, card) + card.exposed_store * 4 * n * v / card.copy
         moved = (4, 6) if how == "two reads" else (6,)
         parts["passes"] = sum(one_pass(n * v, b, x, card) for b, x in zip(moved, found, strict=True))
-    parts["dX"] = sum(product(m, h, v, card) / fill(m, h, card.sms) for m in tiles)
+    parts["dX"] = sum(product(m, h, v, card) / wave_fill(m, h, card.sms) for m in tiles)
     parts["dW"] = product(v, h, n, card) + card.exposed_sum * again * 8 * v * h / card.copy
     parts["cast"] = 6 * v * h / card.copy if again else 0.0
     around, launches = _AROUND[how]
@@ -108,7 +96,7 @@ def scoring_in_slices(n: int, h: int, v: int, card: Card, found: sass.Counts) ->
     seconds, slices = 0.0, 0
     for m in heights(n, _SLICE_ROWS):
         for w in heights(v, _SLICE_VOCAB):
-            seconds += product(m, w, h, card) / fill(m, w, card.sms)
+            seconds += product(m, w, h, card) / wave_fill(m, w, card.sms)
             seconds += m * w * max(4 / card.cache, cycles(found, card) / (card.sms * card.clock)) + 2 * card.launch
             slices += 1
     return max(seconds, slices * card.host)

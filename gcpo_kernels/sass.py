@@ -64,7 +64,7 @@ def run_on(cubin: bytes, name: str, *flags: str) -> str:
 
 
 def parse(text: str) -> list[Instruction]:
-    """The instructions of `nvdisasm -c`, in order. Labels become indices."""
+    """The instructions that `nvdisasm -c -ndf` prints, in order. Labels become indices."""
     labels: dict[str, int] = {}
     found: list[tuple[str, str | None, bool]] = []
     for line in text.splitlines():

@@ -39,8 +39,9 @@ class Specimen:
 
     Attributes:
         types: of arguments; the rest follow from their names. Of a tensor descriptor: "tensordesc<bf16[128, 64]>".
-        divisible: numbers that Triton would find divisible by 16, and compile in as such. Pointers are, as torch's
-            allocations are aligned.
+        ones: strides that are 1, beside those that always are: Triton compiles them in.
+        divisible: strides and lengths that Triton would find divisible by 16, and compile in as such. Pointers are
+            without being named, as torch's allocations are aligned.
         stream: pointers that the inner loop reads, each once for an element; none if it streams nothing.
         tile: compile-time arguments whose product is the size of a program's output, if it makes a matrix product.
         targets: where it is launched; the others do not compile it.
@@ -51,8 +52,9 @@ class Specimen:
     constexprs: dict[str, Any] = field(hash=False)
     types: dict[str, str] = field(default_factory=dict, hash=False)
     num_warps: int = 4
-    num_stages: int | None = None  # None: Triton's default
+    ones: tuple[str, ...] = ()
     divisible: tuple[str, ...] = ()
+    num_stages: int | None = None  # None: Triton's default
     stream: tuple[str, ...] = ()
     tile: tuple[str, ...] = ("BLOCK_M", "BLOCK_N")
     targets: tuple[str, ...] = tuple(TARGETS)
@@ -66,7 +68,7 @@ class Specimen:
     def _attributes(self, signature: dict[str, str]) -> dict[tuple[int], list[list[Any]]]:
         names = self.kernel.arg_names
         unspecialized = {names[x] if isinstance(x, int) else x for x in self.kernel.do_not_specialize}
-        wrong = [n for n in self.divisible if n in unspecialized or signature.get(n) not in ("i32", "i64")]
+        wrong = [n for n in self.divisible if n in unspecialized or signature.get(n, "fp32").startswith("fp")]
         if wrong:
             raise ValueError(f"{self.label}: Triton does not compile in that {wrong} are divisible by 16.")
         aligned = {n for n, kind in signature.items() if kind.startswith("*")} - unspecialized
@@ -88,7 +90,8 @@ class Specimen:
 
     def unit_strides(self) -> dict[str, Any]:
         """Innermost strides are 1 in practice; Triton then compiles them in."""
-        return {n: 1 for n in self.kernel.arg_names if n in ("stride_u_v", "stride_z_h", "stride_ctx_h", "stride_h")}
+        ones = ("stride_u_v", "stride_z_h", "stride_ctx_h", "stride_h", *self.ones)
+        return {n: 1 for n in self.kernel.arg_names if n in ones}
 
     def stream_bytes(self) -> int | None:
         """What the inner loop reads for one element."""
@@ -214,7 +217,7 @@ def compile_for(specimen: Specimen, target: GPUTarget) -> Report:
 @functools.cache
 def count(specimen: Specimen) -> sass.Counts:
     """What its machine code for `COUNTED` does per element."""
-    code = sass.parse(sass.run_on(_compiled(specimen, TARGETS[COUNTED]).asm["cubin"], "nvdisasm", "-c"))
+    code = sass.parse(sass.run_on(_compiled(specimen, TARGETS[COUNTED]).asm["cubin"], "nvdisasm", "-c", "-ndf"))
     return sass.count(code, specimen.stream_bytes(), specimen.tile_elements())
 
 

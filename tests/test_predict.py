@@ -13,7 +13,7 @@ import torch
 import triton
 
 from bench import predict
-from bench.cards import CARDS, Card, fill, one_pass, own_product, product, tiled
+from bench.cards import CARDS, Card, one_pass, own_product, product, tiled
 from bench.registry import MODELS, PUBLISHED, Case
 from gcpo_kernels.sass import Counts
 
@@ -53,8 +53,6 @@ def test_fill_of_waves() -> None:
     assert tiled(128, 256, 128, 256, 4) == 1 / 4
     assert tiled(512, 512, 128, 256, 4) == 1  # 8 tiles, 2 waves
     assert tiled(512, 513, 128, 256, 4) == pytest.approx(513 / 768)  # 12 tiles, 3 waves
-    assert fill(128, 512, 4) == pytest.approx(0.87)  # 4 small tiles; of 128 x 256 there are 2
-    assert fill(2048, 2048, 132) == pytest.approx(128 / 132)
 
 
 def test_a_pass_takes_its_bytes_or_its_instructions() -> None:
@@ -121,13 +119,9 @@ def test_more_work_takes_longer(how: str, card: Card) -> None:
         assert all(usual < seconds(15, replace(card, **{name: value})) for name, value in slower.items())
 
 
-def test_tiles_are_bounded() -> None:
-    for n, model in PUBLISHED:
-        h, v = MODELS[model]
-        for each in (2, 4):
-            rows = predict.tile_rows(n, h, v, 132, each)
-            assert 256 <= rows <= n and rows * v * each <= 2 << 30
-            assert sum(predict.heights(n, rows)) == n
+def test_tiles_hold_every_row() -> None:
+    assert predict.heights(700, 256) == [256, 256, 188]
+    assert predict.heights(256, 256) == [256]
 
 
 @needs_machine_code

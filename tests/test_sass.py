@@ -116,6 +116,7 @@ def test_scalar_loads_are_seen() -> None:
     found = targets.count(planted_copy(strided=True))
     assert [bits for bits, _ in found.loads] == [32]
     assert found.elements == found.loads[0][1]
+    assert targets.count(planted_copy(strided=True, ones=("stride_t",))).widest_load == 128
     halves = targets.count(planted_copy(strided=True, types={"x_ptr": "*bf16"}))
     assert [bits for bits, _ in halves.loads] == [16]
     assert halves.elements == halves.loads[0][1]
