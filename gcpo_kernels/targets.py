@@ -2,20 +2,21 @@
 Ahead-of-time compilation of every Triton kernel, with no GPU: what each needs on each target, as a table.
 
 `python -m gcpo_kernels.targets` prints the table of docs/kernels.md. A kernel that spills registers, or computes an
-offset in 32 bits, is a bug that a test finds here before a GPU does.
+offset in 32 bits, is a bug that a test finds here before a GPU does; so is one that needs more instructions an element
+than it may.
 """
 
+import functools
+import math
 import re
-import subprocess
-import tempfile
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from gcpo_kernels import sass
 from gcpo_kernels.triton_backend import causal, logprob, token_loss
 
 TARGETS = {
@@ -26,15 +27,52 @@ TARGETS = {
 }
 
 
+COUNTED = "sm_90"  # whose instructions are counted
+
+_BITS = {"i1": 8, "u8": 8, "i8": 8, "fp16": 16, "bf16": 16, "i32": 32, "fp32": 32, "i64": 64, "fp64": 64}
+
+
 @dataclass(frozen=True)
 class Specimen:
-    """One kernel with one choice of its compile-time arguments, as a launcher would make it."""
+    """
+    One kernel with one choice of its compile-time arguments, as a launcher would make it.
+
+    Attributes:
+        types: of arguments; the rest follow from their names. Of a tensor descriptor: "tensordesc<bf16[128, 64]>".
+        ones: strides that are 1, beside those that always are: Triton compiles them in.
+        divisible: strides and lengths that Triton would find divisible by 16, and compile in as such. Pointers are
+            without being named, as torch's allocations are aligned.
+        stream: pointers that the inner loop reads, each once for an element; none if it streams nothing.
+        tile: compile-time arguments whose product is the size of a program's output, if it makes a matrix product.
+        targets: where it is launched; the others do not compile it.
+    """
 
     label: str
     kernel: Any
-    constexprs: dict[str, Any]
-    types: dict[str, str] = field(default_factory=dict)  # of arguments; the rest follow from their names
+    constexprs: dict[str, Any] = field(hash=False)
+    types: dict[str, str] = field(default_factory=dict, hash=False)
     num_warps: int = 4
+    ones: tuple[str, ...] = ()
+    divisible: tuple[str, ...] = ()
+    num_stages: int | None = None  # None: Triton's default
+    stream: tuple[str, ...] = ()
+    tile: tuple[str, ...] = ("BLOCK_M", "BLOCK_N")
+    targets: tuple[str, ...] = tuple(TARGETS)
+
+    def source(self) -> ASTSource:
+        """What Triton compiles."""
+        constexprs = {**self.constexprs, **self.unit_strides()}
+        signature = {n: "constexpr" if n in constexprs else t for n, t in self.signature().items()}
+        return ASTSource(self.kernel, signature, constexprs, self._attributes(signature))
+
+    def _attributes(self, signature: dict[str, str]) -> dict[tuple[int], list[list[Any]]]:
+        names = self.kernel.arg_names
+        unspecialized = {names[x] if isinstance(x, int) else x for x in self.kernel.do_not_specialize}
+        wrong = [n for n in self.divisible if n in unspecialized or signature.get(n, "fp32").startswith("fp")]
+        if wrong:
+            raise ValueError(f"{self.label}: Triton does not compile in that {wrong} are divisible by 16.")
+        aligned = {n for n, kind in signature.items() if kind.startswith("*")} - unspecialized
+        return {(names.index(n),): [["tt.divisibility", 16]] for n in names if n in aligned.union(self.divisible)}
 
     def signature(self) -> dict[str, str]:
         """Triton's type of every argument."""
@@ -52,7 +90,18 @@ class Specimen:
 
     def unit_strides(self) -> dict[str, Any]:
         """Innermost strides are 1 in practice; Triton then compiles them in."""
-        return {n: 1 for n in self.kernel.arg_names if n in ("stride_u_v", "stride_z_h", "stride_ctx_h", "stride_h")}
+        ones = ("stride_u_v", "stride_z_h", "stride_ctx_h", "stride_h", *self.ones)
+        return {n: 1 for n in self.kernel.arg_names if n in ones}
+
+    def stream_bytes(self) -> int | None:
+        """What the inner loop reads for one element."""
+        types = self.signature()
+        return sum(_BITS[types[name].removeprefix("*")] for name in self.stream) // 8 or None
+
+    def tile_elements(self) -> float | None:
+        """A thread's elements of a program's output tile."""
+        sizes = [self.constexprs[name] for name in self.tile if name in self.constexprs]
+        return math.prod(sizes) / (32 * self.num_warps) if len(sizes) == len(self.tile) else None
 
 
 _INTEGERS = {"B", "T", "L", "n", "m", "rows", "rows_per_batch", "first_v", "whole_v"}
@@ -87,6 +136,7 @@ def specimens() -> list[Specimen]:
                 found.append(Specimen(f"token_loss_finish ({blocks})", token_loss.token_loss_finish_kernel, flags))
     for vocab in (1000, 4096, 151_936):
         sizes = {"V": vocab, "BLOCK_V": logprob.block_v(vocab)}
+        divisible = () if vocab % 16 else ("stride_u_b", "stride_u_t")
         found += [
             Specimen(
                 f"logprob_forward (V {vocab})",
@@ -94,6 +144,8 @@ def specimens() -> list[Specimen]:
                 {"HAS_SOFTCAP": True, "FIRST": False, "LAST": True, **sizes},
                 {"ids_ptr": "*i64"},
                 num_warps=8,
+                divisible=divisible,
+                stream=("u_ptr",),
             ),
             Specimen(
                 f"logprob_backward (V {vocab})",
@@ -101,6 +153,8 @@ def specimens() -> list[Specimen]:
                 {"HAS_SOFTCAP": True, "HAS_ENTROPY": True, **sizes},
                 {"ids_ptr": "*i64", "d_ptr": "*bf16"},
                 num_warps=8,
+                divisible=divisible,
+                stream=("u_ptr",),
             ),
         ]
     for hidden in (64, 576, 3584):
@@ -138,20 +192,41 @@ class Report:
     narrow_offsets: tuple[str, ...]  # lines that add a 32-bit offset to a pointer
 
 
+@functools.cache
+def _compiled(specimen: Specimen, target: GPUTarget) -> Any:
+    options = {"num_warps": specimen.num_warps}
+    if specimen.num_stages is not None:
+        options["num_stages"] = specimen.num_stages
+    return triton.compile(specimen.source(), target=target, options=options)
+
+
+@functools.cache
 def compile_for(specimen: Specimen, target: GPUTarget) -> Report:
     """Compile, and read what came out."""
-    constexprs = {**specimen.constexprs, **specimen.unit_strides()}
-    signature = {n: "constexpr" if n in constexprs else t for n, t in specimen.signature().items()}
-    source = ASTSource(specimen.kernel, signature, constexprs)
-    compiled = triton.compile(source, target=target, options={"num_warps": specimen.num_warps})
+    compiled = _compiled(specimen, target)
     if target.backend == "cuda":
-        usage = _cubin_resources(compiled.asm["cubin"])
+        usage = sass.run_on(compiled.asm["cubin"], "cuobjdump", "--dump-resource-usage")
         registers, stack = _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage)
     else:
         usage = compiled.asm["amdgcn"]
         registers = _number(r"\.vgpr_count:\s+(\d+)", usage)
         stack = _number(r"\.private_segment_fixed_size:\s+(\d+)", usage)
     return Report(registers, stack, compiled.metadata.shared, narrow_offsets(compiled.asm["ttir"]))
+
+
+@functools.cache
+def count(specimen: Specimen) -> sass.Counts:
+    """What its machine code for `COUNTED` does per element."""
+    code = sass.parse(sass.run_on(_compiled(specimen, TARGETS[COUNTED]).asm["cubin"], "nvdisasm", "-c", "-ndf"))
+    return sass.count(code, specimen.stream_bytes(), specimen.tile_elements())
+
+
+def find(label: str, types: dict[str, str] | None = None, **constexprs: Any) -> Specimen | None:
+    """The specimen of that label, with other types and compile-time arguments if given; None if there is none."""
+    for x in specimens():
+        if x.label == label:
+            return replace(x, types={**x.types, **(types or {})}, constexprs={**x.constexprs, **constexprs})
+    return None
 
 
 def narrow_offsets(ttir: str) -> tuple[str, ...]:
@@ -175,26 +250,32 @@ def _number(pattern: str, text: str) -> int:
     return int(found.group(1))
 
 
-def _cubin_resources(cubin: bytes) -> str:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        run = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    return run.stdout
-
-
 def table() -> str:
-    """Markdown: registers a thread and shared bytes a program, by kernel and target."""
-    lines = [
-        "| kernel | warps | " + " | ".join(f"{name}: registers / shared bytes" for name in TARGETS) + " |",
-        "|---|---|" + "---|" * len(TARGETS),
-    ]
+    """Markdown: registers a thread and shared bytes a program, by kernel and target, and what sm_90 executes."""
+    heads = [f"{name}: registers / shared bytes" for name in TARGETS]
+    heads += [f"{COUNTED}: instructions, exps an element", "widest load", "HGMMA", "TMA loads / stores"]
+    lines = ["| kernel | warps | " + " | ".join(heads) + " |", "|---|---|" + "---|" * len(heads)]
     for specimen in specimens():
-        reports = [compile_for(specimen, target) for target in TARGETS.values()]
-        cells = [f"{r.registers} / {r.shared}" + (f", stack {r.stack}" if r.stack else "") for r in reports]
-        lines.append(f"| `{specimen.label}` | {specimen.num_warps} | " + " | ".join(cells) + " |")
+        cells = [f"`{specimen.label}`", str(specimen.num_warps)]
+        cells += [_needs(specimen, target) for target in TARGETS] + _executes(specimen)
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _needs(specimen: Specimen, target: str) -> str:
+    if target not in specimen.targets:
+        return ""
+    report = compile_for(specimen, TARGETS[target])
+    return f"{report.registers} / {report.shared}" + (f", stack {report.stack}" if report.stack else "")
+
+
+def _executes(specimen: Specimen) -> list[str]:
+    if COUNTED not in specimen.targets:
+        return [""] * 4
+    found = count(specimen)
+    per_element = "" if found.instructions is None else f"{found.instructions:.1f}, {found.exps:.1f}"
+    tma = f"{found.tma_loads} / {found.tma_stores}" if found.tma_loads or found.tma_stores else ""
+    return [per_element, str(found.widest_load or ""), str(found.hgmma or ""), tma]
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 import ast
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,11 +43,50 @@ def test_compiles(label: str, target: str) -> None:
     """No spills, no offset computed in 32 bits, and shared memory for more than one program at a time.
     Seen in fla#1080, Liger#51, Liger#231."""
     specimen = next(x for x in targets.specimens() if x.label == label)
+    if target not in specimen.targets:
+        pytest.skip(f"not launched on {target}")
     report = targets.compile_for(specimen, targets.TARGETS[target])
     assert report.stack <= STACK_LIMIT
     assert report.narrow_offsets == ()
     assert report.shared <= SHARED_LIMIT[target] // 4
     assert report.registers <= 255
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a kernel may need on sm_90. None: no limit."""
+
+    instructions: float | None = None  # an element
+    exps: float | None = None  # an element
+    load_bits: int | None = None  # the widest load has at least these
+    narrower_loads: int | None = None  # how many may have fewer: a row's own numbers
+    on_tensor_cores: bool = False  # products there, operands and output through TMA
+    flags: dict[str, Any] = field(default_factory=dict)  # other compile-time arguments than the specimen's
+
+
+LIMITS = {
+    "logprob_forward (V 151936)": Limits(29, 2.1, 128, 0, flags={"HAS_SOFTCAP": False}),
+    "logprob_backward (V 151936)": Limits(26, 1.1, 128, 0, flags={"HAS_SOFTCAP": False}),
+}
+
+
+@pytest.mark.skipif(not PINNED, reason="the limits are of the pinned version of Triton")
+@pytest.mark.parametrize("label", LIMITS)
+def test_limits(label: str) -> None:
+    """What a kernel must not lose: an element's instructions and exponentials, wide loads, tensor cores and TMA."""
+    limits = LIMITS[label]
+    specimen = targets.find(label, **limits.flags)
+    assert specimen is not None, f"no specimen {label}"
+    found = targets.count(specimen)
+    assert targets.compile_for(specimen, targets.TARGETS["sm_90"]).stack == 0
+    for limit, value in ((limits.instructions, found.instructions), (limits.exps, found.exps)):
+        assert limit is None or (value is not None and value <= limit), found
+    if limits.load_bits is not None:
+        assert found.widest_load >= limits.load_bits, found
+        narrower = sum(times for bits, times in found.loads if bits < limits.load_bits)
+        assert limits.narrower_loads is None or narrower <= limits.narrower_loads, found
+    if limits.on_tensor_cores:
+        assert min(found.hgmma, found.tma_loads, found.tma_stores) > 0, found
 
 
 def sources() -> dict[str, str]:
@@ -124,6 +165,21 @@ def greedy_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
 
 def planted(kernel: JITFunction, num_warps: int = 4, **constexprs: int) -> targets.Specimen:
     return targets.Specimen(kernel.__name__, kernel, constexprs, num_warps=num_warps)
+
+
+def test_what_is_not_specialized_is_not_divisible() -> None:
+    for name in ("rows_per_batch", "scale"):
+        specimen = targets.Specimen("wrong", logprob.logprob_forward_kernel, {"V": 8}, divisible=(name,))
+        with pytest.raises(ValueError, match=name):
+            specimen.source()
+
+
+def test_specimens_with_other_flags_are_others() -> None:
+    label = "logprob_forward (V 151936)"
+    with_softcap, plain = targets.find(label), targets.find(label, HAS_SOFTCAP=False)
+    assert with_softcap is not None and plain is not None and with_softcap != plain
+    assert targets.count(with_softcap).exps == targets.count(plain).exps + 1  # a softcap's tanh
+    assert targets.find("nothing") is None
 
 
 def test_a_planted_narrow_offset_is_found() -> None:
