@@ -25,7 +25,7 @@ class Card:
     issue: float = 0.75  # share of issue slots that a loop without products fills, estimate
     stream: float = 0.92  # share of a copy's rate that one pass over memory reaches, estimate
     own_product: float = 0.90  # speed of Triton's product beside the vendor's, estimate
-    drain: float = 1200  # cycles a tile to fill and empty the product's pipeline, estimate
+    staging: float = 1200  # cycles a tile that a store's barriers and waits add to its exponentials, estimate
     exposed_store: float = 0.4  # share of a product's output that is not hidden behind it, estimate
     exposed_sum: float = 0.5  # the same of sums that a product reads and writes, estimate
     launch: float = 4e-6  # seconds until a launch's first instruction, estimate
@@ -63,9 +63,14 @@ def one_pass(elements: float, bytes_each: float, found: sass.Counts, card: Card)
 
 
 def own_product(m: int, n: int, k: int, found: sass.Counts, card: Card) -> float:
-    """Seconds of Triton's persistent product in tiles of 128 x 256, whose epilogue nothing hides."""
+    """
+    Seconds of Triton's persistent product in tiles of 128 x 256, whose epilogue nothing hides: its instructions, or its
+    exponentials and what a store waits for, whichever takes longer.
+    """
+    assert found.exps is not None
     main = product(128, 256, k, card) * card.sms * card.clock  # cycles
-    epilogue = 128 * 256 * cycles(found, card) + card.drain
+    waits = 128 * 256 * found.exps / card.exps + (card.staging if found.tma_stores else 0.0)
+    epilogue = max(128 * 256 * cycles(found, card), waits)
     fast = product(m, n, k, card) / tiled(m, n, 128, 256, card.sms)
     return fast * (1 + epilogue / main) / card.own_product
 

@@ -38,9 +38,9 @@ KERNELS = {
     "backward": Counted("logprob_backward (V 151936)", flags=_PLAIN | {"HAS_ENTROPY": False}),
     "forward, half": Counted("logprob_forward (V 151936)", {"u_ptr": "*bf16"}, _PLAIN),
     "backward, half": Counted("logprob_backward (V 151936)", {"u_ptr": "*bf16"}, _PLAIN | {"HAS_ENTROPY": False}),
-    "one read": Counted("logprob_one_read (V 151936)", flags=_PLAIN),
-    "epilogue": Counted("product_epilogue (store)"),
-    "epilogue, scoring": Counted("product_epilogue (scoring)"),
+    "one read": Counted("softmax_once (V 151936)", flags=_PLAIN),
+    "epilogue": Counted("product (store, sm_90)"),
+    "epilogue, scoring": Counted("product (score, sm_90)"),
 }
 
 
@@ -65,7 +65,7 @@ def heights(tokens: int, rows: int) -> list[int]:
 # By variant: of KERNELS; and two estimates, bytes of hidden states and of their gradients that are gathered, scaled and
 # scattered, by N H, and launches a tile.
 _NEEDS = {"two reads": ("forward", "backward"), "one read": ("one read",), "epilogue": ("epilogue",)}
-_AROUND = {"two reads": (14, 7), "one read": (28, 8), "epilogue": (28, 8)}
+_AROUND = {"two reads": (14, 7), "one read": (14, 13), "epilogue": (14, 14)}
 
 
 def linear_loss(n: int, h: int, v: int, card: Card, how: str, found: list[sass.Counts], rows: int) -> dict[str, float]:

@@ -144,8 +144,8 @@ class Tiles(ABC):
         """The gradient of the raw logits of such a tile, whose scores are known; may use up the tile."""
 
     @abstractmethod
-    def to_hidden(self, gradient: TileGradient) -> torch.Tensor:
-        """d loss / d hidden = d loss / d logits @ weight, (M, H)."""
+    def to_hidden(self, gradient: TileGradient, out: torch.Tensor) -> None:
+        """out (M, H), of any type, = d loss / d hidden = d loss / d logits @ weight."""
 
     @abstractmethod
     def to_weight(
@@ -197,11 +197,12 @@ class _Gradients:
     def add(self, index: "Index", gradient: TileGradient, x: torch.Tensor) -> None:
         """Add those of tokens `index`, whose operands are x."""
         if self.hidden is not None:
-            rows = self.tiles.to_hidden(gradient)
             if isinstance(index, slice):
-                self.hidden[index] = rows
+                self.tiles.to_hidden(gradient, self.hidden[index])
             else:
-                self.hidden.index_copy_(0, index, rows.to(self.hidden.dtype))
+                rows = self.hidden.new_empty(len(index), self.hidden.shape[1])
+                self.tiles.to_hidden(gradient, rows)
+                self.hidden.index_copy_(0, index, rows)
         if self.need[1]:
             self.weight = self.tiles.to_weight(gradient, x, self.weight, self.first_dtype)
         if self.need[2]:

@@ -134,13 +134,19 @@ def _outside_the_product(code: list[Instruction]) -> list[int]:
     """
     The loop over tiles (or the kernel, if each program makes one tile) without the loop over k. Triton flattens the two
     into one loop, in which the epilogue is skipped until k is done: so the loop over k is found as the shortest way
-    from a product back to itself.
+    from a product back to itself, and the epilogue as the shortest ways from its exponentials, where there are any. That
+    leaves out branches that few tiles take.
     """
     ways = [way for i, x in enumerate(code) if x.is_a("HGMMA") if (way := _shortest_cycle(code, i))]
-    shortest: list[int] = min(ways, key=len, default=[])
-    over_k = set(shortest)
-    around = [x for x in loops(code) if any(code[i].is_a("HGMMA") for i in x)]
-    outer = max(around, key=len, default=range(len(code)))
+    over_k = set(min(ways, key=len, default=[]))
+    around: set[int] = set()
+    for i, x in enumerate(code):
+        if x.opcode.startswith("MUFU.EX2") and i not in over_k and i not in around:
+            around |= set(_shortest_cycle(code, i) or ())
+    if around:
+        return sorted(around - over_k)
+    loops_around = [x for x in loops(code) if any(code[i].is_a("HGMMA") for i in x)]
+    outer = max(loops_around, key=len, default=range(len(code)))
     if over_k and over_k.issuperset(outer):
         outer = range(len(code))
     return [i for i in outer if i not in over_k]

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gcpo_kernels import sass
-from gcpo_kernels.triton_backend import causal, logprob, token_loss
+from gcpo_kernels.triton_backend import causal, logprob, product, scale, token_loss
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -104,7 +104,8 @@ class Specimen:
         return math.prod(sizes) / (32 * self.num_warps) if len(sizes) == len(self.tile) else None
 
 
-_INTEGERS = {"B", "T", "L", "n", "m", "rows", "rows_per_batch", "first_v", "whole_v"}
+_INTEGERS = {"B", "T", "L", "M", "n", "m", "parts", "rows", "rows_per_batch", "first_v", "whole_v"}
+_PRODUCT_TYPES = {"ids_ptr": "*i64", "rows_ptr": "*i32"}
 _ALL_INPUTS = ("HAS_OLD", "HAS_REF", "HAS_QUERY", "HAS_CAUSAL", "HAS_IS", "HAS_CONTEXT", "HAS_WEIGHTS", "HAS_DELTA")
 
 
@@ -134,29 +135,7 @@ def specimens() -> list[Specimen]:
             if not by_sequence:
                 flags = {"DIVIDE_BY": 0, "ITEMS_ON_DEVICE": False, "BLOCKS": blocks, "BLOCK_B": 1024 // blocks}
                 found.append(Specimen(f"token_loss_finish ({blocks})", token_loss.token_loss_finish_kernel, flags))
-    for vocab in (1000, 4096, 151_936):
-        sizes = {"V": vocab, "BLOCK_V": logprob.block_v(vocab)}
-        divisible = () if vocab % 16 else ("stride_u_b", "stride_u_t")
-        found += [
-            Specimen(
-                f"logprob_forward (V {vocab})",
-                logprob.logprob_forward_kernel,
-                {"HAS_SOFTCAP": True, "FIRST": False, "LAST": True, **sizes},
-                {"ids_ptr": "*i64"},
-                num_warps=8,
-                divisible=divisible,
-                stream=("u_ptr",),
-            ),
-            Specimen(
-                f"logprob_backward (V {vocab})",
-                logprob.logprob_backward_kernel,
-                {"HAS_SOFTCAP": True, "HAS_ENTROPY": True, **sizes},
-                {"ids_ptr": "*i64", "d_ptr": "*bf16"},
-                num_warps=8,
-                divisible=divisible,
-                stream=("u_ptr",),
-            ),
-        ]
+    found += _on_logits() + _products()
     for hidden in (64, 576, 3584):
         flags = {
             "HAS_INDEX": True,
@@ -180,6 +159,100 @@ def specimens() -> list[Specimen]:
             Specimen(f"leave_one_out (H {hidden})", causal.leave_one_out_kernel, sizes, {"z_ptr": "*bf16"}),
         ]
     return found
+
+
+def _on_logits() -> list[Specimen]:
+    """Passes over logits, with the costliest head; of a large vocabulary that is a multiple of 16, and of others."""
+    found = []
+    for vocab in (1000, 4096, 151_936):
+        block = logprob.row_block(vocab, 4)
+        options = {"num_warps": block.warps, "stream": ("u_ptr",)}
+        head = {"HAS_SOFTCAP": True, "NEGATIVE": False, "V": vocab, **block.constexprs}
+        rows = () if vocab % 16 else ("stride_u_b", "stride_u_t")
+        found += [
+            Specimen(
+                f"logprob_forward (V {vocab})",
+                logprob.logprob_forward_kernel,
+                {"FIRST": False, "LAST": True, **head},
+                {"ids_ptr": "*i64"},
+                divisible=rows,
+                **options,
+            ),
+            Specimen(
+                f"logprob_backward (V {vocab})",
+                logprob.logprob_backward_kernel,
+                {"HAS_ENTROPY": True, "IN_PLACE": True, **head},
+                {"ids_ptr": "*i64", "d_ptr": "*bf16"},
+                divisible=(*rows, "stride_d") if rows else (),
+                **options,
+            ),
+            Specimen(
+                f"softmax_once (V {vocab})",
+                logprob.softmax_once_kernel,
+                head,
+                {"ids_ptr": "*i64", "e_ptr": "*bf16"},
+                divisible=("stride_u", "stride_e") if rows else (),
+                **options,
+            ),
+        ]
+    return found
+
+
+def _products() -> list[Specimen]:
+    """The product with a softmax in its epilogue, as devices launch it, and the small kernels after it."""
+    hidden, vocab = 1536, 151_936
+    found = []
+    for score in (False, True):
+        kind = "score" if score else "store"
+        flags = {"NEGATIVE": False, "SCORE": score, "V": vocab, "H": hidden, "PROGRAMS": 132}
+        by_descriptor = (("sm_90", product.HOPPER_BLOCKS), ("sm_100", product.BLACKWELL_BLOCKS))
+        for target, blocks in by_descriptor:
+            for head in (False, True):
+                # The store's descriptor takes the place of a pointer that is not read when there is none.
+                widths = {"x_ref": (blocks.m, blocks.k), "w_ref": (blocks.n, blocks.k)}
+                widths["e_ref"] = (blocks.m, blocks.k if score else blocks.n // blocks.subtiles)
+                found.append(
+                    Specimen(
+                        f"product ({kind}, {target}{', bias, softcap' if head else ''})",
+                        product.product_kernel,
+                        {"HAS_BIAS": head, "HAS_SOFTCAP": head, "GATHER": False, "TMA": True}
+                        | flags
+                        | blocks.constexprs,
+                        {name: f"tensordesc<bf16[{m}, {k}]>" for name, (m, k) in widths.items()} | _PRODUCT_TYPES,
+                        num_warps=blocks.warps,
+                        num_stages=blocks.stages,
+                        divisible=("stride_x", "stride_w", "stride_e"),
+                        targets=(target,),
+                    )
+                )
+        for dtype, blocks in (("bf16", product.POINTER_BLOCKS), ("fp32", product.FLOAT32_BLOCKS)):
+            found.append(
+                Specimen(
+                    f"product ({kind}, rows of a list, {dtype})",
+                    product.product_kernel,
+                    {"HAS_BIAS": True, "HAS_SOFTCAP": True, "GATHER": True, "TMA": False} | flags | blocks.constexprs,
+                    {name: f"*{dtype}" for name in ("x_ref", "w_ref", "e_ref")} | _PRODUCT_TYPES,
+                    num_warps=blocks.warps,
+                    num_stages=blocks.stages,
+                    divisible=("stride_x", "stride_w", "stride_e"),
+                )
+            )
+        flags = {"HAS_SOFTCAP": True, "NEGATIVE": False, "GATHER": True, "V": vocab}
+        flags |= {"BLOCK_M": product.COMBINE_ROWS, "BLOCK_P": product.COMBINE_PARTS}
+        kernel = product.combine_scores_kernel if score else product.combine_exponentials_kernel
+        found.append(Specimen(f"combine ({kind})", kernel, flags, {**_PRODUCT_TYPES, "e_ptr": "*bf16"}))
+    sizes = {"V": vocab, "H": hidden, "BLOCK_H": product.TARGET_BLOCK}
+    return [
+        *found,
+        Specimen("redo_list", product.redo_list_kernel, {"BLOCK": product.LIST_BLOCK}, _PRODUCT_TYPES),
+        Specimen(
+            "target_logits",
+            product.target_logits_kernel,
+            {"HAS_BIAS": True, "HAS_SOFTCAP": True, "NEGATIVE": False, **sizes},
+            {"x_ptr": "*bf16", "w_ptr": "*bf16", **_PRODUCT_TYPES},
+        ),
+        Specimen("scale", scale.scale_kernel, {"BLOCK": scale.BLOCK}, {"x_ptr": "*bf16"}),
+    ]
 
 
 @dataclass(frozen=True)

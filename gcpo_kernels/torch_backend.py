@@ -181,13 +181,14 @@ class TorchTiles(Tiles):
             tile[block] = d if slope is None else d.mul_(slope)
         return TileGradient(tile, tile.new_full((len(tile),), self.chain))
 
-    def to_hidden(self, gradient: TileGradient) -> torch.Tensor:
+    def to_hidden(self, gradient: TileGradient, out: torch.Tensor) -> None:
         tile, row_scale = gradient
         assert row_scale is not None
-        out = tile.new_zeros(tile.shape[0], self.weight.shape[1])
+        total: torch.Tensor | None = None
         for some, weight in self._weights():
-            out.addmm_(tile[:, some], weight)
-        return out.mul_(row_scale.unsqueeze(1))
+            total = tile[:, some] @ weight if total is None else total.addmm_(tile[:, some], weight)
+        assert total is not None
+        torch.mul(total, row_scale.unsqueeze(1), out=out)
 
     def to_weight(
         self, gradient: TileGradient, x: torch.Tensor, total: torch.Tensor | None, dtype: torch.dtype

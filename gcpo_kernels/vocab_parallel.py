@@ -132,10 +132,11 @@ class ShardedTiles(Tiles):
         scores = self._scores(tile, token_ids)
         return self.inner.part_gradient(tile, token_ids - self.shards.first, scores, g_logp, g_entropy)
 
-    def to_hidden(self, gradient: TileGradient) -> torch.Tensor:
-        part = self.inner.to_hidden(gradient).to(self.dtype)
+    def to_hidden(self, gradient: TileGradient, out: torch.Tensor) -> None:
+        part = torch.empty(out.shape, dtype=self.dtype, device=out.device)
+        self.inner.to_hidden(gradient, part)
         dist.all_reduce(part, group=self.shards.group)
-        return part
+        out.copy_(part)
 
     def to_weight(
         self, gradient: TileGradient, x: torch.Tensor, total: torch.Tensor | None, dtype: torch.dtype

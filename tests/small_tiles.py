@@ -22,7 +22,7 @@ SETTINGS = {
     # Tiles of three tokens, slices of two rows by eight columns, blocks of sixteen columns of a row; products of blocks of
     # 16 x 32, in two parts, of a chunk of four rows.
     "triton": {
-        "gcpo_kernels.triton_backend.tiling": {"TILE_BYTES": "0", "_STEP": "3"},
+        "gcpo_kernels.triton_backend.tiling": {"TILE_BYTES": "-(2**60)", "_STEP": "3"},
         "gcpo_kernels.triton_backend.linear": {
             "_SLICE_ROWS": "2",
             "_SLICE_VOCAB": "8",

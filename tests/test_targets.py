@@ -19,10 +19,18 @@ from triton.runtime.jit import JITFunction
 import gcpo_kernels
 from gcpo_kernels import targets
 from gcpo_kernels.testing import make_linear_inputs, make_representations, make_token_inputs
-from gcpo_kernels.triton_backend import causal, common, linear, logprob, token_kernels, token_loss
+from gcpo_kernels.triton_backend import (
+    causal,
+    common,
+    linear,
+    logprob_kernels,
+    product_kernels,
+    scale,
+    token_kernels,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = (causal, common, linear, logprob, token_kernels, token_loss)
+MODULES = (causal, common, linear, logprob_kernels, product_kernels, scale, token_kernels)
 DOCUMENT = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- begin: python -m gcpo_kernels.targets -->", "<!-- end -->"
 # What an assembler makes of a kernel is its version's: the table holds for the pinned one, and Triton 3.6's spills 8
@@ -65,8 +73,10 @@ class Limits:
 
 
 LIMITS = {
-    "logprob_forward (V 151936)": Limits(29, 2.1, 128, 0, flags={"HAS_SOFTCAP": False}),
-    "logprob_backward (V 151936)": Limits(26, 1.1, 128, 0, flags={"HAS_SOFTCAP": False}),
+    "logprob_forward (V 151936)": Limits(15, 1.1, 128, 0, flags={"HAS_SOFTCAP": False}),
+    "logprob_backward (V 151936)": Limits(15, 1.1, 128, 0, flags={"HAS_SOFTCAP": False}),
+    "softmax_once (V 151936)": Limits(15, 1.1, 128, 0, flags={"HAS_SOFTCAP": False}),
+    "product (store, sm_90)": Limits(on_tensor_cores=True),
 }
 
 

@@ -154,10 +154,13 @@ class TritonTiles(Tiles):
         logprob_backward(tile, token_ids, self.head, scores, g_logp, g_entropy, out)
         return TileGradient(out, scale)
 
-    def to_hidden(self, gradient: TileGradient) -> torch.Tensor:
-        if gradient.row_scale is None:
-            return gradient.tile @ self._weight
-        return _mm_float32(gradient.tile, self._weight).mul_(gradient.row_scale.unsqueeze(1))
+    def to_hidden(self, gradient: TileGradient, out: torch.Tensor) -> None:
+        if gradient.row_scale is not None:
+            torch.mul(_mm_float32(gradient.tile, self._weight), gradient.row_scale.unsqueeze(1), out=out)
+        elif out.dtype == self.storage:
+            torch.mm(gradient.tile, self._weight, out=out)
+        else:
+            out.copy_(gradient.tile @ self._weight)
 
     def to_weight(
         self, gradient: TileGradient, x: torch.Tensor, total: torch.Tensor | None, dtype: torch.dtype
@@ -167,7 +170,7 @@ class TritonTiles(Tiles):
             product = _mm_float32(tile.T, x).mul_(row_scale[0])
             return product.to(dtype) if total is None else total.add_(product)
         if row_scale is not None:
-            x = (x * row_scale.unsqueeze(1)).to(self.storage)
+            x = torch.mul(x, row_scale.unsqueeze(1), out=torch.empty_like(x))
         if total is None:
             return torch.mm(tile.T, x) if dtype == self.storage else _mm_float32(tile.T, x).to(dtype)
         if _float32_out(tile):

@@ -46,8 +46,9 @@ HOPPER_BLOCKS = Blocks(128, 256, 64, warps=8, stages=3, subtiles=4)
 BLACKWELL_BLOCKS = Blocks(128, 128, 64, warps=4, stages=3, subtiles=4)
 POINTER_BLOCKS = Blocks(128, 128, 32, warps=8, stages=3, subtiles=4)  # half types by pointers: 48 KB of shared memory
 FLOAT32_BLOCKS = Blocks(64, 32, 16, warps=4, stages=2)  # without tensor cores, because TF32 would lose digits
-_COMBINE_ROWS, _COMBINE_PARTS = 32, 32
-_TARGET_BLOCK = 1024
+COMBINE_ROWS, COMBINE_PARTS = 32, 32
+TARGET_BLOCK = 1024
+LIST_BLOCK = 1024
 
 
 def tma_blocks(device: torch.device) -> Blocks | None:
@@ -151,7 +152,7 @@ class Product:
     def _combine(self, kernel: Any, *tensors: torch.Tensor, parts: int, gather: bool, stride: tuple[int, ...]) -> None:
         m = self.x.shape[0]
         numbers = head_numbers(self.head)
-        kernel[(triton.cdiv(m, _COMBINE_ROWS),)](
+        kernel[(triton.cdiv(m, COMBINE_ROWS),)](
             *tensors,
             *stride,
             m,
@@ -162,8 +163,8 @@ class Product:
             **numbers.flags,
             GATHER=gather,
             V=self.weight.shape[0],
-            BLOCK_M=_COMBINE_ROWS,
-            BLOCK_P=_COMBINE_PARTS,
+            BLOCK_M=COMBINE_ROWS,
+            BLOCK_P=COMBINE_PARTS,
             num_warps=4,
         )
 
@@ -209,7 +210,7 @@ class Product:
             **numbers.flags,
             V=self.weight.shape[0],
             H=hidden,
-            BLOCK_H=min(_TARGET_BLOCK, triton.next_power_of_2(hidden)),
+            BLOCK_H=min(TARGET_BLOCK, triton.next_power_of_2(hidden)),
             num_warps=4,
         )
         self._store(out, shift)
@@ -221,6 +222,6 @@ class Product:
         whether there are any: where there are none, four launches leave at once.
         """
         rows = self._empty(1 + len(self.x), dtype=torch.int32)
-        redo_list_kernel[(1,)](out.total, rows, len(self.x), BLOCK=1024, num_warps=4)
+        redo_list_kernel[(1,)](out.total, rows, len(self.x), BLOCK=LIST_BLOCK, num_warps=4)
         shift, _ = self.scores(rows)
         self._store(out, shift, rows)

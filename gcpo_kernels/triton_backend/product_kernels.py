@@ -29,6 +29,7 @@ def _epilogue(
     acc,  # [BLOCK_M, BLOCK_N] float32
     n0,
     token,  # [BLOCK_M]
+    holds_targets,  # whether the tile has the target of any of its rows
     shift,  # [BLOCK_M]
     inside,  # [BLOCK_M]
     target_ptr,  # of the rows
@@ -53,25 +54,23 @@ def _epilogue(
     n = n0 + tl.arange(0, BLOCK_N)
     k = chain * LOG2_E
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + n, mask=n < V, other=0.0).to(tl.float32)[None, :]
-    # Most tiles hold no row's target: the branch is the same for all threads.
-    held = (token >= n0) & (token < n0 + BLOCK_N) & (token < V)
-    if tl.max(held.to(tl.int32), axis=0) > 0:
+        acc += tl.load(bias_ptr + n.to(tl.int64), mask=n < V, other=0.0).to(tl.float32)[None, :]
+    if holds_targets:
         target = tl.sum(tl.where(n[None, :] == token[:, None], acc, 0.0), axis=1)
-        tl.store(target_ptr, target, mask=held & inside)
+        tl.store(target_ptr, target, mask=(token >= n0) & (token < n0 + BLOCK_N) & (token < V) & inside)
     z, slope = head_logit(acc, scale, softcap, HAS_SOFTCAP, NEGATIVE)
+    WHOLE: tl.constexpr = V % BLOCK_N == 0  # then a part is inside the vocabulary, or it is not here
     if SCORE:
-        if n0 + BLOCK_N > V:
+        if not WHOLE:
             z = tl.where(n[None, :] < V, z, -float("inf"))
         shift = tl.maximum(tl.max(z, axis=1), -1.0e30) * -k  # finite, so that a row of -inf does not make NaN
     y = tl.fma(z, k, shift[:, None])
-    if HAS_BIAS or SCORE:
+    if HAS_BIAS or (SCORE and not WHOLE):
         e, y = power_of_two(y)
     else:  # no logit is -inf
         e = tl.exp2(y)
-    if not SCORE:  # noqa: SIM102 (one is known when this is compiled, the other is not)
-        if n0 + BLOCK_N > V:
-            e = tl.where(n[None, :] < V, e, 0.0)
+    if not SCORE and not WHOLE:
+        e = tl.where(n[None, :] < V, e, 0.0)
     total = tl.sum(e, axis=1)
     dot = tl.sum(e * y, axis=1)
     if HAS_SOFTCAP:
@@ -129,7 +128,7 @@ def product_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if TMA:
             for h0 in range(0, H, BLOCK_K):
-                acc = tl.dot(x_ref.load([m0, h0]), w_ref.load([n0, h0]).T, acc)
+                acc = tl.dot(x_ref.load([m0, h0]), w_ref.load([n0, h0]).T, acc, input_precision="ieee")
             row = m.to(tl.int64)
         else:
             if GATHER:
@@ -145,6 +144,8 @@ def product_kernel(
                 w = tl.load(w_at + h0, mask=(n < V)[:, None] & (h0 + h < H)[None, :], other=0.0)
                 acc = tl.dot(x, w.T, acc, input_precision="ieee")
         token = tl.load(ids_ptr + row, mask=inside, other=-1)
+        # Most tiles hold no row's target: the branch is the same for all threads.
+        holds_targets = tl.max(((token >= n0) & (token < n0 + BLOCK_N)).to(tl.int32), axis=0) > 0
         given = tl.zeros([BLOCK_M], tl.float32)
         if not SCORE:
             given = tl.load(shift_ptr + row, mask=inside, other=0.0)
@@ -162,35 +163,37 @@ def product_kernel(
         dot = tl.zeros([BLOCK_M], tl.float32)
         for j in tl.static_range(SUBTILES):
             n1 = n0 + j * WIDTH
-            e, part_shift, part_total, part_dot = _epilogue(
-                parts[j],
-                n1,
-                token,
-                given,
-                inside,
-                target_ptr + row,
-                bias_ptr,
-                scale,
-                softcap,
-                chain,
-                HAS_BIAS,
-                HAS_SOFTCAP,
-                NEGATIVE,
-                SCORE,
-                V,
-                WIDTH,
-            )
-            if SCORE:
-                shift, total, dot = _merge(shift, total, dot, part_shift, part_total, part_dot)
-            else:
-                total += part_total
-                dot += part_dot
-                if TMA:
-                    e_ref.store([m0, n1], e.to(e_ref.dtype))
+            if n1 < V:
+                e, part_shift, part_total, part_dot = _epilogue(
+                    parts[j],
+                    n1,
+                    token,
+                    holds_targets,
+                    given,
+                    inside,
+                    target_ptr + row,
+                    bias_ptr,
+                    scale,
+                    softcap,
+                    chain,
+                    HAS_BIAS,
+                    HAS_SOFTCAP,
+                    NEGATIVE,
+                    SCORE,
+                    V,
+                    WIDTH,
+                )
+                if SCORE:
+                    shift, total, dot = _merge(shift, total, dot, part_shift, part_total, part_dot)
                 else:
-                    n = n1 + tl.arange(0, WIDTH)
-                    e_at = e_ref + row[:, None] * stride_e + n[None, :]
-                    tl.store(e_at, e.to(e_ref.dtype.element_ty), mask=inside[:, None] & (n < V)[None, :])
+                    total += part_total
+                    dot += part_dot
+                    if TMA:
+                        e_ref.store([m0, n1], e.to(e_ref.dtype))
+                    else:
+                        n = n1 + tl.arange(0, WIDTH)
+                        e_at = e_ref + row[:, None] * stride_e + n[None, :]
+                        tl.store(e_at, e.to(e_ref.dtype.element_ty), mask=inside[:, None] & (n < V)[None, :])
         at = block.to(tl.int64) * M + m
         if SCORE:
             tl.store(shifts_ptr + at, shift, mask=inside)
@@ -330,14 +333,14 @@ def combine_exponentials_kernel(
 @triton.jit(do_not_specialize=["M"])
 def redo_list_kernel(total_ptr, rows_ptr, M, BLOCK: tl.constexpr):
     """rows[0]: how many entries of total (M,) are NaN; then which, in order. One program."""
-    found = tl.program_id(0).to(tl.int64).to(tl.int32)
+    found = tl.program_id(0).to(tl.int64)  # 0
     for m0 in range(0, M, BLOCK):
-        m = m0 + tl.arange(0, BLOCK)
+        m = (m0 + tl.arange(0, BLOCK)).to(tl.int64)
         total = tl.load(total_ptr + m, mask=m < M, other=0.0)
         bad = (total != total).to(tl.int32)
-        tl.store(rows_ptr + found + tl.cumsum(bad, axis=0), m, mask=bad != 0)
+        tl.store(rows_ptr + (found + tl.cumsum(bad, axis=0)), m.to(tl.int32), mask=bad != 0)
         found += tl.sum(bad, axis=0)
-    tl.store(rows_ptr, found)
+    tl.store(rows_ptr, found.to(tl.int32))
 
 
 @triton.jit
@@ -369,7 +372,7 @@ def target_logits_kernel(
     here = (token >= 0) & (token < V)
     acc = tl.zeros([BLOCK_H], tl.float32)
     for h0 in range(0, H, BLOCK_H):
-        h = h0 + tl.arange(0, BLOCK_H)
+        h = (h0 + tl.arange(0, BLOCK_H)).to(tl.int64)
         x = tl.load(x_ptr + row * stride_x + h, mask=h < H, other=0.0).to(tl.float32)
         acc += x * tl.load(w_ptr + token * stride_w + h, mask=here & (h < H), other=0.0).to(tl.float32)
     u = tl.sum(acc, axis=0)

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-_BLOCK = 4096
+BLOCK = 4096
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -24,5 +24,5 @@ def scale_kernel(
 def scale_(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """x (contiguous) times factor (), in place; where the factor is 1 its programs leave at once."""
     if x.numel():
-        scale_kernel[(triton.cdiv(x.numel(), _BLOCK),)](x, factor, x.numel(), BLOCK=_BLOCK, num_warps=4)
+        scale_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, factor, x.numel(), BLOCK=BLOCK, num_warps=4)
     return x

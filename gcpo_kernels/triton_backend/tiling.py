@@ -38,9 +38,16 @@ def tile_cost(rows: int, tokens: int, hidden: int, sms: int) -> float:
 
 
 def tile_rows(tokens: int, hidden: int, vocab: int, sms: int, bytes_per_logit: int = 4) -> int:
-    """The height of tiles for `tokens` tokens: the cheapest that `TILE_BYTES` allows, at least one step high."""
-    most = max(_STEP, TILE_BYTES // (bytes_per_logit * max(vocab, 1)) // _STEP * _STEP)
+    """
+    The height of tiles for `tokens` tokens: the cheapest that `TILE_BYTES` allows, at least one step high. A single tile
+    needs no float32 gradient of the weight, and may have its bytes as well.
+    """
     if tokens <= _STEP:
         return _STEP
-    heights = range(_STEP, min(most, math.ceil(tokens / _STEP) * _STEP) + 1, _STEP)
+    vocab = max(vocab, 1)
+    most = max(_STEP, TILE_BYTES // (bytes_per_logit * vocab) // _STEP * _STEP)
+    single = math.ceil(tokens / _STEP) * _STEP
+    if tokens * bytes_per_logit * vocab <= TILE_BYTES + 4 * vocab * hidden:
+        most = max(most, single)
+    heights = range(_STEP, max(_STEP, min(most, single)) + 1, _STEP)
     return min(heights, key=lambda rows: (tile_cost(min(rows, tokens), tokens, hidden, sms), -rows))

@@ -56,7 +56,7 @@ def test_several_tiles(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles shorter than a sequence, in bfloat16."""
     from gcpo_kernels.triton_backend import tiling
 
-    monkeypatch.setattr(tiling, "TILE_BYTES", 0)
+    monkeypatch.setattr(tiling, "TILE_BYTES", -(2**60))
     monkeypatch.setattr(tiling, "_STEP", 100)
     inputs = on_gpu(make_linear_inputs(4, 257, 2, 64, 4099, dtype=torch.bfloat16))
     budget.compare("linear_gcpo_loss", inputs, importance_sampling_level=level, beta=0.04, kappa=0.06)
