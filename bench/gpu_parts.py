@@ -87,7 +87,8 @@ def _tests(name: str, limit: float, *words: str, parallel: bool = False, program
 
 def _kernels(name: str, limit: float, options: Options, *words: str) -> Part:
     budget = "2" if options.dry else f"{max(limit - 30, 0.6 * limit):.0f}"  # the case that runs then is finished
-    command = _module("bench.run", "--out", f"{{work}}/{name}", "--budget", budget, *words, *options.choice)
+    command = _module("bench.run", "--out", f"{{work}}/{name}", "--no_plots", "--budget", budget, *words)
+    command += options.choice
     return Part(name, command, limit)
 
 

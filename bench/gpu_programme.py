@@ -72,7 +72,9 @@ def make_parser() -> argparse.ArgumentParser:
 def choice_flags(args: argparse.Namespace) -> list[str]:
     """For `bench.run`. Compiling every shape takes longer than the rest, so that it is not done unasked."""
     flags = [] if args.compile else ["--no_compile"]
-    flags += ["--only", *args.only] if args.only else []
+    # Others take seconds to import, which a dry run has no use for.
+    only = args.only or (["gcpo", "eager PyTorch"] if args.dry_run and not args.without else [])
+    flags += ["--only", *only] if only else []
     return flags + (["--without", *args.without] if args.without else [])
 
 

@@ -1,5 +1,6 @@
 """
-Results as tables and files, and the block of the README that is made from them: `python -m bench.report` rewrites it.
+Results as tables and files, and the block of the README that is made from them: `python -m bench.report` rewrites it,
+and draws the plots of kept results that have none.
 """
 
 import json
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import clocks
-from bench.files import write_json
+from bench.files import write_json, write_text
 from bench.registry import OPERATIONS, TITLES
 from bench.roofline import phase_of, plots
 
@@ -137,15 +138,18 @@ def regressions(old: dict[str, Any], new: dict[str, Any], tolerance: float) -> l
     return found
 
 
-def write(result: dict[str, Any], folder: Path, finished: bool = True) -> None:
-    """kernels.json; once finished, kernels.md and the plots."""
+def write(result: dict[str, Any], folder: Path) -> None:
+    """kernels.json and kernels.md."""
     write_json(result, folder / FILE)
-    if finished:
-        (folder / "kernels.md").write_text(table(result) + "\n")
-        try:
-            plots(result, folder)
-        except ImportError as error:  # the numbers are kept all the same
-            print(f"no plots: {error}")
+    write_text(table(result) + "\n", folder / "kernels.md")
+
+
+def draw(result: dict[str, Any], folder: Path) -> None:
+    """The plots, where there is what draws them: the numbers are kept all the same."""
+    try:
+        plots(result, folder)
+    except ImportError as error:
+        print(f"no plots: {error}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,6 +203,9 @@ def with_block(text: str, block: str) -> str:
 
 
 def main() -> None:
+    for path in RESULTS.glob(f"*/{FILE}"):
+        if not list(path.parent.glob("kernels_*.png")):
+            draw(json.loads(path.read_text()), path.parent)
     readme = ROOT / "README.md"
     readme.write_text(with_block(readme.read_text(), readme_block()))
 

@@ -62,10 +62,11 @@ def main(argv: list[str] | None = None, prog: str = "python -m bench.run") -> in
     for result in run_all(wanted, device, seconds, args.budget, chosen(args)):
         result |= about
         if args.out is not None:  # after each case: an end by a limit leaves what was measured
-            report.write(result, args.out, finished=False)
+            report.write(result, args.out)
     print(report.table(result))
+    if args.out is not None and not args.no_plots:
+        report.draw(result, args.out)
     if args.out is not None:
-        report.write(result, args.out)
         print(f"\nwritten to {args.out}")
     failed = report.failures(result)
     for line in failed:
@@ -86,6 +87,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     p.add_argument("--tiny", action="store_true", help="cases so small that their times say nothing")
     p.add_argument("--list", action="store_true", help="print the names of the cases, and run none")
     p.add_argument("--out", type=Path, metavar="DIR", help="write kernels.json, kernels.md and plots to this folder")
+    p.add_argument("--no_plots", action="store_true", help="leave the plots to `python -m bench.report`")
     p.add_argument("--compare", type=Path, metavar="OLD.json", help="say where a ratio to the floor has grown since")
     p.add_argument("--tolerance", type=float, default=0.1, help="growth of a ratio that `--compare` lets pass")
     p.add_argument("--seconds", type=float, help="of timing, per implementation and case")
