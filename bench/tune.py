@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from bench import measure, run
 from bench.baselines import IMPLEMENTATIONS
+from bench.clocks import Clocks
 from bench.files import write_json
 from bench.gate import Gate, outcome
 from bench.memory import extra_memory
@@ -194,15 +195,18 @@ def main(argv: list[str] | None = None) -> int:
     run.check_device(device)
     began = time.perf_counter()
     results: list[dict[str, Any]] = []
-    for case, what, make in tqdm(sweeps(device, args.tiny), file=sys.stderr, disable=None):
-        late = args.budget is not None and time.perf_counter() - began > args.budget
-        if late or (args.case and not any(text in case.key for text in args.case)):
-            continue
-        found = sweep(case, list(make(case)), device, args.seconds)
-        print(table(case, what, found), flush=True)
-        results.append({"key": case.key, "sweep": what, "settings": found})
-        if args.out is not None:  # after each, so that an end by a limit leaves what was measured
-            write_json({"environment": run.environment(device), "sweeps": results}, args.out)
+    with Clocks(device) as clocks:
+        for case, what, make in tqdm(sweeps(device, args.tiny), file=sys.stderr, disable=None):
+            late = args.budget is not None and time.perf_counter() - began > args.budget
+            if late or (args.case and not any(text in case.key for text in args.case)):
+                continue
+            start = time.time()
+            found = sweep(case, list(make(case)), device, args.seconds)
+            print(table(case, what, found), flush=True)
+            seen = clocks.during(start, time.time())
+            results.append({"key": case.key, "sweep": what, "settings": found, "clocks": seen})
+            if args.out is not None:  # after each, so that an end by a limit leaves what was measured
+                write_json({"environment": run.environment(device), "sweeps": results}, args.out)
     return 0
 
 

@@ -4,14 +4,13 @@ import json
 import math
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import gcpo_kernels
-from bench import baselines, gpu_programme, measure, registry, report, roofline, run, tune
+from bench import baselines, measure, registry, report, roofline, run, tune
 from bench.gate import Gate, Outcome, check, expected, outcome
 from bench.registry import Case
 from gcpo import cli
@@ -38,6 +37,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(measure, "FLUSH_BYTES", sizes)
     monkeypatch.setattr(measure, "COPY_BYTES", sizes)
     monkeypatch.setattr(measure, "MIN_ROUNDS", 2)
+    monkeypatch.setattr(measure, "SHORT_ROUNDS", 2)
     monkeypatch.setattr("bench.gate._BLOCK_BYTES", {"cpu": 8 * 131 * 4, "other": 8 * 131 * 4})
     monkeypatch.setattr(run, "cases", lambda device, quick: list(CASES.values()))
     with torch.compiler.set_stance("force_eager"):
@@ -201,46 +201,6 @@ def test_work_is_what_must_be_done() -> None:
     assert amounts["causal"][0].bytes == (3 * 4 * 16 * 4 * (1 + 4) + 3 * 4 * 4, 0)
 
 
-def test_rounds_alternate_and_slow_ones_leave(monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[str] = []
-    now = [0.0]
-    takes = {"floor": 1.0, "quick": 2.0, "slow": 9.0, "endless": 500.0}
-    monkeypatch.setattr(measure, "MAX_ROUNDS", 20)
-    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-
-    def make(name: str) -> measure.Runner:
-        def forward() -> None:
-            order.append(name)
-            now[0] += takes[name]
-
-        return measure.Runner(forward)
-
-    runners = {name: make(name) for name in takes}
-    measure.alternate(runners, CPU, seconds=10.0)
-    counts = {name: len(r.samples) for name, r in runners.items()}
-    assert counts == {"floor": 5, "quick": 5, "slow": 2, "endless": 1}
-    assert order[:4] == list(takes) and order[4:7] == ["floor", "quick", "slow"]
-    amount = measure.Work(flops=(100, 0))
-    found = measure.times(runners["quick"], runners["floor"], (0.5, 0.0), amount)["forward"]
-    assert found["to_floor"] == 4.0 and found["median"] == 2000.0 and found["per_second"] == 50.0
-
-
-def test_extra_memory_counts_temporaries_and_not_results() -> None:
-    size = 32 << 20
-
-    def with_temporary() -> torch.Tensor:
-        temporary = torch.ones(size // 4)
-        return temporary[:1024].clone()
-
-    mebibyte = 1 << 20
-    seen = [measure.extra_memory(measure.Runner(f), CPU) for f in (with_temporary, lambda: torch.ones(size // 4))]
-    if seen[0] is None:
-        pytest.skip("the peak of resident memory cannot be reset here")
-    assert seen[1] is not None
-    assert abs(seen[0] - size) < 4 * mebibyte
-    assert seen[1] < 4 * mebibyte
-
-
 def test_files_and_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(baselines, "IMPLEMENTATIONS", baselines.IMPLEMENTATIONS[:2])
     monkeypatch.setattr(run, "cases", lambda device, quick: [CASES["tokens"], CASES["linear"], CASES["causal"]])
@@ -294,61 +254,6 @@ def test_a_case_that_cannot_run_leaves_the_others(monkeypatch: pytest.MonkeyPatc
     assert len([e for e in json.loads((tmp_path / "kernels.json").read_text())["cases"] if "floor" in e]) == 2
 
 
-def test_device_time_excludes_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CUDA device: a flush and a sleep before the first event, one event after each phase."""
-    order: list[str] = []
-
-    class Event:
-        def __init__(self, enable_timing: bool):
-            self.at = 0
-
-        def record(self) -> None:
-            self.at = len(order)
-            order.append("event")
-
-        def elapsed_time(self, later: "Event") -> float:
-            return later.at - self.at
-
-    cycles: list[int] = []
-    fake = SimpleNamespace(
-        Event=Event,
-        _sleep=lambda n: (order.append("sleep"), cycles.append(n)),
-        synchronize=lambda: order.append("wait"),
-    )
-    monkeypatch.setattr(torch, "cuda", fake)
-    clock = object.__new__(measure._Clock)
-    clock.device = SimpleNamespace(type="cuda")  # type: ignore[assignment]
-    clock.flush = SimpleNamespace(zero_=lambda: order.append("flush"))  # type: ignore[assignment]
-    r = measure.Runner(lambda: order.append("forward"), lambda out: order.append("backward"))
-    r.before = lambda: order.append("before")
-    clock.time(r)
-    assert order == ["before", "flush", "sleep", "event", "forward", "event", "backward", "event", "wait"]
-    assert r.samples == [(2e-3, 2e-3)] and len(r.host) == 1 and cycles == [int(2e9 * 2e-4)]
-
-
-def test_device_memory_is_the_peak_beyond_inputs_and_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    held, peak = [1000], [0]
-
-    def forward() -> torch.Tensor:
-        peak[0] = held[0] + 700
-        return torch.ones(25)  # 100 bytes
-
-    fake = SimpleNamespace(
-        synchronize=lambda: None,
-        reset_peak_memory_stats=lambda device: peak.__setitem__(0, held[0]),
-        memory_allocated=lambda device: held[0],
-        max_memory_allocated=lambda device: peak[0],
-    )
-    monkeypatch.setattr(torch, "cuda", fake)
-    device: Any = SimpleNamespace(type="cuda")
-    assert measure.extra_memory(measure.Runner(forward), device) == 600
-    gradients = measure.Runner(forward, lambda out: (torch.ones(50), torch.ones(25)))
-    assert measure.extra_memory(gradients, device) == 300
-    shared = torch.ones(50)  # a gradient written over an input was there before
-    inputs = frozenset({shared.untyped_storage().data_ptr()})
-    assert measure.extra_memory(measure.Runner(forward, lambda out: (shared,), inputs=inputs), device) == 600
-
-
 def test_what_the_budget_leaves_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = [CASES["tokens"], CASES["causal"]]
     *_, result = run.run_all(chosen, CPU, 0.0, budget=-1.0)
@@ -395,31 +300,6 @@ def test_gcpo_bench(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         run.main(["--device", "cuda:99"])
 
 
-def test_programme_survives_its_parts(tmp_path: Path, capsys: Any) -> None:
-    def part(name: str, code: str, limit: float = 60.0, needs: str = "") -> gpu_programme.Part:
-        return gpu_programme.Part(name, (sys.executable, "-c", code), limit, needs)
-
-    parts = [
-        part("fails", "print('the reason'); raise SystemExit(3)"),
-        part("hangs", "import time; print('begun', flush=True); time.sleep(60)", limit=6.0),
-        part("absent", "", needs="bench/no_such_file"),
-        part("writes", "import sys; open(r'{out}/made', 'w').write('x'); print('done')"),
-    ]
-    assert gpu_programme.run_parts(parts, tmp_path / "all", limit=100.0) == 1
-    summary = json.loads((tmp_path / "all" / "summary.json").read_text())
-    found = {entry["name"]: (entry["status"], entry["last_line"]) for entry in summary["parts"]}
-    assert found["fails"] == ("failed", "the reason")
-    assert found["hangs"] == ("too long", "begun")
-    assert found["absent"] == ("skipped", "bench/no_such_file is not here")
-    assert found["writes"] == ("ok", "done")
-    assert (tmp_path / "all" / "made").exists() and (tmp_path / "all" / "fails.log").exists()
-    assert gpu_programme.run_parts(parts[-1:], tmp_path / "late", limit=1.0) == 1
-    assert json.loads((tmp_path / "late" / "summary.json").read_text())["parts"][0]["status"] == "no time"
-    whole = gpu_programme.PARTS
-    assert {"tests", "kernels", "step_overhead", "sanitizer"} <= {x.name for x in whole}
-    assert sum(x.limit for x in whole if x.name in ("doctor", "tests", "kernels", "step_overhead")) <= 570
-
-
 def test_tuning_checks_and_times_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     case = CASES["linear"]
     seen: list[int] = []
@@ -435,7 +315,7 @@ def test_tuning_checks_and_times_settings(tmp_path: Path, monkeypatch: pytest.Mo
     for cases in (tune.sweeps(CPU), tune.sweeps(torch.device("cuda"))):
         for swept, _, make in cases:
             assert list(make(swept))
-    monkeypatch.setattr(tune, "sweeps", lambda device: [(case, "rows", lambda case: iter([three]))])
+    monkeypatch.setattr(tune, "sweeps", lambda device, tiny: [(case, "rows", lambda case: iter([three]))])
     assert tune.main(["--device", "cpu", "--seconds", "0", "--out", str(tmp_path / "tune.json")]) == 0
     assert "| 3 rows | " in capsys.readouterr().out
     content = json.loads((tmp_path / "tune.json").read_text())
