@@ -18,14 +18,26 @@ from gcpo.planning.workload import Lengths, Savings, gcpo_passes, grpo_passes, l
 PHASES = ("rollout", "scoring", "colliders", "contexts", "loss")
 
 
-def predict(args: argparse.Namespace, variants: dict[str, Variant | None], results: dict[str, dict[str, Any]]) -> None:
+Configs = dict[str, GCPOConfig]
+
+
+def plan_configs(args: argparse.Namespace, variants: dict[str, Variant | None]) -> Configs:
+    """
+    The options that are planned with, by variant. To be made before any trainer: options set accelerate's state back,
+    and with it that of trainers that still run.
+    """
+    planned = {name: variant or Variant({"kappa": 0.0, "estimator": "none"}) for name, variant in variants.items()}
+    return {name: make_config(args, variant) for name, variant in planned.items()}  # type: ignore[misc]
+
+
+def predict(args: argparse.Namespace, configs: Configs, results: dict[str, dict[str, Any]]) -> None:
     """Add to each result what `gcpo plan` says of it, from the model's config and the rates of GRPO's own phases."""
     on_gpu = torch.cuda.is_available()
     config = transformers.AutoConfig.from_pretrained(args.folder)
     architecture = Architecture.from_config(config)
     base = results["GRPO"]
     rows = args.prompts * args.num_generations
-    plain = make_config(args, Variant({"kappa": 0.0, "estimator": "none"}))
+    plain = configs["GRPO"]
     measured = Lengths(base["tokens"]["trained"] / rows - args.completion_tokens, args.completion_tokens, 0.0)
     passes = grpo_passes(plain, measured, compact_head=on_gpu)
     # Operations per second of the forward and backward; then bytes per second of what is left of the rollout.
@@ -38,7 +50,7 @@ def predict(args: argparse.Namespace, variants: dict[str, Variant | None], resul
     device = Device(rate / 1e12, read / left / 1e9, 1.0, 1.0)
     grpo = plan_step(plain, architecture, passes, device, args.dtype)
     for name, result in results.items():
-        plan = grpo if name == "GRPO" else plan_variant(args, variants[name], architecture, measured, device)
+        plan = grpo if name == "GRPO" else plan_variant(args, configs[name], architecture, measured, device)
         result["predicted"] = {
             "ratio": plan.total("seconds") / grpo.total("seconds"),
             "seconds": {phase: plan.total("seconds", phase) for phase in PHASES},
@@ -48,10 +60,8 @@ def predict(args: argparse.Namespace, variants: dict[str, Variant | None], resul
 
 
 def plan_variant(
-    args: argparse.Namespace, variant: Variant | None, architecture: Architecture, measured: Lengths, device: Device
+    args: argparse.Namespace, config: GCPOConfig, architecture: Architecture, measured: Lengths, device: Device
 ) -> StepPlan:
-    config = make_config(args, variant)
-    assert isinstance(config, GCPOConfig)
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.folder)
     prompt = reasoning_gym_dataset("chain_sum", 1)["prompt"][0]
     ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]

@@ -110,7 +110,7 @@ def load_model(folder: Path | str, dtype: torch.dtype) -> Any:
     config = AutoConfig.from_pretrained(folder)
     set_seed(0)
     with device():
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()  # as a model that is loaded
 
 
 def make_config(args: argparse.Namespace, variant: Variant | None) -> trl.GRPOConfig:

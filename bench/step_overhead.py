@@ -35,7 +35,7 @@ import trl
 
 from bench.clocks import Clocks
 from bench.files import write_json, write_text
-from bench.overhead_plan import PHASES, predict
+from bench.overhead_plan import PHASES, plan_configs, predict
 from bench.overhead_runs import MODELS, Run, Variant, Weights, cpu_memory, device, prepare_model, quiet
 from bench.revision import revision
 from gcpo import GCPOConfig
@@ -234,6 +234,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.memory and not torch.cuda.is_available():
             print("measuring memory", flush=True)
             memory = cpu_memory(args, variants)
+        configs = plan_configs(args, variants)
         results: dict[str, dict[str, Any]] = {}
         rounds: list[tuple[float, float]] = []
         began = time.time()
@@ -241,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
             for steps in measure(args, variants):
                 rounds.append((began, began := time.time()))
                 results = summarize(steps, memory, variants)
-                predict(args, variants, results)
+                predict(args, configs, results)
                 if args.out is not None:  # after each round: a run that is stopped leaves what it had
                     write(args, results, [clocks.during(*taken) for taken in rounds])
     print(show(results))
