@@ -123,9 +123,9 @@ def parse(line: str) -> Look | None:
         at = datetime.strptime(cells[0], "%Y/%m/%d %H:%M:%S.%f").timestamp()
     except ValueError:
         return None
-    numbers = [float(cell) if re.fullmatch(r"\d+(\.\d+)?", cell) else None for cell in cells[1:-1]]
+    sm, memory, power, heat = (float(c) if re.fullmatch(r"\d+(\.\d+)?", c) else None for c in cells[1:-1])
     mask = int(cells[-1], 16) if re.fullmatch(r"0x[0-9a-fA-F]+", cells[-1]) else 0
-    return Look(at, *numbers, mask)
+    return Look(at, sm, memory, power, heat, mask)
 
 
 def _query(device: torch.device) -> list[str]:

@@ -81,9 +81,9 @@ def adds_in_place(device: torch.device) -> dict[str, Any]:
         torch.addmm(kept, a, b, out_dtype=torch.float32, out=kept)
     except (RuntimeError, TypeError) as error:
         return {"missing": reason(error)}
-    error = ((kept - want).norm() / want.norm()).item()
+    far = ((kept - want).norm() / want.norm()).item()
     same = kept.data_ptr() == place
-    return {"same_storage": same, "relative_error": error, "right": same and error < 1e-5}
+    return {"same_storage": same, "relative_error": far, "right": same and far < 1e-5}
 
 
 def copy_rate(device: torch.device, seconds: float, tiny: bool) -> dict[str, Any]:

