@@ -19,7 +19,7 @@ import signal
 import sys
 from pathlib import Path
 
-from bench.gpu_parts import LIMITS, Options, parts
+from bench.gpu_parts import BUSY, LIMITS, Options, parts
 from bench.parts import run_parts
 
 WORK = Path("runs") / "gpu_programme"
@@ -47,7 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     for run in runs:
         name = f"dry-{run}" if args.dry_run else run
         archive = args.out / f"{name}.tar.gz"
-        codes.append(run_parts(chosen[run], args.work / name, archive, args.limit or LIMITS[run]))
+        codes.append(
+            run_parts(chosen[run], args.work / name, archive, args.limit or LIMITS[run] * (BUSY if args.dry_run else 1))
+        )
         print(f"written to {archive}", flush=True)
     return max(codes)
 

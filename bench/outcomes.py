@@ -6,6 +6,7 @@ fresh one goes on: without that, every later test of that process would fail for
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -58,9 +59,8 @@ class _Worker:
 
 
 def device_is_lost() -> bool:
-    import torch
-
-    if not torch.cuda.is_initialized():
+    torch = sys.modules.get("torch")  # imported by whoever uses a device
+    if torch is None or not torch.cuda.is_initialized():
         return False
     try:
         torch.cuda.synchronize()
