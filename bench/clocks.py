@@ -5,6 +5,7 @@ A process of `nvidia-smi` looks several times a second; nothing is read from it 
 no such program, or the device is no NVIDIA GPU, every field is None.
 """
 
+import contextlib
 import itertools
 import os
 import re
@@ -57,7 +58,9 @@ class Clocks:
 
     def __enter__(self) -> "Clocks":
         if self._query:
-            words = [*self._query, f"--loop-ms={int(INTERVAL * 1000)}"]
+            # Line by line, where there is what makes it so: a program may keep back a page of what it writes to a pipe.
+            by_line = [tool, "-oL"] if (tool := shutil.which("stdbuf")) else []
+            words = [*by_line, *self._query, f"--loop-ms={int(INTERVAL * 1000)}"]
             self._process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
             assert self._process.stdout is not None
             # A pipe, and no file: the sampler ends when nobody holds the other end, however this process ends.
@@ -66,8 +69,9 @@ class Clocks:
 
     def __exit__(self, *error: object) -> None:
         if self._process is not None:
-            self._process.terminate()
-            self._process.wait()
+            self._process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a program may hang in a driver
+                self._process.wait(5.0)
             self._read()
             self._process.stdout.close()  # type: ignore[union-attr]
             self._process = None
