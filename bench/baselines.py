@@ -6,6 +6,7 @@ follow by autograd. A library that is not installed, or does not run on the devi
 library stops at log-probabilities, the rest of the loss is plain PyTorch.
 """
 
+import argparse
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ class Implementation:
         modules: what must be importable.
         cuda_only: it has no path for other devices.
         compiled: runs only where a case asks for compilation.
+        compiles_inside: its library compiles it for every shape, whatever the case asks for.
         fresh: makes a new function for each case, so that none is specialised to another's shapes.
         destroys: tensors that a backward overwrites; they are restored, untimed, before each run.
         prepare: raises where the installed release lacks what it needs.
@@ -48,6 +50,7 @@ class Implementation:
     modules: tuple[str, ...] = ()
     cuda_only: bool = False
     compiled: bool = False
+    compiles_inside: bool = False
     fresh: Callable[[Run], Run] | None = None
     destroys: tuple[str, ...] = ()
     prepare: Callable[[], Any] | None = None
@@ -169,7 +172,10 @@ IMPLEMENTATIONS = (
         modules=("trl.trainer.grpo_trainer", "trl.kernels"),
     ),
     Implementation(
-        "Liger fused linear GRPO", {"linear_loss": peers.liger_linear}, modules=("liger_kernel.chunked_loss.grpo_loss",)
+        "Liger fused linear GRPO",
+        {"linear_loss": peers.liger_linear},
+        modules=("liger_kernel.chunked_loss.grpo_loss",),
+        compiles_inside=True,
     ),
     Implementation(
         "Liger scaled cross-entropy + loss",
@@ -206,6 +212,44 @@ IMPLEMENTATIONS = (
         cuda_only=True,
     ),
 )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """
+    Which implementations take part.
+
+    Attributes:
+        only: names; None: all.
+        without: names to leave out.
+        compiled: whether those that compile take part: compiling can take longer than all that is measured.
+    """
+
+    only: tuple[str, ...] | None = None
+    without: tuple[str, ...] = ()
+    compiled: bool = True
+
+    def of(self, case: Case) -> list[Implementation]:
+        """Those of a case that are chosen."""
+        return [
+            x
+            for x in implementations(case)
+            if (self.only is None or x.name in self.only)
+            and x.name not in self.without
+            and (self.compiled or not (x.compiled or x.compiles_inside))
+        ]
+
+
+def add_choice(parser: argparse.ArgumentParser) -> None:
+    """The flags that `chosen` reads."""
+    names = [x.name for x in IMPLEMENTATIONS]
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, help=f"these of: {', '.join(names)}")
+    parser.add_argument("--without", nargs="+", metavar="NAME", choices=names, default=[], help="all but these")
+    parser.add_argument("--no_compile", action="store_true", help="leave out torch.compile and what compiles inside")
+
+
+def chosen(args: argparse.Namespace) -> Choice:
+    return Choice(None if args.only is None else tuple(args.only), tuple(args.without), not args.no_compile)
 
 
 def implementations(case: Case) -> list[Implementation]:

@@ -12,7 +12,6 @@ that varies within every group.
 
 import argparse
 import copy
-import json
 import math
 import shlex
 import sys
@@ -29,6 +28,7 @@ import transformers
 
 from bench.agreement import compare_log_p, compare_upsilon, mean_and_error
 from bench.fidelity_runs import REPRESENTATIONS, Estimate, Lab, Sample, Terms
+from bench.files import write_json
 from bench.overhead_runs import prepare_model
 from bench.step_overhead import environment
 from gcpo import GCPOConfig
@@ -307,8 +307,7 @@ def main() -> None:
         results: dict[str, Any] = {}
         for results in measure(lab, names, args.samples):
             if args.out is not None:  # after each prompt: a run that is stopped leaves what it had
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(json.dumps(plain({**where, **results}), indent=1) + "\n")
+                write_json(plain({**where, **results}), args.out)
     print(show(results))
 
 

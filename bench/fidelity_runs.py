@@ -15,10 +15,10 @@ from unittest import mock
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from bench.context_samples import sample_under
-from bench.overhead_runs import reward
+from bench.overhead_runs import load_model, reward
 from gcpo import GCPOConfig, GCPOTrainer
 from gcpo.causal import estimators
 from gcpo.causal import step as causal_step
@@ -101,7 +101,7 @@ class Lab:
     """
 
     def __init__(self, folder: Path, tasks: list[str], per_task: int, options: dict[str, Any], seed: int):
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.model = load_model(folder, torch.float32)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         parts = [reasoning_gym_dataset(task, per_task, seed, system_prompt=SYSTEM_PROMPT) for task in tasks]
         self.prompts: Dataset = concatenate_datasets(parts)

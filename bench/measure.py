@@ -1,5 +1,5 @@
 """
-Time, memory, and the floors that they are held against.
+Time, and the floors that it is held against.
 
 On a CUDA device, time is the device's own (events), each run behind a flushed L2 cache and behind a short sleep of the
 device, which lets the host run ahead: what is timed is the work, not Python. Elsewhere it is the wall clock. Rounds
@@ -7,14 +7,12 @@ alternate between implementations, so that a clock that slows down, or a busy ma
 floor is the median over rounds of the ratio within a round.
 """
 
-import ctypes
 import gc
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +23,8 @@ FLUSH_BYTES = {"cuda": 256 << 20, "cpu": 128 << 20}  # more than the last-level 
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 128 << 20}
 PHASES = ("forward", "backward", "both")
 MIN_ROUNDS, MAX_ROUNDS = 3, 100
+# What takes less than SHORT seconds is timed SHORT_ROUNDS times at least: with fewer, one slow run moves the quartiles.
+SHORT, SHORT_ROUNDS = 0.1, 20
 
 
 @dataclass(frozen=True)
@@ -190,10 +190,10 @@ class _Clock:
         r.samples.append((first.elapsed_time(second) / 1e3, second.elapsed_time(third) / 1e3))
 
 
-def alternate(runners: dict[str, Runner], device: torch.device, seconds: float) -> None:
+def alternate(runners: dict[str, Runner], device: torch.device, seconds: float, deadline: float | None = None) -> None:
     """
-    Time every runner, in rounds. One leaves after `seconds` of its own, and MIN_ROUNDS; the floor, named "floor", stays
-    until the last has left.
+    Time every runner, in rounds. One leaves after `seconds` of its own and the rounds that it needs; the floor, named
+    "floor", stays until the last has left. After the deadline, by `time.perf_counter`, the round that runs is the last.
     """
     clock = _Clock(device)
     spent = dict.fromkeys(runners, 0.0)
@@ -211,15 +211,19 @@ def alternate(runners: dict[str, Runner], device: torch.device, seconds: float) 
                 clock.time(runners[name])
                 spent[name] += time.perf_counter() - began
             active = [name for name in active if name == "floor" or not _done(runners[name], spent[name], seconds)]
-            if active in ([], ["floor"]):
+            late = deadline is not None and time.perf_counter() > deadline
+            if late or active in ([], ["floor"]):
                 break
     finally:
         gc.enable()
 
 
 def _done(r: Runner, spent: float, seconds: float) -> bool:
-    """Three rounds at least, unless even those would take far too long."""
-    return spent >= (seconds if len(r.samples) >= MIN_ROUNDS else 10 * seconds)
+    """SHORT_ROUNDS of what is short; of what is not, three, unless even those would take far too long."""
+    short = statistics.median(map(sum, r.samples)) < SHORT
+    if len(r.samples) >= (SHORT_ROUNDS if short else MIN_ROUNDS):
+        return spent >= seconds
+    return not short and spent >= 10 * seconds
 
 
 def summary(samples: Sequence[float]) -> dict[str, float | int]:
@@ -254,63 +258,3 @@ def _scaled(sample: tuple[float, float], factors: tuple[float, float], phase: st
     """The floor of a phase; `one`: the floor's forward, a copy, stands for both phases."""
     parts = (sample[0] * factors[0], (sample[0] if one else sample[1]) * factors[1])
     return _pick(parts, phase)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory
-# ---------------------------------------------------------------------------------------------------------------------
-
-MEMORY_METHODS = {
-    "cuda": "the caching allocator's peak of one run, beyond what was allocated before it and what it returns",
-    "cpu": "the process's peak resident memory during one run, beyond what was resident before it and what it returns",
-    "": "not measured on this device",
-}
-
-
-def memory_method(device: torch.device) -> str:
-    if device.type == "cpu" and not Path("/proc/self/clear_refs").exists():
-        return MEMORY_METHODS[""]
-    return MEMORY_METHODS.get(device.type, MEMORY_METHODS[""])
-
-
-def extra_memory(r: Runner, device: torch.device) -> int | None:
-    """Peak bytes of one run beyond its inputs and what it returns. None where that cannot be measured."""
-    if r.before is not None:
-        r.before()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        returned = _run_bytes(r)
-        return max(0, torch.cuda.max_memory_allocated(device) - before - returned)
-    if memory_method(device) == MEMORY_METHODS[""]:
-        return None
-    _trim()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = _resident("VmRSS")
-    returned = _run_bytes(r)
-    return max(0, _resident("VmHWM") - before - returned)
-
-
-def _run_bytes(r: Runner) -> int:
-    """Run, and count what is returned and was not there before."""
-    out = r.forward()
-    gradients = () if r.backward is None else r.backward(out)
-    kept = {t.untyped_storage().data_ptr(): t for t in (out, *gradients)}
-    return sum(t.numel() * t.element_size() for at, t in kept.items() if at not in r.inputs)
-
-
-def _trim() -> None:
-    """Give freed memory back to the system, so that using it again is seen."""
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except OSError:  # another libc
-        return
-
-
-def _resident(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) << 10
-    raise RuntimeError(f"no {name} in /proc/self/status")

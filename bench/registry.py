@@ -40,6 +40,7 @@ TITLES = {
 GROUP_SIZE = 8  # sequences of a case that needs no more
 # Which of a case's tensors gradients are taken of, by operation; the others have none.
 LEAVES = {"linear_loss": ("hidden", "weight"), "token_loss": ("logp",), "logits_loss": ("logits",)}
+LARGE = 1 << 20  # tokens from which a case's numbers are drawn on its device: on a CPU that takes seconds
 Tensors = dict[str, torch.Tensor]  # of a case, by the names of the public functions' arguments
 OBJECTIVES: dict[str, dict[str, Any]] = {"grpo": {"beta": 0.04}, "gcpo": {"beta": 0.04, "kappa": 0.06}}
 
@@ -130,6 +131,19 @@ def _quick(dtype_name: str) -> Iterator[Case]:
     yield Case("causal_weights", batch=8, tokens=8, contexts=4, hidden=576, dtype=dtype)
 
 
+def tiny_cases(device: torch.device | str) -> list[Case]:
+    """One of each operation, so small that its time says nothing: to try out what measures."""
+    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    head: dict[str, Any] = {"model": "tiny", "batch": 4, "tokens": 9, "hidden": 24, "vocab": 131, "dtype": dtype}
+    return [
+        Case("linear_loss", **head),
+        Case("scoring", **head),
+        Case("token_loss", batch=4, tokens=33, objective="gcpo"),
+        Case("logits_loss", **head, masked="ragged"),
+        Case("causal_weights", batch=3, tokens=4, hidden=16, dtype=dtype),
+    ]
+
+
 def _on_cpu() -> Iterator[Case]:
     model = "SmolLM2-135M"
     yield _linear("linear_loss", 4096, model)
@@ -152,6 +166,9 @@ def _on_accelerator() -> Iterator[Case]:
     half: dict[str, Any] = {"dtype": torch.bfloat16}
     for rows, model in PUBLISHED:
         yield _linear("linear_loss", rows, model, **half, compiled=True)
+    # How time, memory and error grow with the tokens.
+    for rows in (1024, 2048, 4096, 16_384):
+        yield _linear("linear_loss", rows, "Qwen2.5-1.5B", **half)
     for rows, model in PUBLISHED:
         yield _linear("scoring", rows, model, **half, compiled=model == "Qwen2.5-1.5B")
     for rows in (16_384, 16_777_216):
@@ -160,9 +177,6 @@ def _on_accelerator() -> Iterator[Case]:
     yield Case("causal_weights", batch=64, tokens=8, contexts=8, hidden=3584, **half, compiled=True)
     yield _linear("logits_loss", 8192, "Qwen2.5-1.5B", **half, compiled=True)
     yield _linear("linear_loss", 8192, "Qwen2.5-1.5B", **half, objective="gcpo")
-    # How time, memory and error grow with the tokens.
-    for rows in (1024, 2048, 4096, 16_384):
-        yield _linear("linear_loss", rows, "Qwen2.5-1.5B", **half)
     for rows, model in PUBLISHED:
         yield _linear("linear_loss", rows, model, **half, logits="random")
     for rows in (1024, 4096, 16_384):
@@ -207,7 +221,8 @@ def make_tensors(case: Case, device: torch.device, seed: int = 0) -> Tensors:
         padded = torch.nn.functional.pad(head.pop("hidden"), (0, 0, 0, 1))
         head["logits"] = padded @ head.pop("weight").T
     contexts = case.contexts if case.options.get("kappa") else 1
-    rest = make_token_inputs(case.batch, case.tokens, contexts, device=device, seed=seed, masked="none", logp=logp)
+    drawn: dict[str, Any] = {"device": device, "seed": seed, "masked": "none", "on_device": case.rows >= LARGE}
+    rest = make_token_inputs(case.batch, case.tokens, contexts, **drawn, logp=logp)
     for name in ("causal_logp", "context_weights", "importance_sampling_ratio"):
         del rest[name]
     if not case.options.get("kappa"):

@@ -1,5 +1,6 @@
 """
-Results as tables and files, and the block of the README that is made from them: `python -m bench.report` rewrites it.
+Results as tables and files, and the block of the README that is made from them: `python -m bench.report` rewrites it,
+and draws the plots of kept results that have none.
 """
 
 import json
@@ -8,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bench import clocks
+from bench.files import write_json, write_text
 from bench.registry import OPERATIONS, TITLES
 from bench.roofline import phase_of, plots
 
@@ -43,6 +46,8 @@ def table(result: dict[str, Any]) -> str:
             lines += ["", f"## {TITLES[op]}"]
         for entry in entries:
             lines += ["", f"### {title(entry)}", "", *rows(entry)]
+            if seen := clocks.describe(entry.get("clocks")):
+                lines += ["", f"{seen}."]
     if result["left_out"]:
         lines += ["", "Not run, for want of time: " + ", ".join(f"`{key}`" for key in result["left_out"]) + "."]
     return "\n".join(lines)
@@ -133,13 +138,18 @@ def regressions(old: dict[str, Any], new: dict[str, Any], tolerance: float) -> l
     return found
 
 
-def write(result: dict[str, Any], folder: Path, finished: bool = True) -> None:
-    """kernels.json; once finished, kernels.md and the plots."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / FILE).write_text(json.dumps(result, indent=1) + "\n")
-    if finished:
-        (folder / "kernels.md").write_text(table(result) + "\n")
+def write(result: dict[str, Any], folder: Path) -> None:
+    """kernels.json and kernels.md."""
+    write_json(result, folder / FILE)
+    write_text(table(result) + "\n", folder / "kernels.md")
+
+
+def draw(result: dict[str, Any], folder: Path) -> None:
+    """The plots, where there is what draws them: the numbers are kept all the same."""
+    try:
         plots(result, folder)
+    except ImportError as error:
+        print(f"no plots: {error}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,6 +203,9 @@ def with_block(text: str, block: str) -> str:
 
 
 def main() -> None:
+    for path in RESULTS.glob(f"*/{FILE}"):
+        if not list(path.parent.glob("kernels_*.png")):
+            draw(json.loads(path.read_text()), path.parent)
     readme = ROOT / "README.md"
     readme.write_text(with_block(readme.read_text(), readme_block()))
 

@@ -3,7 +3,7 @@ The kernels beside what would be used instead of them: checked against float64, 
 
     python -m bench.run                       # every group, on the GPU if there is one
     python -m bench.run --quick --device cpu  # three minutes on two cores
-    python -m bench.run --group linear --case N=4096 --device cpu
+    python -m bench.run --group linear --case N=4096 --device cpu --without "eager PyTorch" --no_compile
 
 Every implementation gets the same tensors and is checked before it is timed. The exit code is 1 if one of this
 project's functions fails the check, or is slower than in the file of `--compare`.
@@ -13,15 +13,12 @@ import argparse
 import gc
 import json
 import os
-import platform
 import shlex
-import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +29,13 @@ import torch
 from tqdm import tqdm
 
 from bench import measure, report
-from bench.baselines import Implementation, implementations
+from bench.baselines import Choice, Implementation, add_choice, chosen
+from bench.clocks import Clocks
+from bench.environment import check_device, default_device, environment, free
 from bench.gate import Gate, outcome
-from bench.registry import GROUPS, LEAVES, Case, Tensors, cases, make_tensors
-from bench.revision import revision
+from bench.memory import extra_memory, memory_method
+from bench.registry import GROUPS, LEAVES, Case, Tensors, cases, make_tensors, tiny_cases
 
-PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "transformers")
 SECONDS = {"quick": 0.5, "cpu": 5.0, "other": 0.5}  # of timing, per implementation
 
 
@@ -48,25 +46,27 @@ def main(argv: list[str] | None = None, prog: str = "python -m bench.run") -> in
     check_device(device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    chosen = [c for c in cases(device, args.quick) if c.group in (args.group or GROUPS)]
+    listed = tiny_cases(device) if args.tiny else cases(device, args.quick)
+    wanted = [c for c in listed if c.group in (args.group or GROUPS)]
     if args.case:
-        chosen = [c for c in chosen if any(text in c.key for text in args.case)]
-    if args.list or not chosen:
-        print("\n".join(c.key for c in chosen) if chosen else "no case has all that `--group` and `--case` ask for")
-        return 0 if chosen else 2
+        wanted = [c for c in wanted if any(text in c.key for text in args.case)]
+    if args.list or not wanted:
+        print("\n".join(c.key for c in wanted) if wanted else "no case has all that `--group` and `--case` ask for")
+        return 0 if wanted else 2
     warnings.filterwarnings("ignore")
     seconds = args.seconds or SECONDS["quick" if args.quick else "cpu" if device.type == "cpu" else "other"]
     old = json.loads(args.compare.read_text()) if args.compare else None  # `--out` may write to the same file
     given = sys.argv[1:] if argv is None else argv
     about = {"environment": environment(device), "command": shlex.join([*prog.split(), *given])}
     result = {}
-    for result in run_all(chosen, device, seconds, args.budget):
+    for result in run_all(wanted, device, seconds, args.budget, chosen(args)):
         result |= about
         if args.out is not None:  # after each case: an end by a limit leaves what was measured
-            report.write(result, args.out, finished=False)
+            report.write(result, args.out)
     print(report.table(result))
+    if args.out is not None and not args.no_plots:
+        report.draw(result, args.out)
     if args.out is not None:
-        report.write(result, args.out)
         print(f"\nwritten to {args.out}")
     failed = report.failures(result)
     for line in failed:
@@ -82,48 +82,53 @@ def parser(prog: str) -> argparse.ArgumentParser:
     p.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: an accelerator where there is one")
     p.add_argument("--group", nargs="+", choices=GROUPS, help="these groups of operations instead of all")
     p.add_argument("--case", nargs="+", metavar="TEXT", help="only cases whose name has one of these in it")
+    add_choice(p)
     p.add_argument("--quick", action="store_true", help="few small cases")
+    p.add_argument("--tiny", action="store_true", help="cases so small that their times say nothing")
     p.add_argument("--list", action="store_true", help="print the names of the cases, and run none")
     p.add_argument("--out", type=Path, metavar="DIR", help="write kernels.json, kernels.md and plots to this folder")
+    p.add_argument("--no_plots", action="store_true", help="leave the plots to `python -m bench.report`")
     p.add_argument("--compare", type=Path, metavar="OLD.json", help="say where a ratio to the floor has grown since")
     p.add_argument("--tolerance", type=float, default=0.1, help="growth of a ratio that `--compare` lets pass")
     p.add_argument("--seconds", type=float, help="of timing, per implementation and case")
-    p.add_argument("--budget", type=float, help="seconds after which no further case is begun")
+    p.add_argument("--budget", type=float, help="seconds after which no case and no round is begun")
     p.add_argument("--threads", type=int, help="CPU threads of PyTorch")
     return p
 
 
-def default_device() -> torch.device:
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")
-
-
-def check_device(device: torch.device) -> None:
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise SystemExit(f"`--device` {device} does not work here: {error}") from None
-
-
 def run_all(
-    chosen: list[Case], device: torch.device, seconds: float, budget: float | None = None
+    wanted: list[Case],
+    device: torch.device,
+    seconds: float,
+    budget: float | None = None,
+    choice: Choice = Choice(),  # noqa: B008
 ) -> Iterator[dict[str, Any]]:
     """What is known after each case; in the end of all. Those that the budget leaves out are named."""
     began = time.perf_counter()
-    result: dict[str, Any] = {"memory_method": measure.memory_method(device), "cases": [], "left_out": []}
-    total = sum(len(implementations(c)) + 1 for c in chosen)
-    with tqdm(total=total, unit="step", file=sys.stderr, disable=None) as bar:
-        for case in chosen:
-            if budget is not None and time.perf_counter() - began > budget:
+    deadline = None if budget is None else began + budget
+    result: dict[str, Any] = {"memory_method": memory_method(device), "cases": [], "left_out": []}
+    total = sum(len(choice.of(c)) + 1 for c in wanted)
+    with tqdm(total=total, unit="step", file=sys.stderr, disable=None) as bar, Clocks(device) as clocks:
+        for case in wanted:
+            if deadline is not None and time.perf_counter() > deadline:
                 result["left_out"].append(case.key)
-                bar.update(len(implementations(case)) + 1)
+                bar.update(len(choice.of(case)) + 1)
             else:
                 bar.set_description(case.key)
-                result["cases"].append(run_case(case, device, seconds, bar))
+                result["cases"].append(run_case(case, device, seconds, choice, deadline, bar))
+            for entry in result["cases"]:  # of those before too: what was seen of the last may come late
+                entry["clocks"] = clocks.during(*entry["timed"])
             yield result | {"seconds": time.perf_counter() - began}
 
 
-def run_case(case: Case, device: torch.device, seconds: float, bar: Any = None) -> dict[str, Any]:
+def run_case(
+    case: Case,
+    device: torch.device,
+    seconds: float,
+    choice: Choice = Choice(),  # noqa: B008
+    deadline: float | None = None,
+    bar: Any = None,
+) -> dict[str, Any]:
     """Check, measure the memory of, and time every implementation of a case; or a `problem` that stopped all of it."""
     entry: dict[str, Any] = {
         "key": case.key,
@@ -140,28 +145,41 @@ def run_case(case: Case, device: torch.device, seconds: float, bar: Any = None) 
         "logits": case.logits,
         "masked": case.masked,
         "results": [],
+        "timed": (0.0, 0.0),  # from when to when, in seconds since the epoch
     }
     try:
-        entry |= _measured(case, device, seconds, entry["results"], bar)
+        x, floor, factors, runners = _checked(case, device, choice, entry["results"], bar)
+        start = time.time()
+        measure.alternate({"floor": floor} | runners, device, seconds, deadline)
+        entry["timed"] = (start, time.time())
+        amount = measure.work(case, x)
+        for row in entry["results"]:
+            if row["name"] in runners:
+                row["times"] = measure.times(runners[row["name"]], floor, factors, amount)
+        entry["floor"] = floor_entry(floor, factors, amount)
     except Exception as error:  # too little memory for the tensors, a device that is lost: the other cases go on
         entry["problem"] = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    if bar is not None:
+        bar.update()
     return entry
 
 
-def _measured(
-    case: Case, device: torch.device, seconds: float, results: list[dict[str, Any]], bar: Any
-) -> dict[str, Any]:
-    """Fill `results`; the floor."""
+def _checked(
+    case: Case, device: torch.device, choice: Choice, results: list[dict[str, Any]], bar: Any
+) -> tuple[Tensors, measure.Runner, tuple[float, float], dict[str, measure.Runner]]:
+    """
+    Fill `results` with all but times; the tensors, the floor with its factors, and runners of those that passed, by
+    name.
+    """
     # Modules, which live on, are left out of every later collection: there is one after each implementation.
     gc.collect()
     gc.freeze()
     x = make_tensors(case, device)
     for name in LEAVES.get(case.op, ()):
         x[name].requires_grad_()
-    amount = measure.work(case, x)
     runners: dict[str, measure.Runner] = {}
     gate = Gate(case, x)
-    for implementation in implementations(case):
+    for implementation in choice.of(case):
         row = {"name": implementation.name, "ours": implementation.ours, "computes_less": implementation.computes_less}
         row["approximate"] = implementation.approximate
         row |= qualify(implementation, case, x, gate, runners)
@@ -174,18 +192,12 @@ def _measured(
     rows = {row["name"]: row for row in results}
     for name in list(runners):
         try:
-            rows[name]["memory_bytes"] = measure.extra_memory(runners[name], device)
+            rows[name]["memory_bytes"] = extra_memory(runners[name], device)
         except torch.OutOfMemoryError:
             rows[name] |= {"status": "out of memory"}
             del runners[name]
         free(device)
-    floor, factors = measure.floor_runner(case, x)
-    measure.alternate({"floor": floor} | runners, device, seconds)
-    for name, r in runners.items():
-        rows[name]["times"] = measure.times(r, floor, factors, amount)
-    if bar is not None:
-        bar.update()
-    return {"floor": floor_entry(floor, factors, amount)}
+    return x, *measure.floor_runner(case, x), runners
 
 
 def qualify(
@@ -225,57 +237,6 @@ def floor_entry(floor: measure.Runner, factors: tuple[float, float], amount: mea
                 "per_second": amount.of(phase) / (measure.summary(samples)["median"] / 1e3),
             }
     return entry
-
-
-def free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What the numbers hang on."""
-    packages: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = None
-    return {
-        "device": device_name(device),
-        "device_type": device.type,
-        "driver": driver(device),
-        "cuda": torch.version.cuda,
-        "threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "packages": packages,
-        **revision(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "cpu":
-        names = [
-            line.split(":", 1)[1].strip()
-            for line in (Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else [])
-            if line.startswith("model name")
-        ]
-        return f"CPU: {names[0] if names else platform.machine()}, {torch.get_num_threads()} thread(s)"
-    return device.type.upper()
-
-
-def driver(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return None
-    try:
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return None
 
 
 if __name__ == "__main__":

@@ -13,17 +13,19 @@ alike.
 against "GRPO, prompts shared", which has both; what is left is what GCPO adds: scoring, colliders, contexts, and the
 second KL in the loss.
 
-A ratio is the median over rounds of the ratio within a round; ranges are over rounds. Completions are forced to their
+The files are written after each round. A ratio is the median over rounds of the ratio within a round; ranges are over
+rounds. Completions are forced to their
 full length: which tokens a model ends on is not what is measured. "predicted" is what `gcpo plan` says, given the rates
 of GRPO's own phases in this run.
 """
 
 import argparse
-import json
 import platform
 import statistics
 import tempfile
-from dataclasses import fields, replace
+import time
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +33,12 @@ import torch
 import transformers
 import trl
 
-from bench.overhead_runs import MODELS, Run, Variant, Weights, cpu_memory, make_config, prepare_model, quiet
+from bench.clocks import Clocks
+from bench.files import write_json, write_text
+from bench.overhead_plan import PHASES, plan_configs, predict
+from bench.overhead_runs import MODELS, Run, Variant, Weights, cpu_memory, device, prepare_model, quiet
 from bench.revision import revision
 from gcpo import GCPOConfig
-from gcpo.causal.contexts import PromptBuilder
-from gcpo.evaluation.tasks import reasoning_gym_dataset
-from gcpo.planning.architecture import Architecture
-from gcpo.planning.plan import Device, StepPlan, decode_bytes, plan_step
-from gcpo.planning.workload import Lengths, Savings, gcpo_passes, grpo_passes, longest_context
 
 # Savings switched off, and savings beyond the defaults. Rows that are the defaults are left out.
 _OFF: dict[str, dict[str, Any]] = {
@@ -84,7 +84,6 @@ VARIANTS: dict[str, Variant] = {
 # What rows with `share_prompt` are held against; measured wherever there is such a row.
 SHARED = "GRPO, prompts shared"
 GRPO_SHARED = Variant({"kappa": 0.0, "estimator": "none", "share_prompt": True})
-PHASES = ("rollout", "scoring", "colliders", "contexts", "loss")
 SCORED = ("scored_query", "scored_colliders", "scored_contexts")
 
 
@@ -97,25 +96,28 @@ def choose(args: argparse.Namespace) -> dict[str, Variant | None]:
     return {"GRPO": None, **shared, **chosen}
 
 
-def measure(args: argparse.Namespace, variants: dict[str, Variant | None]) -> dict[str, list[dict[str, Any]]]:
-    """The steps of each variant, in rounds."""
+Steps = dict[str, list[dict[str, Any]]]
+
+
+def measure(args: argparse.Namespace, variants: dict[str, Variant | None]) -> Iterator[Steps]:
+    """The steps of each variant so far, after each round."""
     weights = Weights(args)
     runs = {}
     for name, variant in variants.items():
         print(f"warming up {name}", flush=True)
         runs[name] = Run(weights, args, variant)
-    steps: dict[str, list[dict[str, Any]]] = {name: [] for name in runs}
+    steps: Steps = {name: [] for name in runs}
     names = list(runs)
     for number in range(args.steps):
         print(f"round {number + 1} of {args.steps}", flush=True)
         start = number % len(names)
         for name in names[start:] + names[:start]:
             steps[name].append(runs[name].step(number + 1))
-    return steps
+        yield steps
 
 
 def summarize(
-    steps: dict[str, list[dict[str, Any]]], memory: dict[str, dict[str, int]], variants: dict[str, Variant | None]
+    steps: Steps, memory: dict[str, dict[str, int]], variants: dict[str, Variant | None]
 ) -> dict[str, dict[str, Any]]:
     """Medians over the rounds with their spread, and ratios to GRPO's steps of the same round."""
     base = steps["GRPO"]
@@ -153,53 +155,6 @@ def ratios(steps: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str,
 
 def spread(values: list[float]) -> dict[str, Any]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "all": values}
-
-
-def predict(args: argparse.Namespace, variants: dict[str, Variant | None], results: dict[str, dict[str, Any]]) -> None:
-    """Add to each result what `gcpo plan` says of it, from the model's config and the rates of GRPO's own phases."""
-    on_gpu = torch.cuda.is_available()
-    config = transformers.AutoConfig.from_pretrained(args.folder)
-    architecture = Architecture.from_config(config)
-    base = results["GRPO"]
-    rows = args.prompts * args.num_generations
-    plain = make_config(args, Variant({"kappa": 0.0, "estimator": "none"}))
-    measured = Lengths(base["tokens"]["trained"] / rows - args.completion_tokens, args.completion_tokens, 0.0)
-    passes = grpo_passes(plain, measured, compact_head=on_gpu)
-    # Operations per second of the forward and backward; then bytes per second of what is left of the rollout.
-    unit = Device(1e-12, 1e30, 1.0, 1.0)
-    counted = plan_step(plain, architecture, passes, unit, args.dtype)
-    rate = counted.total("flops", "loss") / base["seconds"]["loss"]["median"]
-    prefill = sum(cost.flops for cost in counted.costs if cost.what == "prefill") / rate
-    read = sum(decode_bytes(item, architecture, plain, args.dtype, 1) for item in passes if item.mode == "decode")
-    left = max(base["seconds"]["rollout"]["median"] - prefill, 0.1 * base["seconds"]["rollout"]["median"])
-    device = Device(rate / 1e12, read / left / 1e9, 1.0, 1.0)
-    grpo = plan_step(plain, architecture, passes, device, args.dtype)
-    for name, result in results.items():
-        plan = grpo if name == "GRPO" else plan_variant(args, variants[name], architecture, measured, device)
-        result["predicted"] = {
-            "ratio": plan.total("seconds") / grpo.total("seconds"),
-            "seconds": {phase: plan.total("seconds", phase) for phase in PHASES},
-            "tokens": plan.tokens,
-            "scored": plan.scored,
-        }
-
-
-def plan_variant(
-    args: argparse.Namespace, variant: Variant | None, architecture: Architecture, measured: Lengths, device: Device
-) -> StepPlan:
-    config = make_config(args, variant)
-    assert isinstance(config, GCPOConfig)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.folder)
-    prompt = reasoning_gym_dataset("chain_sum", 1)["prompt"][0]
-    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
-    lengths = Lengths.measured(
-        PromptBuilder(tokenizer, config), prompt, ids, completion=args.completion_tokens, collider=args.collider_tokens
-    )
-    lengths = replace(lengths, prompt=measured.prompt)
-    savings = Savings.of(config, longest_context(config, lengths), compact_head=torch.cuda.is_available())
-    if not config.is_causal:  # GRPOReadingPromptsOnce
-        savings = replace(savings, prefills=True)
-    return plan_step(config, architecture, gcpo_passes(config, lengths, savings), device, args.dtype)
 
 
 def show(results: dict[str, dict[str, Any]]) -> str:
@@ -279,16 +234,27 @@ def main(argv: list[str] | None = None) -> None:
         if args.memory and not torch.cuda.is_available():
             print("measuring memory", flush=True)
             memory = cpu_memory(args, variants)
-        results = summarize(measure(args, variants), memory, variants)
-        predict(args, variants, results)
+        configs = plan_configs(args, variants)
+        results: dict[str, dict[str, Any]] = {}
+        rounds: list[tuple[float, float]] = []
+        began = time.time()
+        with Clocks(device()) as clocks:
+            for steps in measure(args, variants):
+                rounds.append((began, began := time.time()))
+                results = summarize(steps, memory, variants)
+                predict(args, configs, results)
+                if args.out is not None:  # after each round: a run that is stopped leaves what it had
+                    write(args, results, [clocks.during(*taken) for taken in rounds])
     print(show(results))
-    if args.out is not None:
-        left_out = ("folder", "out")
-        settings = {key: value for key, value in vars(args).items() if key not in left_out}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        content = {"environment": environment(), "settings": settings, "results": results}
-        args.out.write_text(json.dumps(content, indent=1) + "\n")
-        args.out.with_suffix(".md").write_text(show(results) + "\n")
+
+
+def write(args: argparse.Namespace, results: dict[str, dict[str, Any]], clocks: list[dict[str, Any]]) -> None:
+    """`args.out`, and the table beside it; `clocks` are of each round, the first with its warming up."""
+    left_out = ("folder", "out")
+    settings = {key: value for key, value in vars(args).items() if key not in left_out}
+    content = {"environment": environment(), "settings": settings, "results": results, "clocks": clocks}
+    write_json(content, args.out)
+    write_text(show(results) + "\n", args.out.with_suffix(".md"))
 
 
 if __name__ == "__main__":

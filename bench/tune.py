@@ -9,7 +9,6 @@ Nothing is changed: what wins goes into the sources by hand, with its before and
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,8 +23,11 @@ from tqdm import tqdm
 
 from bench import measure, run
 from bench.baselines import IMPLEMENTATIONS
+from bench.clocks import Clocks
+from bench.files import write_json
 from bench.gate import Gate, outcome
-from bench.registry import LEAVES, Case, cases, make_tensors
+from bench.memory import extra_memory
+from bench.registry import LEAVES, Case, cases, make_tensors, tiny_cases
 from gcpo_kernels import torch_backend
 
 OURS = IMPLEMENTATIONS[0]
@@ -116,9 +118,9 @@ def tile_passes(case: Case) -> Iterator[Setting]:
 Sweep = Callable[[Case], Iterator[Setting]]
 
 
-def sweeps(device: torch.device) -> Sequence[tuple[Case, str, Sweep]]:
+def sweeps(device: torch.device, tiny: bool = False) -> Sequence[tuple[Case, str, Sweep]]:
     """What is swept where: the first case of a kind stands for the others."""
-    known = cases(device)
+    known = tiny_cases(device) if tiny else cases(device)
     linear = [
         c for c in known if c.op == "linear_loss" and (c.objective, c.logits, c.masked) == ("grpo", "peaked", "none")
     ]
@@ -127,7 +129,7 @@ def sweeps(device: torch.device) -> Sequence[tuple[Case, str, Sweep]]:
     if device.type == "cpu":
         return [(c, "rows of a tile", tile_rows) for c in linear] + [(c, "blocks", cpu_blocks) for c in linear]
     found: list[tuple[Case, str, Sweep]] = [(c, "rows of a tile", tile_rows) for c in linear[:4]]
-    found += [(linear[1], "passes over a tile", tile_passes)]
+    found += [(c, "passes over a tile", tile_passes) for c in linear[1:2]]
     found += [(c, "slices", scoring_slices) for c in scoring[:4]]
     return found + [(c, "blocks", token_blocks) for c in tokens]
 
@@ -150,7 +152,7 @@ def sweep(case: Case, settings: list[Setting], device: torch.device, seconds: fl
         try:
             verdict = gate.check(OURS, setting.applied(outcome)(lambda: function(case, x), case, x))
             entry["problem"] = verdict.problem
-            entry["memory_bytes"] = measure.extra_memory(r, device)
+            entry["memory_bytes"] = extra_memory(r, device)
         except Exception as error:  # too many registers, too little memory: the other settings go on
             entry["problem"] = f"{type(error).__name__}: {error}".splitlines()[0]
         if not entry["problem"]:
@@ -184,6 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", help="default: an accelerator where there is one")
     parser.add_argument("--case", nargs="+", metavar="TEXT", help="only cases whose name has one of these in it")
+    parser.add_argument("--tiny", action="store_true", help="cases so small that their times say nothing")
     parser.add_argument("--seconds", type=float, default=0.3, help="of timing, per setting")
     parser.add_argument("--budget", type=float, help="seconds after which no further sweep is begun")
     parser.add_argument("--out", type=Path, help="JSON file to write")
@@ -192,17 +195,18 @@ def main(argv: list[str] | None = None) -> int:
     run.check_device(device)
     began = time.perf_counter()
     results: list[dict[str, Any]] = []
-    for case, what, make in tqdm(sweeps(device), file=sys.stderr, disable=None):
-        late = args.budget is not None and time.perf_counter() - began > args.budget
-        if late or (args.case and not any(text in case.key for text in args.case)):
-            continue
-        found = sweep(case, list(make(case)), device, args.seconds)
-        print(table(case, what, found), flush=True)
-        results.append({"key": case.key, "sweep": what, "settings": found})
-        if args.out is not None:  # after each, so that an end by a limit leaves what was measured
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            content = {"environment": run.environment(device), "sweeps": results}
-            args.out.write_text(json.dumps(content, indent=1) + "\n")
+    with Clocks(device) as clocks:
+        for case, what, make in tqdm(sweeps(device, args.tiny), file=sys.stderr, disable=None):
+            late = args.budget is not None and time.perf_counter() - began > args.budget
+            if late or (args.case and not any(text in case.key for text in args.case)):
+                continue
+            start = time.time()
+            found = sweep(case, list(make(case)), device, args.seconds)
+            print(table(case, what, found), flush=True)
+            seen = clocks.during(start, time.time())
+            results.append({"key": case.key, "sweep": what, "settings": found, "clocks": seen})
+            if args.out is not None:  # after each, so that an end by a limit leaves what was measured
+                write_json({"environment": run.environment(device), "sweeps": results}, args.out)
     return 0
 
 

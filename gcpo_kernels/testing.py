@@ -2,9 +2,9 @@
 Inputs and error budgets shared by the tests and the benchmarks.
 
 Inputs are drawn on the CPU in float64 and then cast, so that a seed means the same numbers on every device and in every
-type (but for `make_head_inputs`, whose sizes would not bear it). They look like training: the old policy, the reference
-and the contexts are the current policy plus noise, and both sides of the clip range are hit, per token and per
-sequence. Arguments travel as dicts of keyword arguments.
+type (but for `make_head_inputs`, whose sizes would not bear it, and where `on_device` is asked for). They look like
+training: the old policy, the reference and the contexts are the current policy plus noise, and both sides of the clip
+range are hit, per token and per sequence. Arguments travel as dicts of keyword arguments.
 """
 
 import math
@@ -46,25 +46,29 @@ def make_token_inputs(
     seed: int = 0,
     masked: str = "ragged",
     logp: torch.Tensor | None = None,
+    on_device: bool = False,
 ) -> dict[str, Any]:
     """
     Every tensor argument of `gcpo_loss`: (B, T) scores, (B,) advantages, (B, T, L) context_logp, (B, L)
-    context_weights, (B, T) importance_sampling_ratio. `logp`, (B, T), is drawn unless it is given.
+    context_weights, (B, T) importance_sampling_ratio. `logp`, (B, T), is drawn unless it is given. With `on_device`,
+    numbers are drawn on `device` in float32: fast at any size, and a seed means the same on one kind of device only.
 
     Sequence i has a positive advantage where i % 4 is 0 or 2, and a ratio well above 1 where it is 0 or 3, else well
     below: both clip sides, and both sides where the clip does not act.
     """
-    generator = torch.Generator().manual_seed(seed)
+    home = torch.device(device if on_device else "cpu")
+    wide = torch.float32 if on_device else torch.float64
+    drawn: dict[str, Any] = {"generator": torch.Generator(home).manual_seed(seed), "device": home, "dtype": wide}
 
     def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, **drawn)
 
     if logp is None:
-        logp = -torch.rand(batch, tokens, generator=generator, dtype=torch.float64).clamp(min=1e-3).log().abs() * 1.5
-    logp = logp.detach().cpu().double()
-    row = torch.arange(batch) % 4
-    sign = torch.where((row == 0) | (row == 2), 1.0, -1.0).double()
-    shift = torch.where((row == 0) | (row == 3), -1.0, 1.0).double() * _SEQUENCE_SHIFT
+        logp = -torch.rand(batch, tokens, **drawn).clamp(min=1e-3).log().abs() * 1.5
+    logp = logp.detach().to(home, wide)
+    row = torch.arange(batch, device=home) % 4
+    sign = torch.where((row == 0) | (row == 2), 1.0, -1.0).to(wide)
+    shift = torch.where((row == 0) | (row == 3), -1.0, 1.0).to(wide) * _SEQUENCE_SHIFT
     spread = noise(batch, tokens) * 0.25
     spread = spread - spread.mean(dim=1, keepdim=True) if tokens else spread
 
@@ -80,7 +84,7 @@ def make_token_inputs(
         "query_logp": near(old_logp, batch, tokens, scale=0.1),
         "causal_logp": near(logp, batch, tokens, scale=0.3),
         "context_logp": near(old_logp.unsqueeze(-1), batch, tokens, contexts, scale=0.4),
-        "context_weights": torch.rand(batch, contexts, generator=generator, dtype=torch.float64) * 2 / max(contexts, 1),
+        "context_weights": torch.rand(batch, contexts, **drawn) * 2 / max(contexts, 1),
         "importance_sampling_ratio": (0.2 * noise(batch, tokens)).exp(),
     }
     cast = {name: x.to(device=device, dtype=dtype) for name, x in inputs.items()}

@@ -7,18 +7,23 @@ import pytest
 import torch
 
 from bench import revision, step_overhead
-from bench.overhead_runs import MemoryAccount, Run, Weights, prepare_model, resident
+from bench.overhead_runs import MemoryAccount, Run, Weights, load_model, prepare_model, resident
 
 MIB = 1 << 20
 
 
 @pytest.mark.slow
-def test_step_overhead(tmp_path, capsys):
+def test_step_overhead(tmp_path, capsys, monkeypatch):
     out = tmp_path / "results" / "overhead.json"
+    written = []
+    write = step_overhead.write
+    monkeypatch.setattr(step_overhead, "write", lambda *given: (write(*given), written.append(out.read_text())))
     flags = "--model tiny --steps 2 --prompts 2 --num_generations 4 --batch_size 4 --completion_tokens 6".split()
     rows = ["GCPO, defaults", "prompts shared in training"]
     step_overhead.main([*flags, "--collider_tokens", "4", "--only", *rows, "--out", str(out)])
     content = json.loads(out.read_text())
+    assert [json.loads(text)["results"]["GRPO"]["ratio"]["all"] for text in written] == [[1.0], [1.0, 1.0]]
+    assert len(content["clocks"]) == 2
     results = content["results"]
     assert list(results) == ["GRPO", "GRPO, prompts shared", *rows]
     shared = [name for name in results if "ratio_shared" in results[name]]
@@ -134,3 +139,13 @@ def test_bad_flags(flags, capsys):
     with pytest.raises(SystemExit):
         step_overhead.main(flags)
     assert flags[0] in capsys.readouterr().err
+
+
+def test_random_weights_are_the_same_in_every_process(tmp_path):
+    """They are neither saved nor loaded."""
+    prepare_model("tiny", tmp_path)
+    first, second = (load_model(tmp_path, torch.float32) for _ in range(2))
+    assert not list(tmp_path.glob("*.safetensors")) and not first.training
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert len(first.model.layers[0].mlp.up_proj.weight.unique()) > 1000

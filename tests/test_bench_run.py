@@ -4,14 +4,13 @@ import json
 import math
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import gcpo_kernels
-from bench import baselines, gpu_programme, measure, registry, report, roofline, run, tune
+from bench import baselines, measure, registry, report, roofline, run, tune
 from bench.gate import Gate, Outcome, check, expected, outcome
 from bench.registry import Case
 from gcpo import cli
@@ -38,6 +37,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(measure, "FLUSH_BYTES", sizes)
     monkeypatch.setattr(measure, "COPY_BYTES", sizes)
     monkeypatch.setattr(measure, "MIN_ROUNDS", 2)
+    monkeypatch.setattr(measure, "SHORT_ROUNDS", 2)
     monkeypatch.setattr("bench.gate._BLOCK_BYTES", {"cpu": 8 * 131 * 4, "other": 8 * 131 * 4})
     monkeypatch.setattr(run, "cases", lambda device, quick: list(CASES.values()))
     with torch.compiler.set_stance("force_eager"):
@@ -168,6 +168,67 @@ def test_peaked_logits_are_like_a_models() -> None:
         make_head_inputs(4, 4, 4, logits="flat")
 
 
+def test_large_inputs_are_drawn_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32: a seed means the same numbers again, they are like those of small cases, and no float64 is made."""
+    case = Case("token_loss", batch=16, tokens=512, objective="gcpo")
+    small = registry.make_tensors(case, CPU)
+    monkeypatch.setattr(registry, "LARGE", case.rows)
+    drawn: list[torch.dtype] = []
+    randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *a, **k: drawn.append(k["dtype"]) or randn(*a, **k))
+    first, again, other = (registry.make_tensors(case, CPU, seed) for seed in (0, 0, 1))
+    assert set(drawn) == {torch.float32}
+    for name, x in first.items():
+        assert (x.shape, x.dtype) == (small[name].shape, small[name].dtype)
+        assert torch.equal(x, again[name])
+        if x.is_floating_point():
+            assert not torch.equal(x, other[name])
+            assert x.mean().item() == pytest.approx(small[name].mean().item(), abs=0.25)
+            assert x.std().item() == pytest.approx(small[name].std().item(), rel=0.2)
+    ratio = (first["logp"] - first["old_logp"]).exp()
+    assert (ratio > 1.2).any() and (ratio < 0.8).any()
+
+
+def test_implementations_are_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    case = Case("linear_loss", **HEAD, compiled=True)
+
+    def names(*flags: str) -> list[str]:
+        return [x.name for x in baselines.chosen(run.parser("p").parse_args(flags)).of(case)]
+
+    everyone = names()
+    assert {"gcpo", "TRL", "torch.compile", "Liger fused linear GRPO"} < set(everyone)
+    compiling = {"torch.compile", "Liger fused linear GRPO"}
+    assert names("--no_compile") == [name for name in everyone if name not in compiling]
+    assert names("--only", "TRL", "gcpo") == ["gcpo", "TRL"]
+    assert names("--without", "TRL", "eager PyTorch") == [n for n in everyone if n not in ("TRL", "eager PyTorch")]
+    for flag in ("--only", "--without"):
+        with pytest.raises(SystemExit):
+            names(flag, "Trl")
+    assert "invalid choice: 'Trl' (choose from" in capsys.readouterr().err
+    monkeypatch.setattr(run, "cases", lambda device, quick: [CASES["linear"]])
+    flags = ["--device", "cpu", "--seconds", "0.01", "--no_plots", "--only", "gcpo", "--out", str(tmp_path)]
+    assert run.main(flags) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"kernels.json", "kernels.md"}
+    (entry,) = json.loads((tmp_path / "kernels.json").read_text())["cases"]
+    assert [row["name"] for row in entry["results"]] == ["gcpo"]
+    assert entry["clocks"]["looks"] == 0 and entry["clocks"]["sm_mhz"] is None
+
+
+def test_the_table_says_what_clocks_did() -> None:
+    result = json.loads((report.RESULTS / "cpu" / report.FILE).read_text())
+    seen = {"sm_mhz": 1755.0, "sm_mhz_min": 1200.0, "memory_mhz": 2619.0, "power_w": 684.5, "temperature_c": 66.0}
+    result["cases"][0]["clocks"] = seen | {"looks": 9, "held_back_by": ["power cap", "power brake"]}
+    words = "SM clock 1,755 MHz (least 1,200), memory 2,619 MHz, 684 W, at most 66 °C"
+    assert f"{words}; held back by: power cap, power brake.\n" in report.table(result) + "\n"
+
+
+def test_the_token_sweep_comes_early() -> None:
+    """Before what a budget of minutes leaves out."""
+    keys = [c.key for c in registry.cases("cuda")]
+    sweep = [f"linear_loss/N={n},H=1536,V=151936/bfloat16/grpo" for n in (1024, 2048, 4096, 16_384)]
+    assert keys[4:8] == sweep
+
+
 def test_registry_has_the_published_shapes() -> None:
     found = {(c.op, c.rows, c.hidden, c.vocab, c.dtype) for c in registry.cases("cuda") if c.logits == "peaked"}
     shapes = [(16_384, 2048, 248_320), (8192, 1536, 151_936), (16_384, 3584, 152_064), (2048, 4096, 128_256)]
@@ -199,46 +260,6 @@ def test_work_is_what_must_be_done() -> None:
     tokens = 4 * 33  # logp, old, ref, query, 4 contexts, a mask of one byte; the derivative
     assert amounts["tokens"][0].bytes == (tokens * (4 * 8 + 1 + 4), tokens * 8)
     assert amounts["causal"][0].bytes == (3 * 4 * 16 * 4 * (1 + 4) + 3 * 4 * 4, 0)
-
-
-def test_rounds_alternate_and_slow_ones_leave(monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[str] = []
-    now = [0.0]
-    takes = {"floor": 1.0, "quick": 2.0, "slow": 9.0, "endless": 500.0}
-    monkeypatch.setattr(measure, "MAX_ROUNDS", 20)
-    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-
-    def make(name: str) -> measure.Runner:
-        def forward() -> None:
-            order.append(name)
-            now[0] += takes[name]
-
-        return measure.Runner(forward)
-
-    runners = {name: make(name) for name in takes}
-    measure.alternate(runners, CPU, seconds=10.0)
-    counts = {name: len(r.samples) for name, r in runners.items()}
-    assert counts == {"floor": 5, "quick": 5, "slow": 2, "endless": 1}
-    assert order[:4] == list(takes) and order[4:7] == ["floor", "quick", "slow"]
-    amount = measure.Work(flops=(100, 0))
-    found = measure.times(runners["quick"], runners["floor"], (0.5, 0.0), amount)["forward"]
-    assert found["to_floor"] == 4.0 and found["median"] == 2000.0 and found["per_second"] == 50.0
-
-
-def test_extra_memory_counts_temporaries_and_not_results() -> None:
-    size = 32 << 20
-
-    def with_temporary() -> torch.Tensor:
-        temporary = torch.ones(size // 4)
-        return temporary[:1024].clone()
-
-    mebibyte = 1 << 20
-    seen = [measure.extra_memory(measure.Runner(f), CPU) for f in (with_temporary, lambda: torch.ones(size // 4))]
-    if seen[0] is None:
-        pytest.skip("the peak of resident memory cannot be reset here")
-    assert seen[1] is not None
-    assert abs(seen[0] - size) < 4 * mebibyte
-    assert seen[1] < 4 * mebibyte
 
 
 def test_files_and_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -294,61 +315,6 @@ def test_a_case_that_cannot_run_leaves_the_others(monkeypatch: pytest.MonkeyPatc
     assert len([e for e in json.loads((tmp_path / "kernels.json").read_text())["cases"] if "floor" in e]) == 2
 
 
-def test_device_time_excludes_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CUDA device: a flush and a sleep before the first event, one event after each phase."""
-    order: list[str] = []
-
-    class Event:
-        def __init__(self, enable_timing: bool):
-            self.at = 0
-
-        def record(self) -> None:
-            self.at = len(order)
-            order.append("event")
-
-        def elapsed_time(self, later: "Event") -> float:
-            return later.at - self.at
-
-    cycles: list[int] = []
-    fake = SimpleNamespace(
-        Event=Event,
-        _sleep=lambda n: (order.append("sleep"), cycles.append(n)),
-        synchronize=lambda: order.append("wait"),
-    )
-    monkeypatch.setattr(torch, "cuda", fake)
-    clock = object.__new__(measure._Clock)
-    clock.device = SimpleNamespace(type="cuda")  # type: ignore[assignment]
-    clock.flush = SimpleNamespace(zero_=lambda: order.append("flush"))  # type: ignore[assignment]
-    r = measure.Runner(lambda: order.append("forward"), lambda out: order.append("backward"))
-    r.before = lambda: order.append("before")
-    clock.time(r)
-    assert order == ["before", "flush", "sleep", "event", "forward", "event", "backward", "event", "wait"]
-    assert r.samples == [(2e-3, 2e-3)] and len(r.host) == 1 and cycles == [int(2e9 * 2e-4)]
-
-
-def test_device_memory_is_the_peak_beyond_inputs_and_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    held, peak = [1000], [0]
-
-    def forward() -> torch.Tensor:
-        peak[0] = held[0] + 700
-        return torch.ones(25)  # 100 bytes
-
-    fake = SimpleNamespace(
-        synchronize=lambda: None,
-        reset_peak_memory_stats=lambda device: peak.__setitem__(0, held[0]),
-        memory_allocated=lambda device: held[0],
-        max_memory_allocated=lambda device: peak[0],
-    )
-    monkeypatch.setattr(torch, "cuda", fake)
-    device: Any = SimpleNamespace(type="cuda")
-    assert measure.extra_memory(measure.Runner(forward), device) == 600
-    gradients = measure.Runner(forward, lambda out: (torch.ones(50), torch.ones(25)))
-    assert measure.extra_memory(gradients, device) == 300
-    shared = torch.ones(50)  # a gradient written over an input was there before
-    inputs = frozenset({shared.untyped_storage().data_ptr()})
-    assert measure.extra_memory(measure.Runner(forward, lambda out: (shared,), inputs=inputs), device) == 600
-
-
 def test_what_the_budget_leaves_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = [CASES["tokens"], CASES["causal"]]
     *_, result = run.run_all(chosen, CPU, 0.0, budget=-1.0)
@@ -395,31 +361,6 @@ def test_gcpo_bench(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         run.main(["--device", "cuda:99"])
 
 
-def test_programme_survives_its_parts(tmp_path: Path, capsys: Any) -> None:
-    def part(name: str, code: str, limit: float = 60.0, needs: str = "") -> gpu_programme.Part:
-        return gpu_programme.Part(name, (sys.executable, "-c", code), limit, needs)
-
-    parts = [
-        part("fails", "print('the reason'); raise SystemExit(3)"),
-        part("hangs", "import time; print('begun', flush=True); time.sleep(60)", limit=6.0),
-        part("absent", "", needs="bench/no_such_file"),
-        part("writes", "import sys; open(r'{out}/made', 'w').write('x'); print('done')"),
-    ]
-    assert gpu_programme.run_parts(parts, tmp_path / "all", limit=100.0) == 1
-    summary = json.loads((tmp_path / "all" / "summary.json").read_text())
-    found = {entry["name"]: (entry["status"], entry["last_line"]) for entry in summary["parts"]}
-    assert found["fails"] == ("failed", "the reason")
-    assert found["hangs"] == ("too long", "begun")
-    assert found["absent"] == ("skipped", "bench/no_such_file is not here")
-    assert found["writes"] == ("ok", "done")
-    assert (tmp_path / "all" / "made").exists() and (tmp_path / "all" / "fails.log").exists()
-    assert gpu_programme.run_parts(parts[-1:], tmp_path / "late", limit=1.0) == 1
-    assert json.loads((tmp_path / "late" / "summary.json").read_text())["parts"][0]["status"] == "no time"
-    whole = gpu_programme.PARTS
-    assert {"tests", "kernels", "step_overhead", "sanitizer"} <= {x.name for x in whole}
-    assert sum(x.limit for x in whole if x.name in ("doctor", "tests", "kernels", "step_overhead")) <= 570
-
-
 def test_tuning_checks_and_times_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     case = CASES["linear"]
     seen: list[int] = []
@@ -435,7 +376,7 @@ def test_tuning_checks_and_times_settings(tmp_path: Path, monkeypatch: pytest.Mo
     for cases in (tune.sweeps(CPU), tune.sweeps(torch.device("cuda"))):
         for swept, _, make in cases:
             assert list(make(swept))
-    monkeypatch.setattr(tune, "sweeps", lambda device: [(case, "rows", lambda case: iter([three]))])
+    monkeypatch.setattr(tune, "sweeps", lambda device, tiny: [(case, "rows", lambda case: iter([three]))])
     assert tune.main(["--device", "cpu", "--seconds", "0", "--out", str(tmp_path / "tune.json")]) == 0
     assert "| 3 rows | " in capsys.readouterr().out
     content = json.loads((tmp_path / "tune.json").read_text())

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -260,3 +261,11 @@ def test_an_explicit_request_does_not_fall_back() -> None:
         with pytest.raises(ValueError, match="`backend`"):
             getattr(gcpo_kernels, name)(**arguments, backend="triton")
     assert gcpo_kernels.available_backends("cpu") == ("torch",)
+
+
+def test_the_interpreters_tests_say_why_they_are_skipped() -> None:
+    """Triton 3.6 compiles every kernel, and its interpreter fails with NumPy 2.4."""
+    why_not = runpy.run_path(str(ROOT / "tests" / "triton" / "conftest.py"))["why_not"]
+    assert "NumPy 2.4" in why_not(True, "3.6.0", "2.4.6")
+    assert why_not(True, "3.6.0", "2.3.5") == why_not(True, "3.7.1", "2.4.6") == ""
+    assert "TRITON_INTERPRET=1" in why_not(False, "3.7.1", "2.4.6")
