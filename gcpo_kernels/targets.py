@@ -103,28 +103,35 @@ def specimens() -> list[Specimen]:
                 num_warps=8,
             ),
         ]
-    for hidden in (64, 576, 3584):
-        flags = {
-            "HAS_INDEX": True,
-            "HAS_MASK": True,
-            "LEAVE_ONE_OUT": True,
-            "SIMILARITY": causal.EUCLIDEAN,
-            "H": hidden,
-            "BLOCK_H": causal.block_h(hidden),
-        }
-        types = {"z_ptr": "*bf16", "ctx_ptr": "*bf16", "index_ptr": "*i64"}
+    for candidates, hidden in ((4, 64), (8, 64), (16, 64), (4, 3584), (8, 576), (8, 3584), (16, 3584), (32, 3584)):
+        tile = causal.tiling(candidates, hidden)
+        sizes = {"H": hidden, "ONE_SLICE": candidates <= tile["N_TILE"], **tile}
+        flags = {"HAS_INDEX": True, "HAS_MASK": True, "LEAVE_ONE_OUT": True, **sizes}
+        types = {"z_ptr": "*bf16", "ctx_ptr": "*bf16", "index_ptr": "*i64", "samples": "i32"}
         written = {"d_z_ptr": "*bf16", "d_ctx_ptr": "*bf16"}
-        sizes = {"H": hidden, "BLOCK_H": causal.block_h(hidden)}
+        label = f"n {candidates}, H {hidden}"
         found += [
-            Specimen(f"causal_weights (H {hidden})", causal.causal_weights_kernel, flags, types),
+            Specimen(f"causal_weights ({label})", causal.causal_weights_kernel, flags, types),
             Specimen(
-                f"causal_weights_backward (H {hidden})",
+                f"causal_weights_backward ({label})",
                 causal.causal_weights_backward_kernel,
-                {**flags, "NEED_CONTEXT": True},
+                {**flags, "NEED_CONTEXT": True, "SIMILARITY": causal.EUCLIDEAN},
                 {**types, **written},
             ),
-            Specimen(f"leave_one_out (H {hidden})", causal.leave_one_out_kernel, sizes, {"z_ptr": "*bf16"}),
+            Specimen(
+                f"leave_one_out ({label})",
+                causal.leave_one_out_kernel,
+                sizes,
+                {"z_ptr": "*bf16"},
+            ),
         ]
+    found.append(
+        Specimen(
+            "causal_weights_finish",
+            causal.causal_weights_finish_kernel,
+            {"SIMILARITY": causal.EUCLIDEAN, "BLOCKS": 28, "B_TILE": 16, "ROW_TILE": 32},
+        )
+    )
     return found
 
 
