@@ -103,35 +103,39 @@ def specimens() -> list[Specimen]:
                 num_warps=8,
             ),
         ]
-    for candidates, hidden in ((4, 64), (8, 64), (16, 64), (4, 3584), (8, 576), (8, 3584), (16, 3584), (32, 3584)):
-        tile = causal.tiling(candidates, hidden)
-        sizes = {"H": hidden, "ONE_SLICE": candidates <= tile["N_TILE"], **tile}
-        flags = {"HAS_INDEX": True, "HAS_MASK": True, "LEAVE_ONE_OUT": True, **sizes}
-        types = {"z_ptr": "*bf16", "ctx_ptr": "*bf16", "index_ptr": "*i64", "samples": "i32"}
-        written = {"d_z_ptr": "*bf16", "d_ctx_ptr": "*bf16"}
-        label = f"n {candidates}, H {hidden}"
+    for candidates, hidden, narrow in (
+        (8, 64, True),
+        (4, 3584, True),
+        (8, 576, True),
+        (8, 3584, True),
+        (16, 3584, True),
+        (64, 3584, True),
+        (4, 3584, False),
+        (8, 3584, False),
+        (16, 3584, False),
+    ):
+        element = "*bf16" if narrow else "*fp32"
+        forward = causal.tiling(candidates, hidden, causal.TILE_BYTES // (2 if narrow else 4))
+        backward = causal.tiling(candidates, hidden, causal.TILE_ELEMENTS)
+        flags = {"HAS_INDEX": True, "HAS_MASK": True, "LEAVE_ONE_OUT": True}
+        types = {"z_ptr": element, "ctx_ptr": element, "index_ptr": "*i64", "samples": "i32"}
+        label = f"n {candidates}, H {hidden}" + ("" if narrow else ", float32")
         found += [
-            Specimen(f"causal_weights ({label})", causal.causal_weights_kernel, flags, types),
+            Specimen(f"causal_weights ({label})", causal.causal_weights_kernel, {**flags, **forward}, types),
             Specimen(
                 f"causal_weights_backward ({label})",
                 causal.causal_weights_backward_kernel,
-                {**flags, "NEED_CONTEXT": True, "SIMILARITY": causal.EUCLIDEAN},
-                {**types, **written},
-            ),
-            Specimen(
-                f"leave_one_out ({label})",
-                causal.leave_one_out_kernel,
-                sizes,
-                {"z_ptr": "*bf16"},
+                {**flags, **backward, "NEED_CONTEXT": True, "SIMILARITY": causal.EUCLIDEAN},
+                {**types, "d_z_ptr": element, "d_ctx_ptr": element},
             ),
         ]
-    found.append(
-        Specimen(
-            "causal_weights_finish",
-            causal.causal_weights_finish_kernel,
-            {"SIMILARITY": causal.EUCLIDEAN, "BLOCKS": 28, "B_TILE": 16, "ROW_TILE": 32},
-        )
-    )
+        if narrow:
+            found.append(
+                Specimen(f"leave_one_out ({label})", causal.leave_one_out_kernel, backward, {"z_ptr": element})
+            )
+    finish = {"SIMILARITY": causal.EUCLIDEAN, "BLOCKS": 28}
+    finish |= dict(zip(("B_TILE", "ROW_TILE"), causal.FINISH_TILE, strict=True))
+    found.append(Specimen("causal_weights_finish", causal.causal_weights_finish_kernel, finish))
     return found
 
 

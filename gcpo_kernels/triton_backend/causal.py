@@ -15,19 +15,21 @@ from gcpo_kernels.triton_backend.causal_kernels import (
 
 COSINE, EUCLIDEAN, GAUSSIAN = 0, 1, 2
 _SIMILARITY = {"cosine": COSINE, "euclidean": EUCLIDEAN, "gaussian": GAUSSIAN}
-_FINISH_TILE = (16, 32)  # blocks and candidates that one program of the finishing kernel loads at once
+# Bytes of a sample of the forward's tile. With four of them on their way a processor that runs three programs has the
+# 32 KB and more in flight that its share of an H200's bandwidth needs; larger tiles would leave processors without one.
+TILE_BYTES = 8192
+TILE_ELEMENTS = 2048  # of the tile where gradients and inputs share the registers
+FINISH_TILE = (16, 32)  # blocks and candidates that one program of the finishing kernel loads at once
 
 
-def tiling(candidates: int, hidden: int) -> dict[str, int]:
-    """
-    How a program cuts a group: N_TILE candidates by BLOCK_H of the hidden dimension, S_TILE samples of each at a time.
-
-    A tile of 2,048 is sixteen elements a thread, two loads of 128 bits in bfloat16: small enough that four samples
-    of it, z and the target stay in registers, and that five programs share a processor.
-    """
+def tiling(candidates: int, hidden: int, elements: int) -> dict[str, int]:
+    """N_TILE candidates by BLOCK_H of the hidden dimension: the tile, of at most `elements`, of one program."""
     n_tile = 4 if candidates <= 4 else 8 if candidates <= 8 else 16
-    block_h = min(2048 // n_tile, max(16, triton.next_power_of_2(hidden)))
-    return {"N_TILE": n_tile, "BLOCK_H": block_h}
+    one_slice = candidates <= n_tile
+    if not one_slice:  # the loop over slices takes registers too
+        elements //= 2
+    block_h = min(elements // n_tile, max(16, triton.next_power_of_2(hidden)))
+    return {"ONE_SLICE": one_slice, "H": hidden, "N_TILE": n_tile, "BLOCK_H": block_h}
 
 
 def coefficients(context_mask: torch.Tensor) -> torch.Tensor:
@@ -52,7 +54,7 @@ class CausalArguments(NamedTuple):
     similarity: str
 
 
-def _arguments(x: CausalArguments) -> tuple[list, list, dict]:
+def _arguments(x: CausalArguments) -> tuple[list, list, dict[str, bool]]:
     """Pointers, sizes and flags, as forward and backward take them."""
     p, n, l, m, hidden = x.context_z.shape
     strides = x.z.stride()
@@ -64,30 +66,27 @@ def _arguments(x: CausalArguments) -> tuple[list, list, dict]:
         x.context_z,
         x.z if x.context_mask is None else coefficients(x.context_mask),
     ]
-    tile = tiling(n, hidden)
     flags = {
         "HAS_INDEX": x.row_index is not None,
         "HAS_MASK": x.context_mask is not None,
         "LEAVE_ONE_OUT": x.baseline == "loo",
-        "ONE_SLICE": n <= tile["N_TILE"],
-        "H": hidden,
-        **tile,
     }
     return pointers, [*strides, *x.context_z.stride(), n, l * m, m, p * n], flags
 
 
 def causal_weights_forward(x: CausalArguments) -> tuple[torch.Tensor, torch.Tensor]:
     """Upsilon (P, n) float32, and what the backward needs, (3, P * n): two launches."""
-    p, n = x.context_z.shape[:2]
+    p, n, _, _, hidden = x.context_z.shape
     upsilon = torch.empty(p, n, dtype=torch.float32, device=x.z.device)
     saved = torch.empty(3, p * n, dtype=torch.float32, device=x.z.device)
     if p * n:
         pointers, sizes, flags = _arguments(x)
-        blocks = triton.cdiv(flags["H"], flags["BLOCK_H"])
+        tile = tiling(n, hidden, TILE_BYTES // x.context_z.element_size())
+        blocks = triton.cdiv(hidden, tile["BLOCK_H"])
         parts = torch.empty(3, blocks, p * n, dtype=torch.float32, device=x.z.device)
         if blocks:
-            causal_weights_kernel[(p * blocks,)](*pointers, parts, *sizes, **flags, num_warps=4)
-        causal_weights_finish_kernel[(triton.cdiv(p * n, _FINISH_TILE[1]),)](
+            causal_weights_kernel[(p * blocks,)](*pointers, parts, *sizes, **flags, **tile, num_warps=4)
+        causal_weights_finish_kernel[(triton.cdiv(p * n, FINISH_TILE[1]),)](
             parts,
             upsilon,
             saved,
@@ -95,8 +94,8 @@ def causal_weights_forward(x: CausalArguments) -> tuple[torch.Tensor, torch.Tens
             x.alpha,
             SIMILARITY=_SIMILARITY[x.similarity],
             BLOCKS=blocks,
-            B_TILE=_FINISH_TILE[0],
-            ROW_TILE=_FINISH_TILE[1],
+            B_TILE=FINISH_TILE[0],
+            ROW_TILE=FINISH_TILE[1],
             num_warps=4,
         )
     return upsilon, saved
@@ -112,7 +111,8 @@ def causal_weights_backward(
     d_context = torch.empty(shape, dtype=x.context_z.dtype, device=x.z.device)
     if p * n * hidden:
         pointers, sizes, flags = _arguments(x)
-        causal_weights_backward_kernel[(p * triton.cdiv(hidden, flags["BLOCK_H"]),)](
+        tile = tiling(n, hidden, TILE_ELEMENTS)
+        causal_weights_backward_kernel[(p * triton.cdiv(hidden, tile["BLOCK_H"]),)](
             g.to(torch.float32).contiguous(),
             *pointers,
             saved,
@@ -123,6 +123,7 @@ def causal_weights_backward(
             NEED_CONTEXT=need_context,
             SIMILARITY=_SIMILARITY[x.similarity],
             **flags,
+            **tile,
             num_warps=4,
         )
     return d_z, d_context
@@ -133,16 +134,6 @@ def leave_one_out(z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     p, n, hidden = z.shape
     out = torch.empty(z.shape, dtype=dtype, device=z.device)
     if out.numel():
-        tile = tiling(n, hidden)
-        leave_one_out_kernel[(p * triton.cdiv(hidden, tile["BLOCK_H"]),)](
-            z,
-            out,
-            *z.stride(),
-            n,
-            ONE_SLICE=n <= tile["N_TILE"],
-            H=hidden,
-            N_TILE=tile["N_TILE"],
-            BLOCK_H=tile["BLOCK_H"],
-            num_warps=4,
-        )
+        tile = tiling(n, hidden, TILE_ELEMENTS)
+        leave_one_out_kernel[(p * triton.cdiv(hidden, tile["BLOCK_H"]),)](z, out, *z.stride(), n, **tile, num_warps=4)
     return out

@@ -1,10 +1,10 @@
 """
-Kernels of leave-one-out means and causal weights (eq. 11): every representation is read once from memory, sums are float32.
+Kernels of the leave-one-out mean and the causal weights (eq. 11): sums are float32, and memory is read once.
 
-A program has one block of the hidden dimension of one prompt. Its candidates are the rows of a tile, so that their sum
-needs no second read, and several samples of all candidates are loaded together, because memory idles while one load
-waits for another. Upsilon needs sums over the whole hidden dimension: the programs leave their parts, and a second
-launch adds them in a fixed order. A group larger than the tile is read in slices, and twice.
+A program has one block of the hidden dimension of one prompt. The prompt's candidates are the rows of its tile, so
+that their sum needs no second read, and the next samples of all candidates are on their way while one is added. Upsilon
+takes sums over the whole hidden dimension: the programs leave their parts, and a second launch adds them, in a fixed
+order. A group larger than the tile is read slice after slice, once more for its sum.
 
 Zbar_i - Zprime_i is linear in the context samples: sample s = l m + j has the coefficient
     coefficient(i, s) = [l = 0] / count(i, 0) - 1 / (contexts that hold a sample * count(i, l)),
@@ -13,6 +13,10 @@ which without a mask is ([l = 0] - 1 / L) / m. Forward and backward are sums wit
 
 import triton
 import triton.language as tl
+
+# Of a loop over samples: one is added while the next four are read, as asynchronous copies to shared memory where the
+# processor has them. Loads to registers would not stay so far ahead: the assembler moves them next to their use.
+SAMPLE_STAGES = tl.constexpr(5)
 
 
 @triton.jit
@@ -38,15 +42,18 @@ def _group_sum(z_tensor, p, h, n, HAS_INDEX: tl.constexpr, H: tl.constexpr, N_TI
 
 @triton.jit
 def _coefficients(coefficients_ptr, row, exists, s, samples, m, HAS_MASK: tl.constexpr):
-    """Of sample s of the candidates in `row`, and whose is there, both [N_TILE]."""
+    """Of sample s of the candidates in `row`, and whose sample is there, both [N_TILE]."""
     if HAS_MASK:
         # NaN marks a sample that is not there: it is not read. One with a coefficient of 0 is: it may be NaN.
-        c = tl.load(coefficients_ptr + row * samples + s, mask=exists, other=float("nan"))
+        c = tl.load(coefficients_ptr + (row * samples + s), mask=exists, other=float("nan"))
         there = c == c
-        return tl.where(there, c, 0.0), there
-    contexts = (samples // m).to(tl.float32)
-    c = (tl.where(s < m, 1.0, 0.0) - 1.0 / contexts) * (1.0 / m.to(tl.float32))
-    return tl.zeros(exists.shape, tl.float32) + c, exists
+        c = tl.where(there, c, 0.0)
+    else:
+        there = exists
+        contexts = (samples // m).to(tl.float32)
+        c = (tl.where(s < m, 1.0, 0.0) - 1.0 / contexts) * (1.0 / m.to(tl.float32))
+        c += tl.zeros(exists.shape, tl.float32)
+    return c, there
 
 
 @triton.jit
@@ -72,15 +79,15 @@ def _load_target(
     rows = ctx_ptr + (i * stride_n)[:, None] + (h * stride_h)[None, :]  # [N_TILE, BLOCK_H]
     t = tl.zeros(z.shape, tl.float32)
     offset = p * stride_p
-    j = 0
-    for s in tl.range(0, samples, num_stages=4):
+    j = 0  # of sample s = l m + j: counting is cheaper than a division
+    for s in tl.range(0, samples, num_stages=SAMPLE_STAGES):
         c, there = _coefficients(coefficients_ptr, p * n + i, i < n, s, samples, m, HAS_MASK)
         x = tl.load(rows + offset, mask=there[:, None] & (h < H)[None, :], other=0.0)  # [N_TILE, BLOCK_H]
         t += c[:, None] * x.to(tl.float32)
         j += 1
         offset += tl.where(j == m, stride_l - (m - 1).to(tl.int64) * stride_m, stride_m)
         j = tl.where(j == m, 0, j)
-    # Programs exchange rows for this sum: not before the samples are on their way.
+    # The threads exchange rows for this sum, so it comes after the first samples have been asked for.
     if ONE_SLICE:
         group = tl.sum(z, axis=0)
     if LEAVE_ONE_OUT:
