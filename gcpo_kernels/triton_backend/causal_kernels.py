@@ -222,20 +222,21 @@ def causal_weights_finish_kernel(
 
 
 @triton.jit
-def _gradients(z, t, g_ptr, saved_ptr, row, exists, rows, alpha, SIMILARITY: tl.constexpr):
-    """Gradients in the targets of a slice of candidates, and in z while the targets are held."""
-    dot = tl.load(saved_ptr + row, mask=exists, other=0.0)  # [N_TILE]
+def _load_slopes(g_ptr, saved_ptr, row, exists, rows, alpha, SIMILARITY: tl.constexpr):
+    """
+    Of candidates in `row`, [N_TILE] each: what the gradient of the cosine is multiplied by, 1 / (|z||t|), and the
+    cosine over |z|^2 and over |t|^2. d cosine / d t = z / (|z||t|) - cosine t / |t|^2, and so for z; under the floor
+    the norms are constants.
+    """
+    dot = tl.load(saved_ptr + row, mask=exists, other=0.0)
     z2 = tl.load(saved_ptr + rows + row, mask=exists, other=0.0)
     t2 = tl.load(saved_ptr + 2 * rows + row, mask=exists, other=0.0)
     cosine, norm, floored = _cosine(dot, z2, t2)
     _, slope = _similarity(cosine, SIMILARITY)
     g = tl.load(g_ptr + row, mask=exists, other=0.0) * alpha * slope
-    # d cosine / d t = z / (|z||t|) - cosine t / |t|^2; under the floor the norms are constants.
-    pull_t = tl.where(floored, 0.0, cosine / tl.where(t2 > 0.0, t2, 1.0))
     pull_z = tl.where(floored, 0.0, cosine / tl.where(z2 > 0.0, z2, 1.0))
-    d_target = g[:, None] * (z / norm[:, None] - pull_t[:, None] * t)
-    d_z = g[:, None] * (t / norm[:, None] - pull_z[:, None] * z)
-    return tl.where(exists[:, None], d_target, 0.0), d_z
+    pull_t = tl.where(floored, 0.0, cosine / tl.where(t2 > 0.0, t2, 1.0))
+    return g, 1.0 / norm, pull_z, pull_t
 
 
 @triton.jit(do_not_specialize=["n", "samples", "m", "rows"])
@@ -289,6 +290,7 @@ def causal_weights_backward_kernel(
         for i0 in range(0, N_TILE if ONE_SLICE else n, N_TILE):
             i = i0 + tl.arange(0, N_TILE).to(tl.int64)
             row = p * n + i
+            g, inverse, pull_z, pull_t = _load_slopes(g_ptr, saved_ptr, row, i < n, rows, alpha, SIMILARITY)
             z, t = _load_target(
                 z_tensor,
                 ctx_tensor,
@@ -305,10 +307,12 @@ def causal_weights_backward_kernel(
                 ONE_SLICE,
                 H,
             )
-            d_target, d_z = _gradients(z, t, g_ptr, saved_ptr, row, i < n, rows, alpha, SIMILARITY)
+            d_target = g[:, None] * (inverse[:, None] * z - pull_t[:, None] * t)  # [N_TILE, BLOCK_H]
+            d_target = tl.where((i < n)[:, None], d_target, 0.0)
             if ONE_SLICE or last == 0:
                 d_target_sum += tl.sum(d_target, axis=0)
             if last == 1:
+                d_z = g[:, None] * (inverse[:, None] * t - pull_z[:, None] * z)
                 if LEAVE_ONE_OUT:
                     d_z += (d_target_sum[None, :] - d_target) * (1.0 / (n - 1).to(tl.float32))
                 else:
