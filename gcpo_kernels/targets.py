@@ -103,18 +103,9 @@ def specimens() -> list[Specimen]:
                 num_warps=8,
             ),
         ]
-    for candidates, hidden, narrow in (
-        (8, 64, True),
-        (4, 3584, True),
-        (8, 576, True),
-        (8, 3584, True),
-        (16, 3584, True),
-        (64, 3584, True),
-        (4, 3584, False),
-        (8, 3584, False),
-        (16, 3584, False),
-    ):
-        element = "*bf16" if narrow else "*fp32"
+    wide = [(n, 3584, element) for element in ("*bf16", "*fp32") for n in (8, 16, 64)]
+    for candidates, hidden, element in [(8, 64, "*bf16"), (8, 576, "*bf16"), *wide]:
+        narrow = element == "*bf16"
         forward = causal.tiling(candidates, hidden, causal.TILE_BYTES // (2 if narrow else 4))
         backward = causal.tiling(candidates, hidden, causal.TILE_ELEMENTS)
         flags = {"HAS_INDEX": True, "HAS_MASK": True, "LEAVE_ONE_OUT": True}

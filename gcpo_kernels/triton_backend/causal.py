@@ -24,7 +24,7 @@ FINISH_TILE = (16, 32)  # blocks and candidates that one program of the finishin
 
 def tiling(candidates: int, hidden: int, elements: int) -> dict[str, int]:
     """N_TILE candidates by BLOCK_H of the hidden dimension: the tile, of at most `elements`, of one program."""
-    n_tile = 4 if candidates <= 4 else 8 if candidates <= 8 else 16
+    n_tile = 8 if candidates <= 8 else 16
     one_slice = candidates <= n_tile
     if not one_slice:  # the loop over slices takes registers too
         elements //= 2

@@ -290,7 +290,6 @@ def causal_weights_backward_kernel(
         for i0 in range(0, N_TILE if ONE_SLICE else n, N_TILE):
             i = i0 + tl.arange(0, N_TILE).to(tl.int64)
             row = p * n + i
-            g, inverse, pull_z, pull_t = _load_slopes(g_ptr, saved_ptr, row, i < n, rows, alpha, SIMILARITY)
             z, t = _load_target(
                 z_tensor,
                 ctx_tensor,
@@ -307,6 +306,7 @@ def causal_weights_backward_kernel(
                 ONE_SLICE,
                 H,
             )
+            g, inverse, pull_z, pull_t = _load_slopes(g_ptr, saved_ptr, row, i < n, rows, alpha, SIMILARITY)
             d_target = g[:, None] * (inverse[:, None] * z - pull_t[:, None] * t)  # [N_TILE, BLOCK_H]
             d_target = tl.where((i < n)[:, None], d_target, 0.0)
             if ONE_SLICE or last == 0:
