@@ -56,7 +56,7 @@ class CausalArguments(NamedTuple):
 
 def _arguments(x: CausalArguments) -> tuple[list, list, dict[str, bool]]:
     """Pointers, sizes and flags, as forward and backward take them."""
-    p, n, l, m, hidden = x.context_z.shape
+    p, n, l, m = x.context_z.shape[:4]
     strides = x.z.stride()
     if x.row_index is None:
         strides = (*strides[:2], 0, strides[2])

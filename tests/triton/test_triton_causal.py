@@ -125,14 +125,15 @@ def test_nothing(sizes: tuple[int, ...], similarity: str) -> None:
     """No prompts, no candidates, no hidden dimension: what the reference gives."""
     p, n, l, m, hidden = sizes
     inputs = {"z": torch.zeros(p, n, hidden), "context_z": torch.zeros(p, n, l, m, hidden)}
-    for got, want in zip(*(gradients(inputs, backend, similarity=similarity) for backend in ("triton", "torch"))):
+    results = [gradients(inputs, backend, similarity=similarity) for backend in ("triton", "torch")]
+    for got, want in zip(*results, strict=True):
         assert torch.equal(got, want)
     assert gcpo_kernels.leave_one_out_mean(inputs["z"]).shape == inputs["z"].shape
 
 
 def test_results_repeat(small_blocks: None) -> None:
     """Bit for bit, and whatever other prompts are in the batch."""
-    inputs = make_representations(3, 3, 3, 1, 10)
+    inputs: dict[str, Any] = make_representations(3, 3, 3, 1, 10)
     first = gradients(inputs)
     for got, want in zip(gradients(inputs), first, strict=True):
         assert torch.equal(got, want)
