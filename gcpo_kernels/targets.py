@@ -136,28 +136,30 @@ def specimens() -> list[Specimen]:
                 flags = {"DIVIDE_BY": 0, "ITEMS_ON_DEVICE": False, "BLOCKS": blocks, "BLOCK_B": 1024 // blocks}
                 found.append(Specimen(f"token_loss_finish ({blocks})", token_loss.token_loss_finish_kernel, flags))
     found += _on_logits() + _products()
-    for hidden in (64, 576, 3584):
-        flags = {
-            "HAS_INDEX": True,
-            "HAS_MASK": True,
-            "LEAVE_ONE_OUT": True,
-            "SIMILARITY": causal.EUCLIDEAN,
-            "H": hidden,
-            "BLOCK_H": causal.block_h(hidden),
-        }
-        types = {"z_ptr": "*bf16", "ctx_ptr": "*bf16", "index_ptr": "*i64"}
-        written = {"d_z_ptr": "*bf16", "d_ctx_ptr": "*bf16"}
-        sizes = {"H": hidden, "BLOCK_H": causal.block_h(hidden)}
+    wide = [(n, 3584, element) for element in ("*bf16", "*fp32") for n in (8, 16, 64)]
+    for candidates, hidden, element in [(8, 64, "*bf16"), (8, 576, "*bf16"), *wide]:
+        narrow = element == "*bf16"
+        forward = causal.tiling(candidates, hidden, causal.TILE_BYTES // (2 if narrow else 4))
+        backward = causal.tiling(candidates, hidden, causal.TILE_ELEMENTS)
+        flags = {"HAS_INDEX": True, "HAS_MASK": True, "LEAVE_ONE_OUT": True}
+        types = {"z_ptr": element, "ctx_ptr": element, "index_ptr": "*i64", "samples": "i32"}
+        label = f"n {candidates}, H {hidden}" + ("" if narrow else ", float32")
         found += [
-            Specimen(f"causal_weights (H {hidden})", causal.causal_weights_kernel, flags, types),
+            Specimen(f"causal_weights ({label})", causal.causal_weights_kernel, {**flags, **forward}, types),
             Specimen(
-                f"causal_weights_backward (H {hidden})",
+                f"causal_weights_backward ({label})",
                 causal.causal_weights_backward_kernel,
-                {**flags, "NEED_CONTEXT": True},
-                {**types, **written},
+                {**flags, **backward, "NEED_CONTEXT": True, "SIMILARITY": causal.EUCLIDEAN},
+                {**types, "d_z_ptr": element, "d_ctx_ptr": element},
             ),
-            Specimen(f"leave_one_out (H {hidden})", causal.leave_one_out_kernel, sizes, {"z_ptr": "*bf16"}),
         ]
+        if narrow:
+            found.append(
+                Specimen(f"leave_one_out ({label})", causal.leave_one_out_kernel, backward, {"z_ptr": element})
+            )
+    finish = {"SIMILARITY": causal.EUCLIDEAN, "BLOCKS": 28}
+    finish |= dict(zip(("B_TILE", "ROW_TILE"), causal.FINISH_TILE, strict=True))
+    found.append(Specimen("causal_weights_finish", causal.causal_weights_finish_kernel, finish))
     return found
 
 

@@ -189,9 +189,9 @@ MUTATIONS = (
     ),
     Mutation(
         "Triton: wrong collider in Zbar",
-        TRITON + "causal.py",
-        "tl.where(l == 0, 1.0, 0.0)",
-        "tl.where(l == L - 1, 1.0, 0.0)",
+        TRITON + "causal_kernels.py",
+        "tl.where(s < m, 1.0, 0.0)",
+        "tl.where(s >= samples - m, 1.0, 0.0)",
         BUDGET + " -k causal",
     ),
     Mutation(

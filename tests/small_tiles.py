@@ -41,7 +41,11 @@ SETTINGS = {
 BLOCKS = {
     "torch": {},
     "triton": {
-        "gcpo_kernels.triton_backend.causal": {"block_h": "lambda hidden: 4"},
+        # Slices of two candidates, blocks of four columns; parts of two blocks and three candidates are added at once.
+        "gcpo_kernels.triton_backend.causal": {
+            "tiling": "lambda n, hidden, elements: {'ONE_SLICE': n <= 2, 'H': hidden, 'N_TILE': 2, 'BLOCK_H': 4}",
+            "FINISH_TILE": "(2, 4)",
+        },
         "gcpo_kernels.triton_backend.token_loss": {
             "blocking": "lambda b, t, by_sequence: (1 if by_sequence else 2, 2)"
         },

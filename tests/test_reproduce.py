@@ -376,7 +376,7 @@ def test_floors_are_arithmetic() -> None:
     b = 64
     n, contexts = b * 4096, 4
     rows, hidden, vocab = 8192, 1536, 151_936
-    group, width = 32 * 8, 3584  # P n, H
+    group, width, blocks = 32 * 8, 3584, 3584 // 512  # P n, H, blocks of H
     moved = {
         "`token_loss`": n * (21 + 4 * contexts),
         "`token_loss`, ratio per sequence": n * (21 + 4 * contexts) + 9 * n,
@@ -387,7 +387,8 @@ def test_floors_are_arithmetic() -> None:
         "`logprob_backward`": 6 * rows * vocab,
         "`logprob_forward`, `selective_logprob`": 2 * rows * vocab,
         "`logprob_backward`, `selective_logprob`": 4 * rows * vocab,
-        "`causal_weights`": 2 * group * width * (1 + contexts) + 16 * group,
+        "`causal_weights`": 2 * group * width * (1 + contexts) + 12 * group * blocks,
+        "`causal_weights_finish`": 12 * group * blocks + 16 * group,
         "`causal_weights_backward`": 4 * group * width * (1 + contexts),
         "`leave_one_out`": 6 * group * width,
     }

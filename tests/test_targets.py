@@ -22,6 +22,7 @@ from gcpo_kernels import targets
 from gcpo_kernels.testing import make_linear_inputs, make_representations, make_token_inputs
 from gcpo_kernels.triton_backend import (
     causal,
+    causal_kernels,
     common,
     linear,
     logprob_kernels,
@@ -31,7 +32,7 @@ from gcpo_kernels.triton_backend import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = (causal, common, linear, logprob_kernels, product_kernels, scale, token_kernels)
+MODULES = (causal, causal_kernels, common, linear, logprob_kernels, product_kernels, scale, token_kernels)
 DOCUMENT = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- begin: python -m gcpo_kernels.targets -->", "<!-- end -->"
 # What an assembler makes of a kernel is its version's: the table holds for the pinned one, and Triton 3.6's spills 8
@@ -141,10 +142,20 @@ def test_every_block_size_is_compiled() -> None:
     assert chosen == held
     finishing = [s for s in targets.specimens() if s.kernel is token_loss.token_loss_finish_kernel]
     assert {s.constexprs["BLOCKS"] for s in finishing} == {blocks for blocks, _, _ in chosen}
-    largest = [
-        max(s.constexprs[key] for s in targets.specimens() if key in s.constexprs) for key in ("BLOCK_V", "BLOCK_H")
-    ]
-    assert largest == [logprob.block_v(10**6), causal.block_h(10**6)]
+    assert max(s.constexprs.get("BLOCK_V", 0) for s in targets.specimens()) == logprob.block_v(10**6)
+
+
+def test_every_tile_of_causal_weights_is_compiled() -> None:
+    sizes = [causal.TILE_BYTES // 2, causal.TILE_BYTES // 4]  # of elements of two and of four bytes
+    for kernel, elements in (
+        (causal.causal_weights_kernel, sizes),
+        (causal.causal_weights_backward_kernel, [causal.TILE_ELEMENTS]),
+        (causal.leave_one_out_kernel, [causal.TILE_ELEMENTS]),
+    ):
+        keys = ("ONE_SLICE", "N_TILE", "BLOCK_H")
+        held = {tuple(s.constexprs[key] for key in keys) for s in targets.specimens() if s.kernel is kernel}
+        chosen = [causal.tiling(n, 10**6, size) for n in (1, 8, 9, 16, 17, 10**6) for size in elements]
+        assert held >= {tuple(tile[key] for key in keys) for tile in chosen}, kernel.__name__
 
 
 @triton.jit

@@ -49,7 +49,8 @@ def test_causal_weights(launches: Launches) -> None:
     inputs = with_gradients(make_representations(), "z", "context_z")
     gcpo_kernels.causal_weights(**inputs).sum().backward()
     gcpo_kernels.leave_one_out_mean(inputs["z"]).sum().backward()
-    assert names(launches) == ["causal_weights", "causal_weights_backward", "leave_one_out", "leave_one_out"]
+    forward = ["causal_weights", "causal_weights_finish"]
+    assert names(launches) == [*forward, "causal_weights_backward", "leave_one_out", "leave_one_out"]
 
 
 @pytest.mark.parametrize("gradients", [False, True])
@@ -71,7 +72,8 @@ def test_more_rows_than_other_axes_hold(rows: int, launches: Launches) -> None:
     gcpo_kernels.causal_weights(x[:, :, None], x[:, :, None, None, None])
     gcpo_kernels.leave_one_out_mean(x[:, :, None])
     gcpo_kernels.selective_logprob(x, torch.zeros(rows, dtype=torch.int64))
-    assert [grid for _, grid in launches] == [(rows,), (1,), (rows,), (rows,), (rows,)]
+    finish = -(-rows // causal.FINISH_TILE[1])
+    assert [grid for _, grid in launches] == [(rows,), (1,), (rows,), (finish,), (rows,), (rows,)]
 
 
 @pytest.mark.parametrize(
