@@ -11,33 +11,46 @@ N_SUMS = tl.constexpr(7)  # count, loss, kl, kl_causal, proj_clamped, clip_low, 
 
 @triton.jit
 def _log_proj(
-    first_ptr,  # of the block's tokens, context 0
+    ctx_ptr,  # of the row
+    t,  # [BLOCK_T]
     inside,  # [BLOCK_T]
     query,  # [BLOCK_T]
+    stride_ctx_t,
     stride_ctx_l,
     weights_ptr,  # of the row
     stride_w_l,
     L,
     log_floor,
     HAS_WEIGHTS: tl.constexpr,
+    BLOCK_L: tl.constexpr,  # divides L
 ):
-    """log p' of a block of tokens and whether it was clamped: `reference.project`, with a running maximum over l."""
-    a = tl.load(first_ptr, mask=inside, other=0.0).to(tl.float32)
-    # Finite, so that tokens whose every probability is 0 do not become NaN.
-    top = tl.maximum(tl.maximum(a, query), -1.0e30)
-    mean = tl.zeros_like(query)
-    for l in range(0, L):
-        b = tl.load(first_ptr + l * stride_ctx_l, mask=inside, other=0.0).to(tl.float32)
+    """
+    log p' of a block of tokens and whether it was clamped: `reference.project`, with a running maximum over blocks of
+    contexts. Contexts are read as a tile, so that neighbours in memory are read together, whichever axis is innermost.
+    """
+    first = ctx_ptr + t[:, None] * stride_ctx_t
+    top = tl.full(query.shape, -1.0e30, tl.float32)  # finite: where every probability is 0, nothing becomes NaN
+    a = tl.zeros(query.shape, tl.float32)  # this and the mean relative to the maximum
+    mean = tl.zeros(query.shape, tl.float32)
+    for l0 in range(0, L, BLOCK_L):
+        l = l0 + tl.arange(0, BLOCK_L)  # [BLOCK_L]
+        b = tl.load(first + l[None, :] * stride_ctx_l, mask=inside[:, None], other=0.0).to(tl.float32)
+        is_a = (l == 0)[None, :]
         if HAS_WEIGHTS:
-            weight = tl.load(weights_ptr + l * stride_w_l).to(tl.float32)
-            b = tl.where(weight != 0.0, b, -1.0e30)  # its scores do not matter, NaN included
+            weight = tl.load(weights_ptr + l * stride_w_l).to(tl.float32)[None, :]
+            b = tl.where(is_a | (weight != 0.0), b, -1.0e30)  # its scores do not matter, NaN included
         else:
             weight = 1.0 / L.to(tl.float32)
-        new_top = tl.where(b > top, b, top)
-        mean = mean * tl.exp(top - new_top) + weight * tl.exp(b - new_top)
+        new_top = tl.maximum(top, tl.max(b, axis=1))
+        scale = tl.exp(top - new_top)
+        e = tl.exp(b - new_top[:, None])  # [BLOCK_T, BLOCK_L]
+        a = a * scale + tl.sum(tl.where(is_a, e, 0.0), axis=1)
+        mean = mean * scale + tl.sum(weight * e, axis=1)
         top = new_top
-    total = tl.exp(a - top) - mean + tl.exp(query - top)
-    raw = tl.where(total <= 0.0, -float("inf"), top + tl.log(total))
+    largest = tl.maximum(top, query)
+    # The difference first: with one context it is exactly 0, and p' exactly the query's probability.
+    total = (a - mean) * tl.exp(top - largest) + tl.exp(query - largest)
+    raw = tl.where(total <= 0.0, -float("inf"), largest + tl.log(total))
     clamped = (raw < log_floor) | (raw > 0.0)
     return tl.where(raw < log_floor, log_floor, tl.where(raw > 0.0, 0.0, raw)), clamped
 
@@ -96,10 +109,19 @@ def token_loss_kernel(
     HAS_CONTEXT: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     HAS_DELTA: tl.constexpr,
+    ADV_BY_TOKEN: tl.constexpr,
     BY_SEQUENCE: tl.constexpr,
+    ALIGNED_T: tl.constexpr,  # 16 divides T
+    ALIGNED_L: tl.constexpr,  # BLOCK_L divides L and the strides of rows and tokens of ctx, and is its inner dimension
     BLOCKS: tl.constexpr,  # programs per sequence
     BLOCK_T: tl.constexpr,
+    BLOCK_L: tl.constexpr,
 ):
+    if ALIGNED_T:
+        T = T // 16 * 16
+    if ALIGNED_L:
+        stride_ctx_b = stride_ctx_b // BLOCK_L * BLOCK_L
+        stride_ctx_t = stride_ctx_t // BLOCK_L * BLOCK_L
     pid = tl.program_id(0).to(tl.int64)
     row = pid // BLOCKS
     part = pid % BLOCKS
@@ -118,12 +140,13 @@ def token_loss_kernel(
         ratio_count = tl.zeros([BLOCK_T], tl.float32)
         for t0 in range(start, end, BLOCK_T):
             t = t0 + block  # [BLOCK_T]
-            keep = tl.load(mask_ptr + t * stride_mask_t, mask=t < end, other=0) != 0
-            logp = tl.load(logp_ptr + t * stride_logp_t, mask=keep, other=0.0).to(tl.float32)
+            inside = t < end
+            keep = tl.load(mask_ptr + t * stride_mask_t, mask=inside, other=0) != 0
+            logp = tl.load(logp_ptr + t * stride_logp_t, mask=inside, other=0.0).to(tl.float32)
             old = logp  # its difference is 0, or NaN where logp is: a constant would hide that
             if HAS_OLD:
-                old = tl.load(old_ptr + t * stride_old_t, mask=keep, other=0.0).to(tl.float32)
-            ratio_sum += logp - old
+                old = tl.load(old_ptr + t * stride_old_t, mask=inside, other=0.0).to(tl.float32)
+            ratio_sum += tl.where(keep, logp - old, 0.0)
             ratio_count += keep.to(tl.float32)
         sequence_log_ratio = tl.sum(ratio_sum) / tl.maximum(tl.sum(ratio_count), 1.0)
 
@@ -139,43 +162,50 @@ def token_loss_kernel(
         t = t0 + block  # [BLOCK_T]
         inside = t < end
         keep = tl.load(mask_ptr + t * stride_mask_t, mask=inside, other=0) != 0
-        # Nothing is loaded where the mask is 0: whatever stands there, NaN included, takes no part.
-        logp = tl.load(logp_ptr + t * stride_logp_t, mask=keep, other=0.0).to(tl.float32)
-        adv = tl.load(adv_ptr + row * stride_adv_b + t * stride_adv_t, mask=keep, other=0.0).to(tl.float32)
+        # What is read under the mask would be read one by one. Whatever stands where it is 0, NaN included, goes through
+        # the arithmetic instead, and every result is selected by `keep`.
+        logp = tl.load(logp_ptr + t * stride_logp_t, mask=inside, other=0.0).to(tl.float32)
+        if ADV_BY_TOKEN:
+            adv = tl.load(adv_ptr + row * stride_adv_b + t * stride_adv_t, mask=inside, other=0.0).to(tl.float32)
+        else:
+            adv = tl.zeros([BLOCK_T], tl.float32) + tl.load(adv_ptr + row * stride_adv_b).to(tl.float32)
         old = logp
         if HAS_OLD:
-            old = tl.load(old_ptr + t * stride_old_t, mask=keep, other=0.0).to(tl.float32)
+            old = tl.load(old_ptr + t * stride_old_t, mask=inside, other=0.0).to(tl.float32)
         if BY_SEQUENCE:
             log_ratio = tl.zeros([BLOCK_T], tl.float32) + sequence_log_ratio
         else:
             log_ratio = logp - old
         ref = logp
         if HAS_REF:
-            ref = tl.load(ref_ptr + row * stride_ref_b + t * stride_ref_t, mask=keep, other=0.0).to(tl.float32)
+            ref = tl.load(ref_ptr + row * stride_ref_b + t * stride_ref_t, mask=inside, other=0.0).to(tl.float32)
         causal = logp
         if HAS_CAUSAL:
             causal_at = causal_ptr + row * stride_causal_b + t * stride_causal_t
-            causal = tl.load(causal_at, mask=keep, other=0.0).to(tl.float32)
+            causal = tl.load(causal_at, mask=inside, other=0.0).to(tl.float32)
         is_ratio = tl.full([BLOCK_T], 1.0, tl.float32)
         if HAS_IS:
-            is_ratio = tl.load(is_ptr + row * stride_is_b + t * stride_is_t, mask=keep, other=0.0).to(tl.float32)
+            is_ratio = tl.load(is_ptr + row * stride_is_b + t * stride_is_t, mask=inside, other=0.0).to(tl.float32)
         log_proj = logp
         clamped = keep
         if HAS_CONTEXT:
             query = old
             if HAS_QUERY:
                 query_at = query_ptr + row * stride_query_b + t * stride_query_t
-                query = tl.load(query_at, mask=keep, other=0.0).to(tl.float32)
+                query = tl.load(query_at, mask=inside, other=0.0).to(tl.float32)
             log_proj, clamped = _log_proj(
-                ctx_ptr + row * stride_ctx_b + t * stride_ctx_t,
-                keep,
+                ctx_ptr + row * stride_ctx_b,
+                t,
+                inside,
                 query,
+                stride_ctx_t,
                 stride_ctx_l,
                 weights_ptr + row * stride_w_b,
                 stride_w_l,
                 contexts,
                 log_floor,
                 HAS_WEIGHTS,
+                BLOCK_L,
             )
         loss, d_ratio, d_logp, d_causal, kl, kl_causal, ratio = token_objective(
             logp,
@@ -296,9 +326,12 @@ def token_loss_backward_kernel(
     BY_COUNT: tl.constexpr,  # divide by each sequence's own count too
     BY_SEQUENCE: tl.constexpr,
     HAS_CAUSAL: tl.constexpr,
+    ALIGNED_T: tl.constexpr,  # 16 divides T
     BLOCKS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
+    if ALIGNED_T:
+        T = T // 16 * 16
     pid = tl.program_id(0).to(tl.int64)
     row = pid // BLOCKS
     share = tl.cdiv(tl.cdiv(T, BLOCKS), BLOCK_T) * BLOCK_T
