@@ -55,6 +55,12 @@ def _log_proj(
     return tl.where(raw < log_floor, log_floor, tl.where(raw > 0.0, 0.0, raw)), clamped
 
 
+@triton.jit
+def _fold(x, LANES: tl.constexpr):
+    """[BLOCK_T] to [LANES] sums, of whichever values a thread holds: what is summed up over a loop needs few registers."""
+    return tl.sum(tl.reshape(x, [LANES, x.numel // LANES], can_reorder=True), axis=1)
+
+
 @triton.jit(do_not_specialize=["T", "B", "L"])
 def token_loss_kernel(
     logp_ptr,  # (B, T)
@@ -112,16 +118,17 @@ def token_loss_kernel(
     ADV_BY_TOKEN: tl.constexpr,
     BY_SEQUENCE: tl.constexpr,
     ALIGNED_T: tl.constexpr,  # 16 divides T
-    ALIGNED_L: tl.constexpr,  # BLOCK_L divides L and the strides of rows and tokens of ctx, and is its inner dimension
+    L_INNERMOST: tl.constexpr,  # contexts of a token lie side by side, and BLOCK_L divides strides of rows and tokens
     BLOCKS: tl.constexpr,  # programs per sequence
     BLOCK_T: tl.constexpr,
-    BLOCK_L: tl.constexpr,
+    BLOCK_L: tl.constexpr,  # divides L
 ):
     if ALIGNED_T:
         T = T // 16 * 16
-    if ALIGNED_L:
+    if L_INNERMOST:
         stride_ctx_b = stride_ctx_b // BLOCK_L * BLOCK_L
         stride_ctx_t = stride_ctx_t // BLOCK_L * BLOCK_L
+    LANES: tl.constexpr = max(1, BLOCK_T // 4)
     pid = tl.program_id(0).to(tl.int64)
     row = pid // BLOCKS
     part = pid % BLOCKS
@@ -136,8 +143,8 @@ def token_loss_kernel(
 
     sequence_log_ratio = 0.0
     if BY_SEQUENCE:
-        ratio_sum = tl.zeros([BLOCK_T], tl.float32)
-        ratio_count = tl.zeros([BLOCK_T], tl.float32)
+        ratio_sum = tl.zeros([LANES], tl.float32)
+        ratio_count = tl.zeros([LANES], tl.float32)
         for t0 in range(start, end, BLOCK_T):
             t = t0 + block  # [BLOCK_T]
             inside = t < end
@@ -146,18 +153,18 @@ def token_loss_kernel(
             old = logp  # its difference is 0, or NaN where logp is: a constant would hide that
             if HAS_OLD:
                 old = tl.load(old_ptr + t * stride_old_t, mask=inside, other=0.0).to(tl.float32)
-            ratio_sum += tl.where(keep, logp - old, 0.0)
-            ratio_count += keep.to(tl.float32)
+            ratio_sum += _fold(tl.where(keep, logp - old, 0.0), LANES)
+            ratio_count += _fold(keep.to(tl.float32), LANES)
         sequence_log_ratio = tl.sum(ratio_sum) / tl.maximum(tl.sum(ratio_count), 1.0)
 
-    n = tl.zeros([BLOCK_T], tl.float32)
-    sum_loss = tl.zeros([BLOCK_T], tl.float32)
-    sum_kl = tl.zeros([BLOCK_T], tl.float32)
-    sum_causal = tl.zeros([BLOCK_T], tl.float32)
-    sum_clamped = tl.zeros([BLOCK_T], tl.float32)
-    sum_low = tl.zeros([BLOCK_T], tl.float32)
-    sum_high = tl.zeros([BLOCK_T], tl.float32)
-    sum_ratio = tl.zeros([BLOCK_T], tl.float32)
+    n = tl.zeros([LANES], tl.float32)
+    sum_loss = tl.zeros([LANES], tl.float32)
+    sum_kl = tl.zeros([LANES], tl.float32)
+    sum_causal = tl.zeros([LANES], tl.float32)
+    sum_clamped = tl.zeros([LANES], tl.float32)
+    sum_low = tl.zeros([LANES], tl.float32)
+    sum_high = tl.zeros([LANES], tl.float32)
+    sum_ratio = tl.zeros([LANES], tl.float32)
     for t0 in range(start, end, BLOCK_T):
         t = t0 + block  # [BLOCK_T]
         inside = t < end
@@ -232,15 +239,17 @@ def token_loss_kernel(
         tl.store(d_logp_ptr + out, tl.where(keep, d_logp, 0.0), mask=inside)
         if HAS_CAUSAL:
             tl.store(d_causal_ptr + out, tl.where(keep, d_causal, 0.0), mask=inside)
-        n += keep.to(tl.float32)
-        sum_loss += tl.where(keep, loss, 0.0)
-        sum_kl += tl.where(keep, kl, 0.0)
-        sum_ratio += tl.where(keep, d_ratio, 0.0)
+        n += _fold(keep.to(tl.float32), LANES)
+        sum_loss += _fold(tl.where(keep, loss, 0.0), LANES)
+        if HAS_REF:
+            sum_kl += _fold(tl.where(keep, kl, 0.0), LANES)
         if HAS_CONTEXT:
-            sum_causal += tl.where(keep, kl_causal, 0.0)
-            sum_clamped += (keep & clamped).to(tl.float32)
-        sum_low += (keep & (ratio < 1.0 - epsilon_low) & (adv < 0)).to(tl.float32)
-        sum_high += (keep & (ratio > 1.0 + epsilon_high) & (adv > 0)).to(tl.float32)
+            sum_causal += _fold(tl.where(keep, kl_causal, 0.0), LANES)
+            sum_clamped += _fold((keep & clamped).to(tl.float32), LANES)
+        sum_low += _fold((keep & (ratio < 1.0 - epsilon_low) & (adv < 0)).to(tl.float32), LANES)
+        sum_high += _fold((keep & (ratio > 1.0 + epsilon_high) & (adv > 0)).to(tl.float32), LANES)
+        if BY_SEQUENCE:
+            sum_ratio += _fold(tl.where(keep, d_ratio, 0.0), LANES)
 
     step = B.to(tl.int64) * BLOCKS
     tl.store(sums_ptr + pid, tl.sum(n))

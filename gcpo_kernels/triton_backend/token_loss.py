@@ -55,11 +55,35 @@ def blocking(b: int, t: int, by_sequence: bool) -> tuple[int, int]:
     if t <= 128:
         return 1, 128
     if by_sequence:
-        return 1, 256  # with 512, sm_100 spills
-    # With 1,024 tokens at a time the forward needs 217 registers a thread on sm_90, and half the warps fit.
-    if t <= 512:
-        return 1, 512
-    return (8 if t <= 16 * 512 or b >= 512 else 64), 512
+        return 1, 512 if t <= 512 else 1024
+    # A power of two that gives every program a block of its own where t is one too.
+    most = 8 if t <= 16 * 512 or b >= 512 else 64
+    return min(most, 1 << ((t + 511) // 512).bit_length() - 1), 512
+
+
+def _warps(block_t: int) -> int:
+    """Four tokens a thread: 128 bits of float32 at a time."""
+    return min(max(block_t // 128, 1), 8)
+
+
+def _aligned(t: int) -> bool:
+    """Whether a length may be compiled in as a multiple of 16: then contiguous rows are read in words of 128 bits."""
+    return t % 16 == 0
+
+
+def _contexts_at_a_time(contexts: torch.Tensor | None) -> tuple[int, bool]:
+    """
+    (BLOCK_L, L_INNERMOST): how many contexts of a token are read together, and whether they lie side by side, at
+    addresses that divide by as many. Any other layout is read context by context.
+    """
+    if contexts is None:
+        return 1, False
+    size = next(x for x in (4, 2, 1) if contexts.shape[2] % x == 0)
+    stride_b, stride_t, stride_l = contexts.stride()
+    if stride_t == 1:
+        return size, False
+    aligned = stride_b % size == 0 and stride_t % size == 0 and contexts.data_ptr() % 16 == 0
+    return (size, True) if size > 1 and stride_l == 1 and aligned else (1, False)
 
 
 def _rows_strides(x: torch.Tensor | None, shape: tuple[int, int]) -> tuple[int, int]:
@@ -104,12 +128,13 @@ def _launch(x: TokenTensors, options: LossOptions) -> TokenResult:
         return result
     mask = x.mask.view(torch.uint8) if x.mask.dtype == torch.bool else x.mask
     contexts = x.context_logp
+    block_l, l_innermost = _contexts_at_a_time(contexts)
     weights_strides = (0, 0)
     if x.context_weights is not None:
         given = x.context_weights.stride()
         weights_strides = (0, given[0]) if x.context_weights.dim() == 1 else (given[0], given[1])
     rows = (x.old_logp, x.ref_logp, x.query_logp, x.causal_logp, x.importance_sampling_ratio)
-    strides = [s for y in (x.logp, mask, x.advantages, *rows) for s in _rows_strides(y, (b, t))]
+    strides = [_rows_strides(y, (b, t)) for y in (x.logp, mask, x.advantages, *rows)]
     anything = x.logp  # stands in for pointers that a flag keeps from being read
     token_loss_kernel[(b * blocks,)](
         x.logp,
@@ -122,7 +147,7 @@ def _launch(x: TokenTensors, options: LossOptions) -> TokenResult:
         result.d_causal if has_causal else result.d_logp,
         result.sequence if by_sequence else result.d_logp,
         result.sums,
-        *strides,
+        *(stride for pair in strides for stride in pair),
         *((0, 0, 0) if contexts is None else contexts.stride()),
         *weights_strides,
         b,
@@ -142,10 +167,14 @@ def _launch(x: TokenTensors, options: LossOptions) -> TokenResult:
         HAS_CONTEXT=contexts is not None,
         HAS_WEIGHTS=x.context_weights is not None,
         HAS_DELTA=options.delta is not None,
+        ADV_BY_TOKEN=strides[2][1] != 0,
         BY_SEQUENCE=by_sequence,
+        ALIGNED_T=_aligned(t),
+        L_INNERMOST=l_innermost,
         BLOCKS=blocks,
         BLOCK_T=block_t,
-        num_warps=4,
+        BLOCK_L=block_l,
+        num_warps=_warps(block_t),
     )
     return result
 
@@ -241,8 +270,9 @@ def token_loss_backward(
         BY_COUNT=options.loss_type == "grpo",
         BY_SEQUENCE=by_sequence,
         HAS_CAUSAL=has_causal,
+        ALIGNED_T=_aligned(t),
         BLOCKS=blocks,
         BLOCK_T=block_t,
-        num_warps=4,
+        num_warps=_warps(block_t),
     )
     return grad_logp, grad_causal
