@@ -5,8 +5,15 @@ import triton.language as tl
 
 from gcpo_kernels.triton_backend.common import token_objective
 
+LOG2_E = tl.constexpr(1.4426950408889634)
 # What the pass leaves for each block of tokens.
 N_SUMS = tl.constexpr(7)  # count, loss, kl, kl_causal, proj_clamped, clip_low, clip_high
+
+
+@triton.jit
+def _exp(x):
+    """exp(x), 0 where it is below the smallest normal number, which saves three of the five instructions of `tl.exp`."""
+    return tl.exp2(x * LOG2_E)
 
 
 @triton.jit
@@ -42,14 +49,14 @@ def _log_proj(
         else:
             weight = 1.0 / L.to(tl.float32)
         new_top = tl.maximum(top, tl.max(b, axis=1))
-        scale = tl.exp(top - new_top)
-        e = tl.exp(b - new_top[:, None])  # [BLOCK_T, BLOCK_L]
+        scale = _exp(top - new_top)
+        e = _exp(b - new_top[:, None])  # [BLOCK_T, BLOCK_L]
         a = a * scale + tl.sum(tl.where(is_a, e, 0.0), axis=1)
         mean = mean * scale + tl.sum(weight * e, axis=1)
         top = new_top
     largest = tl.maximum(top, query)
     # The difference first: with one context it is exactly 0, and p' exactly the query's probability.
-    total = (a - mean) * tl.exp(top - largest) + tl.exp(query - largest)
+    total = (a - mean) * _exp(top - largest) + _exp(query - largest)
     raw = tl.where(total <= 0.0, -float("inf"), largest + tl.log(total))
     clamped = (raw < log_floor) | (raw > 0.0)
     return tl.where(raw < log_floor, log_floor, tl.where(raw > 0.0, 0.0, raw)), clamped
@@ -251,14 +258,13 @@ def token_loss_kernel(
         if BY_SEQUENCE:
             sum_ratio += _fold(tl.where(keep, d_ratio, 0.0), LANES)
 
-    step = B.to(tl.int64) * BLOCKS
-    tl.store(sums_ptr + pid, tl.sum(n))
-    tl.store(sums_ptr + step + pid, tl.sum(sum_loss))
-    tl.store(sums_ptr + 2 * step + pid, tl.sum(sum_kl))
-    tl.store(sums_ptr + 3 * step + pid, tl.sum(sum_causal))
-    tl.store(sums_ptr + 4 * step + pid, tl.sum(sum_clamped))
-    tl.store(sums_ptr + 5 * step + pid, tl.sum(sum_low))
-    tl.store(sums_ptr + 6 * step + pid, tl.sum(sum_high))
+    # All at once: every reduction of a single sum would wait for all warps. `join` appends an axis, so the first pair
+    # to be joined lies furthest apart in the end.
+    even = tl.join(tl.join(n, sum_clamped), tl.join(sum_kl, sum_high))  # [LANES, 2, 2]
+    odd = tl.join(tl.join(sum_loss, sum_low), tl.join(sum_causal, sum_ratio))
+    sums = tl.reshape(tl.sum(tl.join(even, odd), axis=0), [8])
+    which = tl.arange(0, 8)
+    tl.store(sums_ptr + which * (B.to(tl.int64) * BLOCKS) + pid, sums, mask=which < N_SUMS)
     if BY_SEQUENCE:
         tl.store(sequence_ptr + row, tl.sum(sum_ratio) / tl.maximum(tl.sum(n), 1.0))
 

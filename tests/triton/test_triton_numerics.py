@@ -29,20 +29,26 @@ def log_proj_kernel(
     log_floor,
     HAS_WEIGHTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_L: tl.constexpr,
 ):
     """`_log_proj` of N tokens that share the weights of their contexts."""
     t = tl.arange(0, BLOCK)
     inside = t < N
     query = tl.load(query_ptr + t, mask=inside, other=0.0)
     contexts = L.to(tl.int64)
-    at = ctx_ptr + t * contexts
-    value, clamped = _log_proj(at, inside, query, 1, weights_ptr, 1, contexts, log_floor, HAS_WEIGHTS)
+    value, clamped = _log_proj(
+        ctx_ptr, t, inside, query, contexts, 1, weights_ptr, 1, contexts, log_floor, HAS_WEIGHTS, BLOCK_L
+    )
     tl.store(out_ptr + t, value, mask=inside)
     tl.store(clamped_ptr + t, clamped.to(tl.float32), mask=inside)
 
 
 def project(
-    query: torch.Tensor, contexts: torch.Tensor, weights: torch.Tensor | None = None, floor: float = 1e-6
+    query: torch.Tensor,
+    contexts: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    floor: float = 1e-6,
+    at_a_time: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log p' of (N,) tokens and whether it was clamped, by the kernels' device function."""
     n, l = contexts.shape
@@ -59,6 +65,7 @@ def project(
         log(floor),
         weights is not None,
         triton.next_power_of_2(n),
+        at_a_time,
     )
     return out, clamped.bool()
 
