@@ -8,6 +8,7 @@ from gcpo_kernels.triton_backend.common import token_objective
 LOG2_E = tl.constexpr(1.4426950408889634)
 # What the pass leaves for each block of tokens.
 N_SUMS = tl.constexpr(7)  # count, loss, kl, kl_causal, proj_clamped, clip_low, clip_high
+MOST_BLOCKS = tl.constexpr(64)  # programs per sequence
 
 
 @triton.jit
@@ -68,7 +69,20 @@ def _fold(x, LANES: tl.constexpr):
     return tl.sum(tl.reshape(x, [LANES, x.numel // LANES], can_reorder=True), axis=1)
 
 
-@triton.jit(do_not_specialize=["T", "B", "L"])
+@triton.jit
+def _tokens_of(pid, T, BLOCKS, BLOCK_T: tl.constexpr, ALIGNED_T: tl.constexpr):
+    """The row of a program, and its part of the row's tokens: [start, end)."""
+    # Programs are fewer than 2**31, and a 32-bit division is a fraction of a 64-bit one.
+    row = pid.to(tl.int32) // BLOCKS
+    part = (pid.to(tl.int32) - row * BLOCKS).to(tl.int64)
+    if ALIGNED_T:
+        T = T // 16 * 16  # the same, but now the compiler knows, and reads whole words
+    share = tl.cdiv(tl.cdiv(T, BLOCKS), BLOCK_T) * BLOCK_T
+    start = part * share
+    return row.to(tl.int64), start, tl.minimum(start + share, T)
+
+
+@triton.jit(do_not_specialize=["T", "B", "L", "BLOCKS"])
 def token_loss_kernel(
     logp_ptr,  # (B, T)
     mask_ptr,  # (B, T)
@@ -108,6 +122,7 @@ def token_loss_kernel(
     B,
     T,
     L,
+    BLOCKS,  # programs per sequence
     beta,
     kappa,
     epsilon_low,
@@ -126,22 +141,16 @@ def token_loss_kernel(
     BY_SEQUENCE: tl.constexpr,
     ALIGNED_T: tl.constexpr,  # 16 divides T
     L_INNERMOST: tl.constexpr,  # contexts of a token lie side by side, and BLOCK_L divides strides of rows and tokens
-    BLOCKS: tl.constexpr,  # programs per sequence
     BLOCK_T: tl.constexpr,
     BLOCK_L: tl.constexpr,  # divides L
 ):
-    if ALIGNED_T:
-        T = T // 16 * 16
     if L_INNERMOST:
         stride_ctx_b = stride_ctx_b // BLOCK_L * BLOCK_L
         stride_ctx_t = stride_ctx_t // BLOCK_L * BLOCK_L
     LANES: tl.constexpr = max(1, BLOCK_T // 4)
     pid = tl.program_id(0).to(tl.int64)
-    row = pid // BLOCKS
-    part = pid % BLOCKS
-    share = tl.cdiv(tl.cdiv(T, BLOCKS), BLOCK_T) * BLOCK_T
-    start = part * share
-    end = tl.minimum(start + share, T)
+    row, start, end = _tokens_of(pid, T, 1 if BY_SEQUENCE else BLOCKS, BLOCK_T, ALIGNED_T)
+    first_out = row * (T // 16 * 16 if ALIGNED_T else T)
     logp_ptr += row * stride_logp_b
     mask_ptr += row * stride_mask_b
     old_ptr += row * stride_old_b
@@ -242,7 +251,7 @@ def token_loss_kernel(
             d_logp += d_causal
         if not BY_SEQUENCE:
             d_logp += d_ratio
-        out = row * T + t
+        out = first_out + t
         tl.store(d_logp_ptr + out, tl.where(keep, d_logp, 0.0), mask=inside)
         if HAS_CAUSAL:
             tl.store(d_causal_ptr + out, tl.where(keep, d_causal, 0.0), mask=inside)
@@ -269,21 +278,22 @@ def token_loss_kernel(
         tl.store(sequence_ptr + row, tl.sum(sum_ratio) / tl.maximum(tl.sum(n), 1.0))
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B", "BLOCKS"])
 def token_loss_finish_kernel(
     sums_ptr,  # (N_SUMS, B, BLOCKS)
     items_ptr,  # (1,): num_items_in_batch, where it is a tensor
     out_ptr,  # (N_OUT,)
     B,
+    BLOCKS,
     divisor,
     DIVIDE_BY: tl.constexpr,
     ITEMS_ON_DEVICE: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    BLOCK_P: tl.constexpr,  # at least BLOCKS
     BLOCK_B: tl.constexpr,
 ):
     step = B.to(tl.int64) * BLOCKS
     rows = tl.arange(0, BLOCK_B)
-    parts = tl.arange(0, BLOCKS).to(tl.int64)
+    parts = tl.arange(0, BLOCK_P).to(tl.int64)
     loss = tl.zeros([BLOCK_B], tl.float32)
     total = tl.zeros([BLOCK_B], tl.float32)
     kl = tl.zeros([BLOCK_B], tl.float32)
@@ -294,7 +304,7 @@ def token_loss_finish_kernel(
     for b0 in range(0, B, BLOCK_B):
         b = (b0 + rows).to(tl.int64)
         inside = (b < B)[:, None] & (parts[None, :] < BLOCKS)
-        at = sums_ptr + b[:, None] * BLOCKS + parts[None, :]  # [BLOCK_B, BLOCKS]
+        at = sums_ptr + b[:, None] * BLOCKS + parts[None, :]  # [BLOCK_B, BLOCK_P]
         n = tl.sum(tl.load(at, mask=inside, other=0.0), axis=1)
         row_loss = tl.sum(tl.load(at + step, mask=inside, other=0.0), axis=1)
         if DIVIDE_BY == 0:
@@ -324,7 +334,7 @@ def token_loss_finish_kernel(
     tl.store(out_ptr + 6, 1.0 / denominator)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "BLOCKS"])
 def token_loss_backward_kernel(
     grad_ptr,  # (): upstream gradient
     d_logp_ptr,  # (B, T) float32
@@ -338,28 +348,25 @@ def token_loss_backward_kernel(
     grad_logp_ptr,  # (B, T), contiguous
     grad_causal_ptr,  # (B, T), contiguous
     T,
+    BLOCKS,  # programs per sequence
     BY_COUNT: tl.constexpr,  # divide by each sequence's own count too
     BY_SEQUENCE: tl.constexpr,
     HAS_CAUSAL: tl.constexpr,
     ALIGNED_T: tl.constexpr,  # 16 divides T
-    BLOCKS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    if ALIGNED_T:
-        T = T // 16 * 16
     pid = tl.program_id(0).to(tl.int64)
-    row = pid // BLOCKS
-    share = tl.cdiv(tl.cdiv(T, BLOCKS), BLOCK_T) * BLOCK_T
-    start = (pid % BLOCKS) * share
-    end = tl.minimum(start + share, T)
+    row, start, end = _tokens_of(pid, T, 1 if BY_SEQUENCE else BLOCKS, BLOCK_T, ALIGNED_T)
+    first_out = row * (T // 16 * 16 if ALIGNED_T else T)
     scale = tl.load(grad_ptr).to(tl.float32) * tl.load(out_ptr + 6)
     if BY_COUNT:
-        n = tl.sum(tl.load(sums_ptr + row * BLOCKS + tl.arange(0, BLOCKS)))
+        parts = tl.arange(0, MOST_BLOCKS)
+        n = tl.sum(tl.load(sums_ptr + row * BLOCKS + parts, mask=parts < BLOCKS, other=0.0))
         scale = scale / tl.maximum(n, 1.0)
     for t0 in range(start, end, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)  # [BLOCK_T]
         inside = t < end
-        at = row * T + t
+        at = first_out + t
         d = tl.load(d_logp_ptr + at, mask=inside, other=0.0)
         if BY_SEQUENCE:
             keep = tl.load(mask_ptr + row * stride_mask_b + t * stride_mask_t, mask=inside, other=0) != 0

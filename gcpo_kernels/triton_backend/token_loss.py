@@ -10,10 +10,12 @@ import math
 from typing import NamedTuple
 
 import torch
+import triton
 
 from gcpo_kernels.options import LossOptions
 from gcpo_kernels.reference import TokenInputs
 from gcpo_kernels.triton_backend.token_kernels import (
+    MOST_BLOCKS,
     N_SUMS,
     token_loss_backward_kernel,
     token_loss_finish_kernel,
@@ -51,14 +53,18 @@ class TokenResult(NamedTuple):
 
 
 def blocking(b: int, t: int, by_sequence: bool) -> tuple[int, int]:
-    """(BLOCKS, BLOCK_T): programs per sequence and tokens at a time. Few values, so that few kernels are compiled."""
+    """
+    (BLOCKS, BLOCK_T): programs per sequence and tokens at a time. A program has at least one block of tokens, and more
+    than one only where there are programs enough without. Few BLOCK_T, so that few kernels are compiled.
+    """
+    if by_sequence:
+        return 1, 128 if t <= 128 else 512 if t <= 512 else 1024
     if t <= 128:
         return 1, 128
-    if by_sequence:
-        return 1, 512 if t <= 512 else 1024
-    # A power of two that gives every program a block of its own where t is one too.
-    most = 8 if t <= 16 * 512 or b >= 512 else 64
-    return min(most, 1 << ((t + 511) // 512).bit_length() - 1), 512
+    parts = (t + 511) // 512
+    most = 8 if b >= 512 else MOST_BLOCKS.value
+    each = (parts + most - 1) // most
+    return (parts + each - 1) // each, 512
 
 
 def _warps(block_t: int) -> int:
@@ -153,6 +159,7 @@ def _launch(x: TokenTensors, options: LossOptions) -> TokenResult:
         b,
         t,
         1 if contexts is None else contexts.shape[2],
+        blocks,
         options.beta,
         options.kappa,
         options.epsilon_low,
@@ -171,7 +178,6 @@ def _launch(x: TokenTensors, options: LossOptions) -> TokenResult:
         BY_SEQUENCE=by_sequence,
         ALIGNED_T=_aligned(t),
         L_INNERMOST=l_innermost,
-        BLOCKS=blocks,
         BLOCK_T=block_t,
         BLOCK_L=block_l,
         num_warps=_warps(block_t),
@@ -184,16 +190,18 @@ def token_loss_forward(x: TokenTensors, options: LossOptions) -> TokenResult:
     result = _launch(x, options)
     divide_by, divisor, items = _divide_by(options, x.logp.shape[0])
     blocks = result.sums.shape[2]
+    block_p = triton.next_power_of_2(blocks)
     token_loss_finish_kernel[(1,)](
         result.sums,
         result.sums if items is None else items,
         result.out,
         result.sums.shape[1],
+        blocks,
         divisor,
         DIVIDE_BY=divide_by,
         ITEMS_ON_DEVICE=items is not None,
-        BLOCKS=blocks,
-        BLOCK_B=max(16, 1024 // blocks),
+        BLOCK_P=block_p,
+        BLOCK_B=max(16, 1024 // block_p),
         num_warps=4,
     )
     return result
@@ -267,11 +275,11 @@ def token_loss_backward(
         grad_logp,
         grad_causal if has_causal else grad_logp,
         t,
+        blocks,
         BY_COUNT=options.loss_type == "grpo",
         BY_SEQUENCE=by_sequence,
         HAS_CAUSAL=has_causal,
         ALIGNED_T=_aligned(t),
-        BLOCKS=blocks,
         BLOCK_T=block_t,
         num_warps=_warps(block_t),
     )
