@@ -35,6 +35,8 @@ class Specimen:
     constexprs: dict[str, Any]
     types: dict[str, str] = field(default_factory=dict)  # of arguments; the rest follow from their names
     num_warps: int = 4
+    ones: tuple[str, ...] = ()  # strides that are 1
+    divisible: tuple[str, ...] = ()  # pointers and strides that divide by 16
 
     def signature(self) -> dict[str, str]:
         """Triton's type of every argument."""
@@ -52,39 +54,22 @@ class Specimen:
 
     def unit_strides(self) -> dict[str, Any]:
         """Innermost strides are 1 in practice; Triton then compiles them in."""
-        return {n: 1 for n in self.kernel.arg_names if n in ("stride_u_v", "stride_z_h", "stride_ctx_h", "stride_h")}
+        ones = ("stride_u_v", "stride_z_h", "stride_ctx_h", "stride_h", *self.ones)
+        return {n: 1 for n in self.kernel.arg_names if n in ones}
+
+    def attributes(self) -> dict[tuple[int, ...], list]:
+        """What Triton would find out about the arguments of a launch, as it writes that down."""
+        names = self.kernel.arg_names
+        return {(names.index(name),): [["tt.divisibility", 16]] for name in self.divisible}
 
 
-_INTEGERS = {"B", "T", "L", "n", "m", "rows", "rows_per_batch", "first_v", "whole_v"}
+_INTEGERS = {"B", "T", "L", "BLOCKS", "n", "m", "rows", "rows_per_batch", "first_v", "whole_v"}
 _ALL_INPUTS = ("HAS_OLD", "HAS_REF", "HAS_QUERY", "HAS_CAUSAL", "HAS_IS", "HAS_CONTEXT", "HAS_WEIGHTS", "HAS_DELTA")
 
 
 def specimens() -> list[Specimen]:
     """Every kernel, with every entry of its block table, and its costliest combination of flags."""
-    found = []
-    for by_sequence in (False, True):
-        shapes = [(1, 100), (1, 512), (4, 4096), (4, 100_000)]
-        for blocks, block_t in sorted({token_loss.blocking(b, t, by_sequence) for b, t in shapes}):
-            level = "sequence" if by_sequence else "token"
-            sizes = {"BLOCKS": blocks, "BLOCK_T": block_t, "BY_SEQUENCE": by_sequence}
-            label = f"{level}, {blocks} x {block_t}"
-            found += [
-                Specimen(
-                    f"token_loss ({label})",
-                    token_loss.token_loss_kernel,
-                    {**dict.fromkeys(_ALL_INPUTS, True), **sizes},
-                    {"mask_ptr": "*u8"},
-                ),
-                Specimen(
-                    f"token_loss_backward ({label})",
-                    token_loss.token_loss_backward_kernel,
-                    {"BY_COUNT": True, "HAS_CAUSAL": True, **sizes},
-                    {"mask_ptr": "*u8"},
-                ),
-            ]
-            if not by_sequence:
-                flags = {"DIVIDE_BY": 0, "ITEMS_ON_DEVICE": False, "BLOCKS": blocks, "BLOCK_B": 1024 // blocks}
-                found.append(Specimen(f"token_loss_finish ({blocks})", token_loss.token_loss_finish_kernel, flags))
+    found = token_specimens()
     for vocab in (1000, 4096, 151_936):
         sizes = {"V": vocab, "BLOCK_V": logprob.block_v(vocab)}
         found += [
@@ -128,6 +113,69 @@ def specimens() -> list[Specimen]:
     return found
 
 
+def token_specimens() -> list[Specimen]:
+    """
+    The token loss: rows of any length and any strides, and the common layout, contiguous rows whose length divides by
+    16, with the contexts of a token side by side or, last, each context's tokens side by side.
+    """
+    found = []
+    lengths = {False: (100, 4096), True: (100, 500, 4096)}
+    for by_sequence, block_t in [(s, token_loss.blocking(4, t, s)[1]) for s, ts in lengths.items() for t in ts]:
+        sizes = {"BLOCK_T": block_t, "BY_SEQUENCE": by_sequence}
+        label = f"{'sequence' if by_sequence else 'token'}, {block_t}"
+        warps = token_loss.warps(block_t)
+        for aligned in (False, True):
+            contexts = {"L_INNERMOST": aligned, "BLOCK_L": 4 if aligned else 1}
+            flags = {**dict.fromkeys(_ALL_INPUTS, True), "ADV_BY_TOKEN": True, "ALIGNED_T": aligned}
+            found.append(
+                Specimen(
+                    f"token_loss ({label}{', aligned' if aligned else ''})",
+                    token_loss.token_loss_kernel,
+                    {**flags, **contexts, **sizes},
+                    {"mask_ptr": "*u8"},
+                    warps,
+                    *(_common_layout(token_loss.token_loss_kernel, ("stride_ctx_t",)) if aligned else ()),
+                )
+            )
+            flags = {"BY_COUNT": True, "HAS_CAUSAL": True, "ALIGNED_T": aligned}
+            found.append(
+                Specimen(
+                    f"token_loss_backward ({label}{', aligned' if aligned else ''})",
+                    token_loss.token_loss_backward_kernel,
+                    {**flags, **sizes},
+                    {"mask_ptr": "*u8"},
+                    warps,
+                    *(_common_layout(token_loss.token_loss_backward_kernel, ()) if aligned else ()),
+                )
+            )
+    flags = {**dict.fromkeys(_ALL_INPUTS, True), "ADV_BY_TOKEN": True, "BY_SEQUENCE": False, "BLOCK_T": 512}
+    for aligned, innermost, label in ((True, False, "aligned, by context"), (False, True, "any length")):
+        layout = {"ALIGNED_T": aligned, "L_INNERMOST": innermost, "BLOCK_L": 4}
+        kernel = token_loss.token_loss_kernel
+        ones, divisible = _common_layout(kernel, ("stride_ctx_t",) if innermost else ("stride_ctx_l",))
+        if not aligned:
+            divisible = tuple(name for name in divisible if name.endswith("_ptr"))
+        types = {"mask_ptr": "*u8"}
+        found.append(Specimen(f"token_loss (token, 512, {label})", kernel, {**flags, **layout}, types, 4, ones, divisible))
+    for most in (1, 2, 4, 8, 16, 32, 64):
+        flags = {"DIVIDE_BY": 0, "ITEMS_ON_DEVICE": False, "BLOCK_P": most, "BLOCK_B": max(16, 1024 // most)}
+        found.append(Specimen(f"token_loss_finish ({most})", token_loss.token_loss_finish_kernel, flags))
+    return found
+
+
+def _common_layout(kernel: Any, outer: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """
+    (strides that are 1, arguments that divide by 16): of contiguous tensors that torch allocated, whose rows are
+    multiples of 16 long. `outer`: strides whose name says innermost, but that are not.
+    """
+    strides = [name for name in kernel.arg_names if name.startswith("stride_")]
+    ones = tuple(name for name in strides if name.endswith(("_t", "_l")) and name not in outer)
+    rows = [name for name in strides if name.endswith("_b") and name != "stride_w_b"]
+    pointers = [name for name in kernel.arg_names if name.endswith("_ptr")]
+    divisible = (*pointers, *rows, *(name for name in outer if name == "stride_ctx_l"))
+    return ones, divisible
+
+
 @dataclass(frozen=True)
 class Report:
     """What a compiled kernel needs."""
@@ -142,7 +190,7 @@ def compile_for(specimen: Specimen, target: GPUTarget) -> Report:
     """Compile, and read what came out."""
     constexprs = {**specimen.constexprs, **specimen.unit_strides()}
     signature = {n: "constexpr" if n in constexprs else t for n, t in specimen.signature().items()}
-    source = ASTSource(specimen.kernel, signature, constexprs)
+    source = ASTSource(specimen.kernel, signature, constexprs, specimen.attributes())
     compiled = triton.compile(source, target=target, options={"num_warps": specimen.num_warps})
     if target.backend == "cuda":
         usage = _cubin_resources(compiled.asm["cubin"])

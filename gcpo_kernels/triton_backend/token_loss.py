@@ -67,7 +67,7 @@ def blocking(b: int, t: int, by_sequence: bool) -> tuple[int, int]:
     return (parts + each - 1) // each, 512
 
 
-def _warps(block_t: int) -> int:
+def warps(block_t: int) -> int:
     """Four tokens a thread: 128 bits of float32 at a time."""
     return min(max(block_t // 128, 1), 8)
 
@@ -180,7 +180,7 @@ def _launch(x: TokenTensors, options: LossOptions) -> TokenResult:
         L_INNERMOST=l_innermost,
         BLOCK_T=block_t,
         BLOCK_L=block_l,
-        num_warps=_warps(block_t),
+        num_warps=warps(block_t),
     )
     return result
 
@@ -281,6 +281,6 @@ def token_loss_backward(
         HAS_CAUSAL=has_causal,
         ALIGNED_T=_aligned(t),
         BLOCK_T=block_t,
-        num_warps=_warps(block_t),
+        num_warps=warps(block_t),
     )
     return grad_logp, grad_causal
