@@ -81,18 +81,48 @@ def test_every_block_size_is_compiled() -> None:
         (blocks, block_t, level)
         for level in (False, True)
         for b in (1, 511, 512, 4096)
-        for t in (1, 128, 129, 256, 512, 513, 8192, 8193, 100_000)
+        for t in (1, 128, 129, 256, 512, 513, 1025, 2048, 4096, 8192, 8193, 100_000)
         for blocks, block_t in [token_loss.blocking(b, t, level)]
     }
-    kernels = [s for s in targets.specimens() if s.kernel is token_loss.token_loss_kernel]
-    held = {tuple(s.constexprs[key] for key in ("BLOCKS", "BLOCK_T", "BY_SEQUENCE")) for s in kernels}
-    assert chosen == held
+    sizes = {(block_t, level, aligned) for _, block_t, level in chosen for aligned in (False, True)}
+    for kernel in (token_loss.token_loss_kernel, token_loss.token_loss_backward_kernel):
+        kernels = [s for s in targets.specimens() if s.kernel is kernel]
+        keys = ("BLOCK_T", "BY_SEQUENCE", "ALIGNED_T")
+        assert {tuple(s.constexprs[key] for key in keys) for s in kernels} == sizes
+        assert all(s.num_warps == token_loss.warps(s.constexprs["BLOCK_T"]) for s in kernels)
     finishing = [s for s in targets.specimens() if s.kernel is token_loss.token_loss_finish_kernel]
-    assert {s.constexprs["BLOCKS"] for s in finishing} == {blocks for blocks, _, _ in chosen}
+    parts = {s.constexprs["BLOCK_P"] for s in finishing}
+    assert parts == {triton.next_power_of_2(blocks) for blocks, _, _ in chosen}
     largest = [
         max(s.constexprs[key] for s in targets.specimens() if key in s.constexprs) for key in ("BLOCK_V", "BLOCK_H")
     ]
     assert largest == [logprob.block_v(10**6), causal.block_h(10**6)]
+
+
+def vector_accesses(specimen: targets.Specimen) -> tuple[int, int, int]:
+    """Loads of 128 bits, stores of 128 bits, and loads of 8 bits, that a specimen's PTX for sm_90 has."""
+    constexprs = {**specimen.constexprs, **specimen.unit_strides()}
+    signature = {n: "constexpr" if n in constexprs else t for n, t in specimen.signature().items()}
+    source = ASTSource(specimen.kernel, signature, constexprs, specimen.attributes())
+    options = {"num_warps": specimen.num_warps}
+    ptx = triton.compile(source, target=targets.TARGETS["sm_90"], options=options).asm["ptx"]
+    patterns = (r"ld\.global\S*\.v4\.b32", r"st\.global\S*\.v4\.b32", r"ld\.global\S*\.b8")
+    return tuple(len(re.findall(pattern, ptx)) for pattern in patterns)  # type: ignore[return-value]
+
+
+def test_contiguous_rows_are_read_in_whole_words() -> None:
+    """
+    Four tokens of float32 at a time: seven inputs of one value a token, four contexts (of a token, or of four tokens),
+    two outputs; and four of the mask's bytes. A ratio per sequence reads logp once more, in its own pass.
+    """
+    found = {s.label: vector_accesses(s) for s in targets.token_specimens() if s.divisible and "any" not in s.label}
+    assert len(found) == 11
+    for label, (loads, stores, bytes_read) in found.items():
+        assert (stores, bytes_read) == (2, 0), label
+        if "backward" in label:
+            assert loads == 2, label
+        else:
+            assert loads == (12 if "sequence" in label else 11), label
 
 
 @triton.jit

@@ -157,10 +157,10 @@ def token_loss_kernel(
     block = tl.arange(0, BLOCK_T)
     contexts = L.to(tl.int64)
 
+    n = tl.zeros([LANES], tl.float32)
     sequence_log_ratio = 0.0
     if BY_SEQUENCE:
         ratio_sum = tl.zeros([LANES], tl.float32)
-        ratio_count = tl.zeros([LANES], tl.float32)
         for t0 in range(start, end, BLOCK_T):
             t = t0 + block  # [BLOCK_T]
             inside = t < end
@@ -170,10 +170,10 @@ def token_loss_kernel(
             if HAS_OLD:
                 old = tl.load(old_ptr + t * stride_old_t, mask=inside, other=0.0).to(tl.float32)
             ratio_sum += _fold(tl.where(keep, logp - old, 0.0), LANES)
-            ratio_count += _fold(keep.to(tl.float32), LANES)
-        sequence_log_ratio = tl.sum(ratio_sum) / tl.maximum(tl.sum(ratio_count), 1.0)
+            n += _fold(keep.to(tl.float32), LANES)
+        count = tl.maximum(tl.sum(n), 1.0)
+        sequence_log_ratio = tl.sum(ratio_sum) / count
 
-    n = tl.zeros([LANES], tl.float32)
     sum_loss = tl.zeros([LANES], tl.float32)
     sum_kl = tl.zeros([LANES], tl.float32)
     sum_causal = tl.zeros([LANES], tl.float32)
@@ -255,7 +255,8 @@ def token_loss_kernel(
         tl.store(d_logp_ptr + out, tl.where(keep, d_logp, 0.0), mask=inside)
         if HAS_CAUSAL:
             tl.store(d_causal_ptr + out, tl.where(keep, d_causal, 0.0), mask=inside)
-        n += _fold(keep.to(tl.float32), LANES)
+        if not BY_SEQUENCE:
+            n += _fold(keep.to(tl.float32), LANES)
         sum_loss += _fold(tl.where(keep, loss, 0.0), LANES)
         if HAS_REF:
             sum_kl += _fold(tl.where(keep, kl, 0.0), LANES)
@@ -275,7 +276,7 @@ def token_loss_kernel(
     which = tl.arange(0, 8)
     tl.store(sums_ptr + which * (B.to(tl.int64) * BLOCKS) + pid, sums, mask=which < N_SUMS)
     if BY_SEQUENCE:
-        tl.store(sequence_ptr + row, tl.sum(sum_ratio) / tl.maximum(tl.sum(n), 1.0))
+        tl.store(sequence_ptr + row, tl.sum(sum_ratio) / count)
 
 
 @triton.jit(do_not_specialize=["B", "BLOCKS"])

@@ -77,7 +77,7 @@ def _aligned(t: int) -> bool:
     return t % 16 == 0
 
 
-def _contexts_at_a_time(contexts: torch.Tensor | None) -> tuple[int, bool]:
+def contexts_at_a_time(contexts: torch.Tensor | None) -> tuple[int, bool]:
     """
     (BLOCK_L, L_INNERMOST): how many contexts of a token are read together, and whether they lie side by side, at
     addresses that divide by as many. Any other layout is read context by context.
@@ -134,7 +134,7 @@ def _launch(x: TokenTensors, options: LossOptions) -> TokenResult:
         return result
     mask = x.mask.view(torch.uint8) if x.mask.dtype == torch.bool else x.mask
     contexts = x.context_logp
-    block_l, l_innermost = _contexts_at_a_time(contexts)
+    block_l, l_innermost = contexts_at_a_time(contexts)
     weights_strides = (0, 0)
     if x.context_weights is not None:
         given = x.context_weights.stride()

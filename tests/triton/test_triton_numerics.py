@@ -99,13 +99,15 @@ def test_k3_and_expm1() -> None:
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("floor", [1e-6, 1e-30, 0.5])
-def test_projection(floor: float, weighted: bool) -> None:
+@pytest.mark.parametrize(("count", "at_a_time"), [(3, 1), (4, 2), (4, 4), (8, 4)])
+def test_projection(count: int, at_a_time: int, floor: float, weighted: bool) -> None:
     """All combinations of extreme scores: the reference in float64, and NaN where a score that counts is NaN."""
     scores = torch.tensor([0.0, -1e-3, -1.0, -20.0, -60.0, -1e4, -inf, nan])
     query, first, second = (x.flatten() for x in torch.meshgrid(scores, scores, scores, indexing="ij"))
-    contexts = torch.stack([first, second, first.flip(0)], dim=1)
-    weights = torch.tensor([0.3, 0.9, 0.0]) if weighted else None
-    ours, clamped = project(query, contexts, weights, floor)
+    columns = [first, second, first.flip(0), second.flip(0)]
+    contexts = torch.stack([columns[l % 4].roll(l // 4) for l in range(count)], dim=1)
+    weights = torch.tensor([0.3, 0.9, 0.0, 0.1])[torch.arange(count) % 4] if weighted else None
+    ours, clamped = project(query, contexts, weights, floor, at_a_time)
     wide = None if weights is None else weights.double()
     truth, truly = reference.project(query.double(), contexts.double(), wide, floor)
     single, _ = reference.project(query, contexts, weights, floor)
