@@ -119,7 +119,7 @@ def token_specimens() -> list[Specimen]:
     16, with the contexts of a token side by side or, last, each context's tokens side by side.
     """
     found = []
-    lengths = {False: (100, 4096), True: (100, 500, 4096)}
+    lengths = {False: (100, 4096), True: (100, 4096)}
     for by_sequence, block_t in [(s, token_loss.blocking(4, t, s)[1]) for s, ts in lengths.items() for t in ts]:
         sizes = {"BLOCK_T": block_t, "BY_SEQUENCE": by_sequence}
         label = f"{'sequence' if by_sequence else 'token'}, {block_t}"

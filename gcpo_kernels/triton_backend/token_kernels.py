@@ -186,7 +186,8 @@ def token_loss_kernel(
         inside = t < end
         keep = tl.load(mask_ptr + t * stride_mask_t, mask=inside, other=0) != 0
         # What is read under the mask would be read one by one. Whatever stands where it is 0, NaN included, goes through
-        # the arithmetic instead, and every result is selected by `keep`.
+        # the arithmetic instead, and every result is selected by `keep`. Only a token's contexts, where a word holds
+        # those of one token, are left unread.
         logp = tl.load(logp_ptr + t * stride_logp_t, mask=inside, other=0.0).to(tl.float32)
         if ADV_BY_TOKEN:
             adv = tl.load(adv_ptr + row * stride_adv_b + t * stride_adv_t, mask=inside, other=0.0).to(tl.float32)
@@ -206,9 +207,6 @@ def token_loss_kernel(
         if HAS_CAUSAL:
             causal_at = causal_ptr + row * stride_causal_b + t * stride_causal_t
             causal = tl.load(causal_at, mask=inside, other=0.0).to(tl.float32)
-        is_ratio = tl.full([BLOCK_T], 1.0, tl.float32)
-        if HAS_IS:
-            is_ratio = tl.load(is_ptr + row * stride_is_b + t * stride_is_t, mask=inside, other=0.0).to(tl.float32)
         log_proj = logp
         clamped = keep
         if HAS_CONTEXT:
@@ -219,7 +217,7 @@ def token_loss_kernel(
             log_proj, clamped = _log_proj(
                 ctx_ptr + row * stride_ctx_b,
                 t,
-                inside,
+                keep if L_INNERMOST else inside,
                 query,
                 stride_ctx_t,
                 stride_ctx_l,
@@ -230,6 +228,9 @@ def token_loss_kernel(
                 HAS_WEIGHTS,
                 BLOCK_L,
             )
+        is_ratio = tl.full([BLOCK_T], 1.0, tl.float32)
+        if HAS_IS:
+            is_ratio = tl.load(is_ptr + row * stride_is_b + t * stride_is_t, mask=inside, other=0.0).to(tl.float32)
         loss, d_ratio, d_logp, d_causal, kl, kl_causal, ratio = token_objective(
             logp,
             log_ratio,

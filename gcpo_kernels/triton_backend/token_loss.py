@@ -58,7 +58,7 @@ def blocking(b: int, t: int, by_sequence: bool) -> tuple[int, int]:
     than one only where there are programs enough without. Few BLOCK_T, so that few kernels are compiled.
     """
     if by_sequence:
-        return 1, 128 if t <= 128 else 512 if t <= 512 else 1024
+        return 1, 128 if t <= 128 else 1024  # with 512, sm_80 and sm_90 spill
     if t <= 128:
         return 1, 128
     parts = (t + 511) // 512
