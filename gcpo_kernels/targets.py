@@ -148,18 +148,21 @@ def token_specimens() -> list[Specimen]:
                     *(_common_layout(token_loss.token_loss_backward_kernel, ()) if aligned else ()),
                 )
             )
-    flags = {**dict.fromkeys(_ALL_INPUTS, True), "ADV_BY_TOKEN": True, "BY_SEQUENCE": False, "BLOCK_T": 512}
     for aligned, innermost, label in ((True, False, "aligned, by context"), (False, True, "any length")):
-        layout = {"ALIGNED_T": aligned, "L_INNERMOST": innermost, "BLOCK_L": 4}
+        constexprs: dict[str, Any] = {
+            **dict.fromkeys(_ALL_INPUTS, True),
+            **{"ADV_BY_TOKEN": True, "BY_SEQUENCE": False, "BLOCK_T": 512},
+            **{"ALIGNED_T": aligned, "L_INNERMOST": innermost, "BLOCK_L": 4},
+        }
         kernel = token_loss.token_loss_kernel
         ones, divisible = _common_layout(kernel, ("stride_ctx_t",) if innermost else ("stride_ctx_l",))
         if not aligned:
             divisible = tuple(name for name in divisible if name.endswith("_ptr"))
         types = {"mask_ptr": "*u8"}
-        found.append(Specimen(f"token_loss (token, 512, {label})", kernel, {**flags, **layout}, types, 4, ones, divisible))
-    for most in (1, 2, 4, 8, 16, 32, 64):
-        flags = {"DIVIDE_BY": 0, "ITEMS_ON_DEVICE": False, "BLOCK_P": most, "BLOCK_B": max(16, 1024 // most)}
-        found.append(Specimen(f"token_loss_finish ({most})", token_loss.token_loss_finish_kernel, flags))
+        found.append(Specimen(f"token_loss (token, 512, {label})", kernel, constexprs, types, 4, ones, divisible))
+    for parts in (1, 2, 4, 8, 16, 32, 64):
+        constexprs = {"DIVIDE_BY": 0, "ITEMS_ON_DEVICE": False, "BLOCK_P": parts, "BLOCK_B": max(16, 1024 // parts)}
+        found.append(Specimen(f"token_loss_finish ({parts})", token_loss.token_loss_finish_kernel, constexprs))
     return found
 
 

@@ -13,7 +13,7 @@ MOST_BLOCKS = tl.constexpr(64)  # programs per sequence
 
 @triton.jit
 def _exp(x):
-    """exp(x), 0 where it is below the smallest normal number, which saves three of the five instructions of `tl.exp`."""
+    """exp(x), or 0 below the smallest normal number: two instructions in place of the five of `tl.exp`."""
     return tl.exp2(x * LOG2_E)
 
 
@@ -65,7 +65,7 @@ def _log_proj(
 
 @triton.jit
 def _fold(x, LANES: tl.constexpr):
-    """[BLOCK_T] to [LANES] sums, of whichever values a thread holds: what is summed up over a loop needs few registers."""
+    """[BLOCK_T] to [LANES] sums of whichever values a thread holds, so that running sums need few registers."""
     return tl.sum(tl.reshape(x, [LANES, x.numel // LANES], can_reorder=True), axis=1)
 
 
@@ -185,9 +185,9 @@ def token_loss_kernel(
         t = t0 + block  # [BLOCK_T]
         inside = t < end
         keep = tl.load(mask_ptr + t * stride_mask_t, mask=inside, other=0) != 0
-        # What is read under the mask would be read one by one. Whatever stands where it is 0, NaN included, goes through
-        # the arithmetic instead, and every result is selected by `keep`. Only a token's contexts, where a word holds
-        # those of one token, are left unread.
+        # What is read under the mask would be read one by one. Whatever stands where it is 0, NaN included, goes
+        # through the arithmetic instead, and every result is selected by `keep`. Only contexts are left unread, where
+        # a word holds those of one token.
         logp = tl.load(logp_ptr + t * stride_logp_t, mask=inside, other=0.0).to(tl.float32)
         if ADV_BY_TOKEN:
             adv = tl.load(adv_ptr + row * stride_adv_b + t * stride_adv_t, mask=inside, other=0.0).to(tl.float32)
