@@ -64,9 +64,11 @@ def _log_proj(
 
 
 @triton.jit
-def _fold(x, LANES: tl.constexpr):
-    """[BLOCK_T] to [LANES] sums of whichever values a thread holds, so that running sums need few registers."""
-    return tl.sum(tl.reshape(x, [LANES, x.numel // LANES], can_reorder=True), axis=1)
+def _fold(x, LANES: tl.constexpr, ALIGNED_T: tl.constexpr):
+    """[BLOCK_T] to [LANES] sums of what one thread holds, so that running sums need few registers."""
+    if ALIGNED_T:
+        return tl.sum(tl.reshape(x, [LANES, x.numel // LANES]), axis=1)
+    return tl.sum(tl.reshape(x, [x.numel // LANES, LANES]), axis=0)
 
 
 @triton.jit
@@ -169,8 +171,8 @@ def token_loss_kernel(
             old = logp  # its difference is 0, or NaN where logp is: a constant would hide that
             if HAS_OLD:
                 old = tl.load(old_ptr + t * stride_old_t, mask=inside, other=0.0).to(tl.float32)
-            ratio_sum += _fold(tl.where(keep, logp - old, 0.0), LANES)
-            n += _fold(keep.to(tl.float32), LANES)
+            ratio_sum += _fold(tl.where(keep, logp - old, 0.0), LANES, ALIGNED_T)
+            n += _fold(keep.to(tl.float32), LANES, ALIGNED_T)
         count = tl.maximum(tl.sum(n), 1.0)
         sequence_log_ratio = tl.sum(ratio_sum) / count
 
@@ -257,17 +259,17 @@ def token_loss_kernel(
         if HAS_CAUSAL:
             tl.store(d_causal_ptr + out, tl.where(keep, d_causal, 0.0), mask=inside)
         if not BY_SEQUENCE:
-            n += _fold(keep.to(tl.float32), LANES)
-        sum_loss += _fold(tl.where(keep, loss, 0.0), LANES)
+            n += _fold(keep.to(tl.float32), LANES, ALIGNED_T)
+        sum_loss += _fold(tl.where(keep, loss, 0.0), LANES, ALIGNED_T)
         if HAS_REF:
-            sum_kl += _fold(tl.where(keep, kl, 0.0), LANES)
+            sum_kl += _fold(tl.where(keep, kl, 0.0), LANES, ALIGNED_T)
         if HAS_CONTEXT:
-            sum_causal += _fold(tl.where(keep, kl_causal, 0.0), LANES)
-            sum_clamped += _fold((keep & clamped).to(tl.float32), LANES)
-        sum_low += _fold((keep & (ratio < 1.0 - epsilon_low) & (adv < 0)).to(tl.float32), LANES)
-        sum_high += _fold((keep & (ratio > 1.0 + epsilon_high) & (adv > 0)).to(tl.float32), LANES)
+            sum_causal += _fold(tl.where(keep, kl_causal, 0.0), LANES, ALIGNED_T)
+            sum_clamped += _fold((keep & clamped).to(tl.float32), LANES, ALIGNED_T)
+        sum_low += _fold((keep & (ratio < 1.0 - epsilon_low) & (adv < 0)).to(tl.float32), LANES, ALIGNED_T)
+        sum_high += _fold((keep & (ratio > 1.0 + epsilon_high) & (adv > 0)).to(tl.float32), LANES, ALIGNED_T)
         if BY_SEQUENCE:
-            sum_ratio += _fold(tl.where(keep, d_ratio, 0.0), LANES)
+            sum_ratio += _fold(tl.where(keep, d_ratio, 0.0), LANES, ALIGNED_T)
 
     # All at once: every reduction of a single sum would wait for all warps. `join` appends an axis, so the first pair
     # to be joined lies furthest apart in the end.

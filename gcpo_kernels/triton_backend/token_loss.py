@@ -54,8 +54,8 @@ class TokenResult(NamedTuple):
 
 def blocking(b: int, t: int, by_sequence: bool) -> tuple[int, int]:
     """
-    (BLOCKS, BLOCK_T): programs per sequence, none without tokens, and tokens at a time. Few BLOCK_T, so that few kernels
-    are compiled.
+    (BLOCKS, BLOCK_T): programs per sequence, none without tokens, and tokens at a time. Few BLOCK_T, so that few
+    kernels are compiled.
     """
     if by_sequence:
         return 1, 128 if t <= 128 else 1024  # with 512, sm_80 and sm_90 spill
