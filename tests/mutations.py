@@ -169,14 +169,14 @@ MUTATIONS = (
     Mutation(
         "Triton: wrong context as x_i",
         TRITON + "token_kernels.py",
-        "a = tl.load(first_ptr, mask",
-        "a = tl.load(first_ptr + (L - 1) * stride_ctx_l, mask",
+        "is_a = (l == 0)",
+        "is_a = (l == L - 1)",
         BUDGET,
     ),
     Mutation(
         "Triton: sum in place of the mean log-ratio",
         TRITON + "token_kernels.py",
-        "tl.sum(ratio_sum) / tl.maximum(tl.sum(ratio_count), 1.0)",
+        "tl.sum(ratio_sum) / count",
         "tl.sum(ratio_sum)",
         BUDGET,
     ),

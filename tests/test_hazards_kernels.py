@@ -296,6 +296,27 @@ def test_twenty_lengths_compile_a_handful_of_variants(name: str, monkeypatch: py
         assert len(variants) <= 6, f"{kernel}: {len(variants)} variants"
 
 
+@pytest.mark.hazard(19)
+@pytest.mark.skipif(INTERPRETED, reason="what is compiled, not what is interpreted")
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_few_variants_of_the_token_loss_for_any_length(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    Above one block of tokens, all that makes a difference is whether 16 divides a row, and a row of contexts
+    (flash-attention#911).
+    """
+    pytest.importorskip("triton")
+    seen = specialisations(monkeypatch)
+    for tokens in (*range(1050, 40_000, 3001), *range(1056, 40_000, 4096)):
+        leaves = with_gradients(make_token_inputs(2, tokens, 4), "logp", "causal_logp")
+        loss, _ = gcpo_kernels.gcpo_loss(**leaves, kappa=0.06, importance_sampling_level=level)
+        loss.backward()
+    variants = {name: {key for kernel, key in seen if kernel == name} for name, _ in seen}
+    assert len(variants["token_loss_kernel"]) == 3
+    assert len(variants["token_loss_backward_kernel"]) == 2
+    # Its block spans the programs of a sequence, as a power of two.
+    assert len(variants["token_loss_finish_kernel"]) == (1 if level == "sequence" else 5)
+
+
 COMPILE = """
 import sys
 from gcpo_kernels import targets

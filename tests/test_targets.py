@@ -25,10 +25,13 @@ from gcpo_kernels.triton_backend import (
     causal_kernels,
     common,
     linear,
+    logprob,
     logprob_kernels,
+    product,
     product_kernels,
     scale,
     token_kernels,
+    token_loss,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,15 +137,28 @@ def test_every_block_size_is_compiled() -> None:
         (blocks, block_t, level)
         for level in (False, True)
         for b in (1, 511, 512, 4096)
-        for t in (1, 128, 129, 256, 512, 513, 8192, 8193, 100_000)
+        for t in (1, 128, 129, 256, 512, 513, 1025, 2048, 4096, 8192, 8193, 100_000)
         for blocks, block_t in [token_loss.blocking(b, t, level)]
     }
-    kernels = [s for s in targets.specimens() if s.kernel is token_loss.token_loss_kernel]
-    held = {tuple(s.constexprs[key] for key in ("BLOCKS", "BLOCK_T", "BY_SEQUENCE")) for s in kernels}
-    assert chosen == held
+    sizes = {(block_t, level, aligned) for _, block_t, level in chosen for aligned in (False, True)}
+    for kernel in (token_loss.token_loss_kernel, token_loss.token_loss_backward_kernel):
+        kernels = [s for s in targets.specimens() if s.kernel is kernel]
+        keys = ("BLOCK_T", "BY_SEQUENCE", "ALIGNED_T")
+        assert {tuple(s.constexprs[key] for key in keys) for s in kernels} == sizes
+        assert all(s.num_warps == token_loss.warps(s.constexprs["BLOCK_T"]) for s in kernels)
     finishing = [s for s in targets.specimens() if s.kernel is token_loss.token_loss_finish_kernel]
-    assert {s.constexprs["BLOCKS"] for s in finishing} == {blocks for blocks, _, _ in chosen}
-    assert max(s.constexprs.get("BLOCK_V", 0) for s in targets.specimens()) == logprob.block_v(10**6)
+    parts = {s.constexprs["BLOCK_P"] for s in finishing}
+    assert parts == {triton.next_power_of_2(blocks) for blocks, _, _ in chosen}
+
+
+def test_blocks_of_products_are_compiled() -> None:
+    """Each entry of the table, with a store and without."""
+    tables = (product.HOPPER_BLOCKS, product.BLACKWELL_BLOCKS, product.POINTER_BLOCKS, product.FLOAT32_BLOCKS)
+    found = [s for s in targets.specimens() if s.kernel is product_kernels.product_kernel]
+    for blocks in tables:
+        held = [s for s in found if blocks.constexprs.items() <= s.constexprs.items()]
+        assert {s.constexprs["SCORE"] for s in held} == {False, True}
+        assert {(s.num_warps, s.num_stages) for s in held} == {(blocks.warps, blocks.stages)}
 
 
 def test_every_tile_of_causal_weights_is_compiled() -> None:
@@ -156,6 +172,30 @@ def test_every_tile_of_causal_weights_is_compiled() -> None:
         held = {tuple(s.constexprs[key] for key in keys) for s in targets.specimens() if s.kernel is kernel}
         chosen = [causal.tiling(n, 10**6, size) for n in (1, 8, 9, 16, 17, 10**6) for size in elements]
         assert held >= {tuple(tile[key] for key in keys) for tile in chosen}, kernel.__name__
+
+
+def vector_accesses(specimen: targets.Specimen) -> tuple[int, int, int]:
+    """Loads of 128 bits, stores of 128 bits, and loads of 8 bits, that a specimen's PTX for sm_90 has."""
+    ptx = targets.compiled(specimen, targets.TARGETS["sm_90"]).asm["ptx"]
+    patterns = (r"ld\.global\S*\.v4\.b32", r"st\.global\S*\.v4\.b32", r"ld\.global\S*\.b8")
+    return tuple(len(re.findall(pattern, ptx)) for pattern in patterns)  # type: ignore[return-value]
+
+
+def test_contiguous_rows_are_read_in_whole_words() -> None:
+    """
+    Four tokens of float32 at a time: seven inputs of one value a token, four contexts (of a token, or of four tokens),
+    two outputs; and four of the mask's bytes. A ratio per sequence reads logp once more, in its own pass.
+    """
+    kernels = (token_loss.token_loss_kernel, token_loss.token_loss_backward_kernel)
+    common = [s for s in targets.specimens() if s.kernel in kernels and s.divisible]
+    found = {s.label: vector_accesses(s) for s in common}
+    assert len(found) == 9
+    for label, (loads, stores, bytes_read) in found.items():
+        assert (stores, bytes_read) == (2, 0), label
+        if "backward" in label:
+            assert loads == 2, label
+        else:
+            assert loads == (12 if "sequence" in label else 11), label
 
 
 @triton.jit

@@ -5,44 +5,86 @@ import triton.language as tl
 
 from gcpo_kernels.triton_backend.common import token_objective
 
+LOG2_E = tl.constexpr(1.4426950408889634)
 # What the pass leaves for each block of tokens.
 N_SUMS = tl.constexpr(7)  # count, loss, kl, kl_causal, proj_clamped, clip_low, clip_high
+MOST_BLOCKS = tl.constexpr(64)  # programs per sequence
+
+
+@triton.jit
+def _exp(x):
+    """exp(x), or 0 below the smallest normal number: two instructions in place of the five of `tl.exp`."""
+    return tl.exp2(x * LOG2_E)
 
 
 @triton.jit
 def _log_proj(
-    first_ptr,  # of the block's tokens, context 0
+    ctx_ptr,  # of the row
+    t,  # [BLOCK_T]
     inside,  # [BLOCK_T]
     query,  # [BLOCK_T]
+    stride_ctx_t,
     stride_ctx_l,
     weights_ptr,  # of the row
     stride_w_l,
     L,
     log_floor,
     HAS_WEIGHTS: tl.constexpr,
+    BLOCK_L: tl.constexpr,  # divides L
 ):
-    """log p' of a block of tokens and whether it was clamped: `reference.project`, with a running maximum over l."""
-    a = tl.load(first_ptr, mask=inside, other=0.0).to(tl.float32)
-    # Finite, so that tokens whose every probability is 0 do not become NaN.
-    top = tl.maximum(tl.maximum(a, query), -1.0e30)
-    mean = tl.zeros_like(query)
-    for l in range(0, L):
-        b = tl.load(first_ptr + l * stride_ctx_l, mask=inside, other=0.0).to(tl.float32)
+    """
+    log p' of a block of tokens and whether it was clamped: `reference.project`, with a running maximum over blocks of
+    contexts. Contexts are read as a tile, so that neighbours in memory are read together, whichever axis is innermost.
+    """
+    first = ctx_ptr + t[:, None] * stride_ctx_t
+    top = tl.full(query.shape, -1.0e30, tl.float32)  # finite: where every probability is 0, nothing becomes NaN
+    a = tl.zeros(query.shape, tl.float32)  # this and the mean relative to the maximum
+    mean = tl.zeros(query.shape, tl.float32)
+    for l0 in range(0, L, BLOCK_L):
+        l = l0 + tl.arange(0, BLOCK_L)  # [BLOCK_L]
+        b = tl.load(first + l[None, :] * stride_ctx_l, mask=inside[:, None], other=0.0).to(tl.float32)
+        is_a = (l == 0)[None, :]
         if HAS_WEIGHTS:
-            weight = tl.load(weights_ptr + l * stride_w_l).to(tl.float32)
-            b = tl.where(weight != 0.0, b, -1.0e30)  # its scores do not matter, NaN included
+            weight = tl.load(weights_ptr + l * stride_w_l).to(tl.float32)[None, :]
+            b = tl.where(is_a | (weight != 0.0), b, -1.0e30)  # its scores do not matter, NaN included
         else:
             weight = 1.0 / L.to(tl.float32)
-        new_top = tl.where(b > top, b, top)
-        mean = mean * tl.exp(top - new_top) + weight * tl.exp(b - new_top)
+        new_top = tl.maximum(top, tl.max(b, axis=1))
+        scale = _exp(top - new_top)
+        e = _exp(b - new_top[:, None])  # [BLOCK_T, BLOCK_L]
+        a = a * scale + tl.sum(tl.where(is_a, e, 0.0), axis=1)
+        mean = mean * scale + tl.sum(weight * e, axis=1)
         top = new_top
-    total = tl.exp(a - top) - mean + tl.exp(query - top)
-    raw = tl.where(total <= 0.0, -float("inf"), top + tl.log(total))
+    largest = tl.maximum(top, query)
+    # The difference first: with one context it is exactly 0, and p' exactly the query's probability.
+    total = (a - mean) * _exp(top - largest) + _exp(query - largest)
+    raw = tl.where(total <= 0.0, -float("inf"), largest + tl.log(total))
     clamped = (raw < log_floor) | (raw > 0.0)
     return tl.where(raw < log_floor, log_floor, tl.where(raw > 0.0, 0.0, raw)), clamped
 
 
-@triton.jit(do_not_specialize=["T", "B", "L"])
+@triton.jit
+def _fold(x, LANES: tl.constexpr, ALIGNED_T: tl.constexpr):
+    """[BLOCK_T] to [LANES] sums of what one thread holds, so that running sums need few registers."""
+    if ALIGNED_T:
+        return tl.sum(tl.reshape(x, [LANES, x.numel // LANES]), axis=1)
+    return tl.sum(tl.reshape(x, [x.numel // LANES, LANES]), axis=0)
+
+
+@triton.jit
+def _tokens_of(pid, T, BLOCKS, BLOCK_T: tl.constexpr, ALIGNED_T: tl.constexpr):
+    """The row of a program, and its part of the row's tokens: [start, end)."""
+    # Programs are fewer than 2**31, and a 32-bit division is a fraction of a 64-bit one.
+    row = pid.to(tl.int32) // BLOCKS
+    part = (pid.to(tl.int32) - row * BLOCKS).to(tl.int64)
+    if ALIGNED_T:
+        T = T // 16 * 16  # the same, but now the compiler knows, and reads whole words
+    share = tl.cdiv(tl.cdiv(T, BLOCKS), BLOCK_T) * BLOCK_T
+    start = part * share
+    return row.to(tl.int64), start, tl.minimum(start + share, T)
+
+
+@triton.jit(do_not_specialize=["T", "B", "L", "BLOCKS"])
 def token_loss_kernel(
     logp_ptr,  # (B, T)
     mask_ptr,  # (B, T)
@@ -82,6 +124,7 @@ def token_loss_kernel(
     B,
     T,
     L,
+    BLOCKS,  # programs per sequence
     beta,
     kappa,
     epsilon_low,
@@ -96,87 +139,100 @@ def token_loss_kernel(
     HAS_CONTEXT: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     HAS_DELTA: tl.constexpr,
+    ADV_BY_TOKEN: tl.constexpr,
     BY_SEQUENCE: tl.constexpr,
-    BLOCKS: tl.constexpr,  # programs per sequence
+    ALIGNED_T: tl.constexpr,  # 16 divides T
+    L_INNERMOST: tl.constexpr,  # contexts of a token lie side by side, and BLOCK_L divides strides of rows and tokens
     BLOCK_T: tl.constexpr,
+    BLOCK_L: tl.constexpr,  # divides L
 ):
+    if L_INNERMOST:
+        stride_ctx_b = stride_ctx_b // BLOCK_L * BLOCK_L
+        stride_ctx_t = stride_ctx_t // BLOCK_L * BLOCK_L
+    LANES: tl.constexpr = max(1, BLOCK_T // 4)
     pid = tl.program_id(0).to(tl.int64)
-    row = pid // BLOCKS
-    part = pid % BLOCKS
-    share = tl.cdiv(tl.cdiv(T, BLOCKS), BLOCK_T) * BLOCK_T
-    start = part * share
-    end = tl.minimum(start + share, T)
+    row, start, end = _tokens_of(pid, T, 1 if BY_SEQUENCE else BLOCKS, BLOCK_T, ALIGNED_T)
+    first_out = row * (T // 16 * 16 if ALIGNED_T else T)
     logp_ptr += row * stride_logp_b
     mask_ptr += row * stride_mask_b
     old_ptr += row * stride_old_b
     block = tl.arange(0, BLOCK_T)
     contexts = L.to(tl.int64)
 
+    n = tl.zeros([LANES], tl.float32)
     sequence_log_ratio = 0.0
     if BY_SEQUENCE:
-        ratio_sum = tl.zeros([BLOCK_T], tl.float32)
-        ratio_count = tl.zeros([BLOCK_T], tl.float32)
+        ratio_sum = tl.zeros([LANES], tl.float32)
         for t0 in range(start, end, BLOCK_T):
             t = t0 + block  # [BLOCK_T]
-            keep = tl.load(mask_ptr + t * stride_mask_t, mask=t < end, other=0) != 0
-            logp = tl.load(logp_ptr + t * stride_logp_t, mask=keep, other=0.0).to(tl.float32)
+            inside = t < end
+            keep = tl.load(mask_ptr + t * stride_mask_t, mask=inside, other=0) != 0
+            logp = tl.load(logp_ptr + t * stride_logp_t, mask=inside, other=0.0).to(tl.float32)
             old = logp  # its difference is 0, or NaN where logp is: a constant would hide that
             if HAS_OLD:
-                old = tl.load(old_ptr + t * stride_old_t, mask=keep, other=0.0).to(tl.float32)
-            ratio_sum += logp - old
-            ratio_count += keep.to(tl.float32)
-        sequence_log_ratio = tl.sum(ratio_sum) / tl.maximum(tl.sum(ratio_count), 1.0)
+                old = tl.load(old_ptr + t * stride_old_t, mask=inside, other=0.0).to(tl.float32)
+            ratio_sum += _fold(tl.where(keep, logp - old, 0.0), LANES, ALIGNED_T)
+            n += _fold(keep.to(tl.float32), LANES, ALIGNED_T)
+        count = tl.maximum(tl.sum(n), 1.0)
+        sequence_log_ratio = tl.sum(ratio_sum) / count
 
-    n = tl.zeros([BLOCK_T], tl.float32)
-    sum_loss = tl.zeros([BLOCK_T], tl.float32)
-    sum_kl = tl.zeros([BLOCK_T], tl.float32)
-    sum_causal = tl.zeros([BLOCK_T], tl.float32)
-    sum_clamped = tl.zeros([BLOCK_T], tl.float32)
-    sum_low = tl.zeros([BLOCK_T], tl.float32)
-    sum_high = tl.zeros([BLOCK_T], tl.float32)
-    sum_ratio = tl.zeros([BLOCK_T], tl.float32)
+    sum_loss = tl.zeros([LANES], tl.float32)
+    sum_kl = tl.zeros([LANES], tl.float32)
+    sum_causal = tl.zeros([LANES], tl.float32)
+    sum_clamped = tl.zeros([LANES], tl.float32)
+    sum_low = tl.zeros([LANES], tl.float32)
+    sum_high = tl.zeros([LANES], tl.float32)
+    sum_ratio = tl.zeros([LANES], tl.float32)
     for t0 in range(start, end, BLOCK_T):
         t = t0 + block  # [BLOCK_T]
         inside = t < end
         keep = tl.load(mask_ptr + t * stride_mask_t, mask=inside, other=0) != 0
-        # Nothing is loaded where the mask is 0: whatever stands there, NaN included, takes no part.
-        logp = tl.load(logp_ptr + t * stride_logp_t, mask=keep, other=0.0).to(tl.float32)
-        adv = tl.load(adv_ptr + row * stride_adv_b + t * stride_adv_t, mask=keep, other=0.0).to(tl.float32)
+        # What is read under the mask would be read one by one. Whatever stands where it is 0, NaN included, goes
+        # through the arithmetic instead, and every result is selected by `keep`. Only contexts are left unread, where
+        # a word holds those of one token.
+        logp = tl.load(logp_ptr + t * stride_logp_t, mask=inside, other=0.0).to(tl.float32)
+        if ADV_BY_TOKEN:
+            adv = tl.load(adv_ptr + row * stride_adv_b + t * stride_adv_t, mask=inside, other=0.0).to(tl.float32)
+        else:
+            adv = tl.zeros([BLOCK_T], tl.float32) + tl.load(adv_ptr + row * stride_adv_b).to(tl.float32)
         old = logp
         if HAS_OLD:
-            old = tl.load(old_ptr + t * stride_old_t, mask=keep, other=0.0).to(tl.float32)
+            old = tl.load(old_ptr + t * stride_old_t, mask=inside, other=0.0).to(tl.float32)
         if BY_SEQUENCE:
             log_ratio = tl.zeros([BLOCK_T], tl.float32) + sequence_log_ratio
         else:
             log_ratio = logp - old
         ref = logp
         if HAS_REF:
-            ref = tl.load(ref_ptr + row * stride_ref_b + t * stride_ref_t, mask=keep, other=0.0).to(tl.float32)
+            ref = tl.load(ref_ptr + row * stride_ref_b + t * stride_ref_t, mask=inside, other=0.0).to(tl.float32)
         causal = logp
         if HAS_CAUSAL:
             causal_at = causal_ptr + row * stride_causal_b + t * stride_causal_t
-            causal = tl.load(causal_at, mask=keep, other=0.0).to(tl.float32)
-        is_ratio = tl.full([BLOCK_T], 1.0, tl.float32)
-        if HAS_IS:
-            is_ratio = tl.load(is_ptr + row * stride_is_b + t * stride_is_t, mask=keep, other=0.0).to(tl.float32)
+            causal = tl.load(causal_at, mask=inside, other=0.0).to(tl.float32)
         log_proj = logp
         clamped = keep
         if HAS_CONTEXT:
             query = old
             if HAS_QUERY:
                 query_at = query_ptr + row * stride_query_b + t * stride_query_t
-                query = tl.load(query_at, mask=keep, other=0.0).to(tl.float32)
+                query = tl.load(query_at, mask=inside, other=0.0).to(tl.float32)
             log_proj, clamped = _log_proj(
-                ctx_ptr + row * stride_ctx_b + t * stride_ctx_t,
-                keep,
+                ctx_ptr + row * stride_ctx_b,
+                t,
+                keep if L_INNERMOST else inside,
                 query,
+                stride_ctx_t,
                 stride_ctx_l,
                 weights_ptr + row * stride_w_b,
                 stride_w_l,
                 contexts,
                 log_floor,
                 HAS_WEIGHTS,
+                BLOCK_L,
             )
+        is_ratio = tl.full([BLOCK_T], 1.0, tl.float32)
+        if HAS_IS:
+            is_ratio = tl.load(is_ptr + row * stride_is_b + t * stride_is_t, mask=inside, other=0.0).to(tl.float32)
         loss, d_ratio, d_logp, d_causal, kl, kl_causal, ratio = token_objective(
             logp,
             log_ratio,
@@ -198,47 +254,50 @@ def token_loss_kernel(
             d_logp += d_causal
         if not BY_SEQUENCE:
             d_logp += d_ratio
-        out = row * T + t
+        out = first_out + t
         tl.store(d_logp_ptr + out, tl.where(keep, d_logp, 0.0), mask=inside)
         if HAS_CAUSAL:
             tl.store(d_causal_ptr + out, tl.where(keep, d_causal, 0.0), mask=inside)
-        n += keep.to(tl.float32)
-        sum_loss += tl.where(keep, loss, 0.0)
-        sum_kl += tl.where(keep, kl, 0.0)
-        sum_ratio += tl.where(keep, d_ratio, 0.0)
+        if not BY_SEQUENCE:
+            n += _fold(keep.to(tl.float32), LANES, ALIGNED_T)
+        sum_loss += _fold(tl.where(keep, loss, 0.0), LANES, ALIGNED_T)
+        if HAS_REF:
+            sum_kl += _fold(tl.where(keep, kl, 0.0), LANES, ALIGNED_T)
         if HAS_CONTEXT:
-            sum_causal += tl.where(keep, kl_causal, 0.0)
-            sum_clamped += (keep & clamped).to(tl.float32)
-        sum_low += (keep & (ratio < 1.0 - epsilon_low) & (adv < 0)).to(tl.float32)
-        sum_high += (keep & (ratio > 1.0 + epsilon_high) & (adv > 0)).to(tl.float32)
+            sum_causal += _fold(tl.where(keep, kl_causal, 0.0), LANES, ALIGNED_T)
+            sum_clamped += _fold((keep & clamped).to(tl.float32), LANES, ALIGNED_T)
+        sum_low += _fold((keep & (ratio < 1.0 - epsilon_low) & (adv < 0)).to(tl.float32), LANES, ALIGNED_T)
+        sum_high += _fold((keep & (ratio > 1.0 + epsilon_high) & (adv > 0)).to(tl.float32), LANES, ALIGNED_T)
+        if BY_SEQUENCE:
+            sum_ratio += _fold(tl.where(keep, d_ratio, 0.0), LANES, ALIGNED_T)
 
-    step = B.to(tl.int64) * BLOCKS
-    tl.store(sums_ptr + pid, tl.sum(n))
-    tl.store(sums_ptr + step + pid, tl.sum(sum_loss))
-    tl.store(sums_ptr + 2 * step + pid, tl.sum(sum_kl))
-    tl.store(sums_ptr + 3 * step + pid, tl.sum(sum_causal))
-    tl.store(sums_ptr + 4 * step + pid, tl.sum(sum_clamped))
-    tl.store(sums_ptr + 5 * step + pid, tl.sum(sum_low))
-    tl.store(sums_ptr + 6 * step + pid, tl.sum(sum_high))
+    # All at once: every reduction of a single sum would wait for all warps. `join` appends an axis, so the first pair
+    # to be joined lies furthest apart in the end.
+    even = tl.join(tl.join(n, sum_clamped), tl.join(sum_kl, sum_high))  # [LANES, 2, 2]
+    odd = tl.join(tl.join(sum_loss, sum_low), tl.join(sum_causal, sum_ratio))
+    sums = tl.reshape(tl.sum(tl.join(even, odd), axis=0), [8])
+    which = tl.arange(0, 8)
+    tl.store(sums_ptr + which * (B.to(tl.int64) * BLOCKS) + pid, sums, mask=which < N_SUMS)
     if BY_SEQUENCE:
-        tl.store(sequence_ptr + row, tl.sum(sum_ratio) / tl.maximum(tl.sum(n), 1.0))
+        tl.store(sequence_ptr + row, tl.sum(sum_ratio) / count)
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B", "BLOCKS"])
 def token_loss_finish_kernel(
     sums_ptr,  # (N_SUMS, B, BLOCKS)
     items_ptr,  # (1,): num_items_in_batch, where it is a tensor
     out_ptr,  # (N_OUT,)
     B,
+    BLOCKS,
     divisor,
     DIVIDE_BY: tl.constexpr,
     ITEMS_ON_DEVICE: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    BLOCK_P: tl.constexpr,  # at least BLOCKS
     BLOCK_B: tl.constexpr,
 ):
     step = B.to(tl.int64) * BLOCKS
     rows = tl.arange(0, BLOCK_B)
-    parts = tl.arange(0, BLOCKS).to(tl.int64)
+    parts = tl.arange(0, BLOCK_P).to(tl.int64)
     loss = tl.zeros([BLOCK_B], tl.float32)
     total = tl.zeros([BLOCK_B], tl.float32)
     kl = tl.zeros([BLOCK_B], tl.float32)
@@ -249,7 +308,7 @@ def token_loss_finish_kernel(
     for b0 in range(0, B, BLOCK_B):
         b = (b0 + rows).to(tl.int64)
         inside = (b < B)[:, None] & (parts[None, :] < BLOCKS)
-        at = sums_ptr + b[:, None] * BLOCKS + parts[None, :]  # [BLOCK_B, BLOCKS]
+        at = sums_ptr + b[:, None] * BLOCKS + parts[None, :]  # [BLOCK_B, BLOCK_P]
         n = tl.sum(tl.load(at, mask=inside, other=0.0), axis=1)
         row_loss = tl.sum(tl.load(at + step, mask=inside, other=0.0), axis=1)
         if DIVIDE_BY == 0:
@@ -279,7 +338,7 @@ def token_loss_finish_kernel(
     tl.store(out_ptr + 6, 1.0 / denominator)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "BLOCKS"])
 def token_loss_backward_kernel(
     grad_ptr,  # (): upstream gradient
     d_logp_ptr,  # (B, T) float32
@@ -293,25 +352,25 @@ def token_loss_backward_kernel(
     grad_logp_ptr,  # (B, T), contiguous
     grad_causal_ptr,  # (B, T), contiguous
     T,
+    BLOCKS,  # programs per sequence
     BY_COUNT: tl.constexpr,  # divide by each sequence's own count too
     BY_SEQUENCE: tl.constexpr,
     HAS_CAUSAL: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    ALIGNED_T: tl.constexpr,  # 16 divides T
     BLOCK_T: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
-    row = pid // BLOCKS
-    share = tl.cdiv(tl.cdiv(T, BLOCKS), BLOCK_T) * BLOCK_T
-    start = (pid % BLOCKS) * share
-    end = tl.minimum(start + share, T)
+    row, start, end = _tokens_of(pid, T, 1 if BY_SEQUENCE else BLOCKS, BLOCK_T, ALIGNED_T)
+    first_out = row * (T // 16 * 16 if ALIGNED_T else T)
     scale = tl.load(grad_ptr).to(tl.float32) * tl.load(out_ptr + 6)
     if BY_COUNT:
-        n = tl.sum(tl.load(sums_ptr + row * BLOCKS + tl.arange(0, BLOCKS)))
+        parts = tl.arange(0, MOST_BLOCKS)
+        n = tl.sum(tl.load(sums_ptr + row * BLOCKS + parts, mask=parts < BLOCKS, other=0.0))
         scale = scale / tl.maximum(n, 1.0)
     for t0 in range(start, end, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)  # [BLOCK_T]
         inside = t < end
-        at = row * T + t
+        at = first_out + t
         d = tl.load(d_logp_ptr + at, mask=inside, other=0.0)
         if BY_SEQUENCE:
             keep = tl.load(mask_ptr + row * stride_mask_b + t * stride_mask_t, mask=inside, other=0) != 0

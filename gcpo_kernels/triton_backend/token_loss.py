@@ -10,10 +10,12 @@ import math
 from typing import NamedTuple
 
 import torch
+import triton
 
 from gcpo_kernels.options import LossOptions
 from gcpo_kernels.reference import TokenInputs
 from gcpo_kernels.triton_backend.token_kernels import (
+    MOST_BLOCKS,
     N_SUMS,
     token_loss_backward_kernel,
     token_loss_finish_kernel,
@@ -51,15 +53,43 @@ class TokenResult(NamedTuple):
 
 
 def blocking(b: int, t: int, by_sequence: bool) -> tuple[int, int]:
-    """(BLOCKS, BLOCK_T): programs per sequence and tokens at a time. Few values, so that few kernels are compiled."""
+    """
+    (BLOCKS, BLOCK_T): programs per sequence, none without tokens, and tokens at a time. Few BLOCK_T, so that few
+    kernels are compiled.
+    """
+    if by_sequence:
+        return 1, 128 if t <= 128 else 1024  # with 512, sm_80 and sm_90 spill
     if t <= 128:
         return 1, 128
-    if by_sequence:
-        return 1, 256  # with 512, sm_100 spills
-    # With 1,024 tokens at a time the forward needs 217 registers a thread on sm_90, and half the warps fit.
-    if t <= 512:
-        return 1, 512
-    return (8 if t <= 16 * 512 or b >= 512 else 64), 512
+    parts = (t + 511) // 512
+    most = 8 if b >= 512 else MOST_BLOCKS.value
+    each = (parts + most - 1) // most
+    return (parts + each - 1) // each, 512
+
+
+def warps(block_t: int) -> int:
+    """Four tokens a thread: 128 bits of float32 at a time."""
+    return min(max(block_t // 128, 1), 8)
+
+
+def _aligned(t: int) -> bool:
+    """Whether a length may be compiled in as a multiple of 16: then contiguous rows are read in words of 128 bits."""
+    return t % 16 == 0
+
+
+def contexts_at_a_time(contexts: torch.Tensor | None) -> tuple[int, bool]:
+    """
+    (BLOCK_L, L_INNERMOST): how many contexts of a token are read together, and whether they lie side by side, at
+    addresses that divide by as many. Any other layout is read context by context.
+    """
+    if contexts is None:
+        return 1, False
+    size = next(x for x in (4, 2, 1) if contexts.shape[2] % x == 0)
+    stride_b, stride_t, stride_l = contexts.stride()
+    if stride_t == 1:
+        return size, False
+    aligned = stride_b % size == 0 and stride_t % size == 0 and contexts.data_ptr() % 16 == 0
+    return (size, True) if size > 1 and stride_l == 1 and aligned else (1, False)
 
 
 def _rows_strides(x: torch.Tensor | None, shape: tuple[int, int]) -> tuple[int, int]:
@@ -104,12 +134,13 @@ def _launch(x: TokenTensors, options: LossOptions) -> TokenResult:
         return result
     mask = x.mask.view(torch.uint8) if x.mask.dtype == torch.bool else x.mask
     contexts = x.context_logp
+    block_l, l_innermost = contexts_at_a_time(contexts)
     weights_strides = (0, 0)
     if x.context_weights is not None:
         given = x.context_weights.stride()
         weights_strides = (0, given[0]) if x.context_weights.dim() == 1 else (given[0], given[1])
     rows = (x.old_logp, x.ref_logp, x.query_logp, x.causal_logp, x.importance_sampling_ratio)
-    strides = [s for y in (x.logp, mask, x.advantages, *rows) for s in _rows_strides(y, (b, t))]
+    strides = [_rows_strides(y, (b, t)) for y in (x.logp, mask, x.advantages, *rows)]
     anything = x.logp  # stands in for pointers that a flag keeps from being read
     token_loss_kernel[(b * blocks,)](
         x.logp,
@@ -122,12 +153,13 @@ def _launch(x: TokenTensors, options: LossOptions) -> TokenResult:
         result.d_causal if has_causal else result.d_logp,
         result.sequence if by_sequence else result.d_logp,
         result.sums,
-        *strides,
+        *(stride for pair in strides for stride in pair),
         *((0, 0, 0) if contexts is None else contexts.stride()),
         *weights_strides,
         b,
         t,
         1 if contexts is None else contexts.shape[2],
+        blocks,
         options.beta,
         options.kappa,
         options.epsilon_low,
@@ -142,10 +174,13 @@ def _launch(x: TokenTensors, options: LossOptions) -> TokenResult:
         HAS_CONTEXT=contexts is not None,
         HAS_WEIGHTS=x.context_weights is not None,
         HAS_DELTA=options.delta is not None,
+        ADV_BY_TOKEN=strides[2][1] != 0,
         BY_SEQUENCE=by_sequence,
-        BLOCKS=blocks,
+        ALIGNED_T=_aligned(t),
+        L_INNERMOST=l_innermost,
         BLOCK_T=block_t,
-        num_warps=4,
+        BLOCK_L=block_l,
+        num_warps=warps(block_t),
     )
     return result
 
@@ -155,16 +190,18 @@ def token_loss_forward(x: TokenTensors, options: LossOptions) -> TokenResult:
     result = _launch(x, options)
     divide_by, divisor, items = _divide_by(options, x.logp.shape[0])
     blocks = result.sums.shape[2]
+    block_p = triton.next_power_of_2(blocks)
     token_loss_finish_kernel[(1,)](
         result.sums,
         result.sums if items is None else items,
         result.out,
         result.sums.shape[1],
+        blocks,
         divisor,
         DIVIDE_BY=divide_by,
         ITEMS_ON_DEVICE=items is not None,
-        BLOCKS=blocks,
-        BLOCK_B=max(16, 1024 // blocks),
+        BLOCK_P=block_p,
+        BLOCK_B=max(16, 1024 // block_p),
         num_warps=4,
     )
     return result
@@ -238,11 +275,12 @@ def token_loss_backward(
         grad_logp,
         grad_causal if has_causal else grad_logp,
         t,
+        blocks,
         BY_COUNT=options.loss_type == "grpo",
         BY_SEQUENCE=by_sequence,
         HAS_CAUSAL=has_causal,
-        BLOCKS=blocks,
+        ALIGNED_T=_aligned(t),
         BLOCK_T=block_t,
-        num_warps=4,
+        num_warps=warps(block_t),
     )
     return grad_logp, grad_causal

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gcpo_kernels
@@ -12,6 +13,7 @@ from gcpo_kernels.options import LossOptions
 from gcpo_kernels.testing import make_linear_inputs, make_representations, make_token_inputs, with_gradients
 from gcpo_kernels.triton_backend import causal, token_loss
 from gcpo_kernels.triton_backend import ops as triton_ops
+from gcpo_kernels.triton_backend.token_kernels import MOST_BLOCKS
 
 LARGEST_OTHER_AXIS = 65_535
 Launches = list[tuple[str, tuple[int, ...]]]
@@ -81,11 +83,15 @@ def test_more_rows_than_other_axes_hold(rows: int, launches: Launches) -> None:
     [
         ((1, 1), False, 1),
         ((1, 512), False, 1),
-        ((1, 513), False, 8),
-        ((1, 8192), False, 8),
-        ((1, 8193), False, 64),
-        ((511, 8193), False, 64),
-        ((512, 8193), False, 8),
+        ((1, 513), False, 2),
+        ((1, 1024), False, 2),
+        ((1, 2048), False, 4),
+        ((1, 2049), False, 5),
+        ((512, 2048), False, 4),
+        ((1, 8192), False, 16),
+        ((511, 32_768), False, 64),
+        ((512, 32_768), False, 8),
+        ((1, 100_000), False, 49),
         ((1, 100_000), True, 1),
     ],
 )
@@ -96,6 +102,16 @@ def test_programs_per_sequence(shape: tuple[int, int], by_sequence: bool, blocks
     gcpo_kernels.gcpo_loss(x, x[:, 0], x, importance_sampling_level=level)
     assert launches[0] == ("token_loss_kernel", (shape[0] * blocks,))
     assert token_loss.blocking(*shape, by_sequence)[0] == blocks
+
+
+@pytest.mark.parametrize("batch", [1, 512])
+def test_no_program_is_idle(batch: int) -> None:
+    """The last of a sequence's programs has tokens, as the kernels share them out."""
+    for tokens in [*range(1, 5000), *range(5000, 200_000, 487)]:
+        blocks, block_t = token_loss.blocking(batch, tokens, False)
+        share = triton.cdiv(triton.cdiv(tokens, blocks), block_t) * block_t
+        assert (blocks - 1) * share < tokens <= blocks * share, tokens
+        assert blocks <= (8 if batch == 512 else MOST_BLOCKS.value)
 
 
 class NoSync(TorchDispatchMode):

@@ -29,20 +29,26 @@ def log_proj_kernel(
     log_floor,
     HAS_WEIGHTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_L: tl.constexpr,
 ):
     """`_log_proj` of N tokens that share the weights of their contexts."""
     t = tl.arange(0, BLOCK)
     inside = t < N
     query = tl.load(query_ptr + t, mask=inside, other=0.0)
     contexts = L.to(tl.int64)
-    at = ctx_ptr + t * contexts
-    value, clamped = _log_proj(at, inside, query, 1, weights_ptr, 1, contexts, log_floor, HAS_WEIGHTS)
+    value, clamped = _log_proj(
+        ctx_ptr, t, inside, query, contexts, 1, weights_ptr, 1, contexts, log_floor, HAS_WEIGHTS, BLOCK_L
+    )
     tl.store(out_ptr + t, value, mask=inside)
     tl.store(clamped_ptr + t, clamped.to(tl.float32), mask=inside)
 
 
 def project(
-    query: torch.Tensor, contexts: torch.Tensor, weights: torch.Tensor | None = None, floor: float = 1e-6
+    query: torch.Tensor,
+    contexts: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    floor: float = 1e-6,
+    at_a_time: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log p' of (N,) tokens and whether it was clamped, by the kernels' device function."""
     n, l = contexts.shape
@@ -59,6 +65,7 @@ def project(
         log(floor),
         weights is not None,
         triton.next_power_of_2(n),
+        at_a_time,
     )
     return out, clamped.bool()
 
@@ -92,13 +99,15 @@ def test_k3_and_expm1() -> None:
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("floor", [1e-6, 1e-30, 0.5])
-def test_projection(floor: float, weighted: bool) -> None:
+@pytest.mark.parametrize(("count", "at_a_time"), [(3, 1), (4, 2), (4, 4), (8, 4)])
+def test_projection(count: int, at_a_time: int, floor: float, weighted: bool) -> None:
     """All combinations of extreme scores: the reference in float64, and NaN where a score that counts is NaN."""
     scores = torch.tensor([0.0, -1e-3, -1.0, -20.0, -60.0, -1e4, -inf, nan])
     query, first, second = (x.flatten() for x in torch.meshgrid(scores, scores, scores, indexing="ij"))
-    contexts = torch.stack([first, second, first.flip(0)], dim=1)
-    weights = torch.tensor([0.3, 0.9, 0.0]) if weighted else None
-    ours, clamped = project(query, contexts, weights, floor)
+    columns = [first, second, first.flip(0), second.flip(0)]
+    contexts = torch.stack([columns[l % 4].roll(l // 4) for l in range(count)], dim=1)
+    weights = torch.tensor([0.3, 0.9, 0.0, 0.1])[torch.arange(count) % 4] if weighted else None
+    ours, clamped = project(query, contexts, weights, floor, at_a_time)
     wide = None if weights is None else weights.double()
     truth, truly = reference.project(query.double(), contexts.double(), wide, floor)
     single, _ = reference.project(query, contexts, weights, floor)
