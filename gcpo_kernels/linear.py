@@ -188,7 +188,7 @@ class _Gradients:
         self.hidden: torch.Tensor | None = None
         if need[0]:
             # Where every token is in a part, every row will be written.
-            whole = sum(part.count for part in parts) == len(hidden)
+            whole = sum(part.size for part in parts) == len(hidden)
             make = torch.empty if whole else torch.zeros
             self.hidden = make(hidden.shape, dtype=gradient_dtype(hidden.dtype), device=hidden.device)
         self.weight: torch.Tensor | None = None
@@ -276,7 +276,7 @@ class _Part(NamedTuple):
     """Tokens of one tile."""
 
     tokens: Index  # flat indices
-    count: int
+    size: int
     rows: slice  # with whole sequences: which
     scored_first: bool  # of a sequence that does not fit into one
 
@@ -287,7 +287,7 @@ def _cut(
     """Entries `start` to `end` of the flat index, of `whole` tokens in all, in parts of at most `step`."""
     end = len(index) if end is None else end
     bounds = [(at, min(at + step, end)) for at in range(start, end, step)]
-    fields = {"rows": slice(0, 0), "scored_first": False} | rest
+    fields: dict[str, Any] = {"rows": slice(0, 0), "scored_first": False} | rest
     # Where no token is left out a slice says the same, and neither gathers nor scatters.
     return [_Part(slice(a, b) if len(index) == whole else index[a:b], b - a, **fields) for a, b in bounds]
 

@@ -134,11 +134,12 @@ def _outside_the_product(code: list[Instruction]) -> list[int]:
     """
     The loop over tiles (or the kernel, if each program makes one tile) without the loop over k. Triton flattens the two
     into one loop, in which the epilogue is skipped until k is done: so the loop over k is found as the shortest way
-    from a product back to itself, and the epilogue as the shortest ways from its exponentials, where there are any. That
-    leaves out branches that few tiles take.
+    from a product back to itself, and the epilogue as the shortest ways from its exponentials, where there are any.
+    That leaves out branches that few tiles take.
     """
     ways = [way for i, x in enumerate(code) if x.is_a("HGMMA") if (way := _shortest_cycle(code, i))]
-    over_k = set(min(ways, key=len, default=[]))
+    shortest: list[int] = min(ways, key=len, default=[])
+    over_k = set(shortest)
     around: set[int] = set()
     for i, x in enumerate(code):
         if x.opcode.startswith("MUFU.EX2") and i not in over_k and i not in around:

@@ -199,7 +199,7 @@ def _on_logits() -> list[Specimen]:
     found = []
     for vocab in (1000, 4096, 151_936):
         block = logprob.row_block(vocab, 4)
-        options = {"num_warps": block.warps, "stream": ("u_ptr",)}
+        options: dict[str, Any] = {"num_warps": block.warps, "stream": ("u_ptr",)}
         head = {"HAS_SOFTCAP": True, "NEGATIVE": False, "V": vocab, **block.constexprs}
         rows = () if vocab % 16 else ("stride_u_b", "stride_u_t")
         found += [

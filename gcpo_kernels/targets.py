@@ -33,6 +33,7 @@ class Report:
 
 @functools.cache
 def compiled(specimen: Specimen, target: GPUTarget) -> Any:
+    """The specimen as Triton compiles it for a target."""
     options = {"num_warps": specimen.num_warps}
     if specimen.num_stages is not None:
         options["num_stages"] = specimen.num_stages
@@ -42,15 +43,15 @@ def compiled(specimen: Specimen, target: GPUTarget) -> Any:
 @functools.cache
 def compile_for(specimen: Specimen, target: GPUTarget) -> Report:
     """Compile, and read what came out."""
-    compiled = compiled(specimen, target)
+    found = compiled(specimen, target)
     if target.backend == "cuda":
-        usage = sass.run_on(compiled.asm["cubin"], "cuobjdump", "--dump-resource-usage")
+        usage = sass.run_on(found.asm["cubin"], "cuobjdump", "--dump-resource-usage")
         registers, stack = _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage)
     else:
-        usage = compiled.asm["amdgcn"]
+        usage = found.asm["amdgcn"]
         registers = _number(r"\.vgpr_count:\s+(\d+)", usage)
         stack = _number(r"\.private_segment_fixed_size:\s+(\d+)", usage)
-    return Report(registers, stack, compiled.metadata.shared, narrow_offsets(compiled.asm["ttir"]))
+    return Report(registers, stack, found.metadata.shared, narrow_offsets(found.asm["ttir"]))
 
 
 @functools.cache

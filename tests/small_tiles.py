@@ -19,8 +19,8 @@ SETTINGS = {
             "_WIDEN_ROWS": "8",
         }
     },
-    # Tiles of three tokens, slices of two rows by eight columns, blocks of sixteen columns of a row; products of blocks of
-    # 16 x 32, in two parts, of a chunk of four rows.
+    # Tiles of three tokens, slices of two rows by eight columns, blocks of sixteen columns of a row; products of blocks
+    # of 16 x 32, in two parts, of a chunk of four rows.
     "triton": {
         "gcpo_kernels.triton_backend.tiling": {"TILE_BYTES": "-(2**60)", "_STEP": "3"},
         "gcpo_kernels.triton_backend.linear": {
@@ -32,9 +32,9 @@ SETTINGS = {
         "gcpo_kernels.triton_backend.logprob": {
             "row_block": "lambda vocab, itemsize, shape=module.Shape(2, 4, 2): shape"
         },
-        "gcpo_kernels.triton_backend.product": {
-            name: "module.Blocks(16, 32, 16, 4, 2, 2)" for name in ("POINTER_BLOCKS", "FLOAT32_BLOCKS")
-        },
+        "gcpo_kernels.triton_backend.product": dict.fromkeys(
+            ("POINTER_BLOCKS", "FLOAT32_BLOCKS"), "module.Blocks(16, 32, 16, 4, 2, 2)"
+        ),
     },
 }
 # Of the kernels whose blocks span a prompt's hidden dimension and a sequence's tokens.

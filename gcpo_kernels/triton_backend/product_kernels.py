@@ -14,6 +14,17 @@ def _halves(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _parts(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr):
+    """A tile's columns in 1, 2 or 4 parts."""
+    if SUBTILES == 1:
+        return (x,)
+    left, right = _halves(x, BLOCK_M, BLOCK_N)
+    if SUBTILES == 2:
+        return left, right
+    return _halves(left, BLOCK_M, BLOCK_N // 2) + _halves(right, BLOCK_M, BLOCK_N // 2)
+
+
+@triton.jit
 def _merge(shift, total, dot, other_shift, other_total, other_dot):
     """Shift, sum and entropy sum of rows, with those of more of their columns; of the shifts the lower one is kept."""
     low = tl.minimum(shift, other_shift)
@@ -150,13 +161,7 @@ def product_kernel(
         if not SCORE:
             given = tl.load(shift_ptr + row, mask=inside, other=0.0)
         # A part of the columns at a time: its exponentials take the registers of the part before.
-        if SUBTILES == 1:
-            parts = (acc,)
-        else:
-            left, right = _halves(acc, BLOCK_M, BLOCK_N)
-            parts = (left, right)
-            if SUBTILES == 4:
-                parts = _halves(left, BLOCK_M, BLOCK_N // 2) + _halves(right, BLOCK_M, BLOCK_N // 2)
+        parts = _parts(acc, BLOCK_M, BLOCK_N, SUBTILES)
         WIDTH: tl.constexpr = BLOCK_N // SUBTILES
         shift = tl.full([BLOCK_M], 1.0e30, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)

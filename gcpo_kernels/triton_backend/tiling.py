@@ -39,8 +39,8 @@ def tile_cost(rows: int, tokens: int, hidden: int, sms: int) -> float:
 
 def tile_rows(tokens: int, hidden: int, vocab: int, sms: int, bytes_per_logit: int = 4) -> int:
     """
-    The height of tiles for `tokens` tokens: the cheapest that `TILE_BYTES` allows, at least one step high. A single tile
-    needs no float32 gradient of the weight, and may have its bytes as well.
+    The height of tiles for `tokens` tokens: the cheapest that `TILE_BYTES` allows, at least one step high. A single
+    tile needs no float32 gradient of the weight, and may have its bytes as well.
     """
     if tokens <= _STEP:
         return _STEP

@@ -11,8 +11,8 @@ import triton.language as tl
 import gcpo_kernels
 from gcpo_kernels import reference
 from gcpo_kernels.testing import assert_close_to_truth, assert_gradient, make_linear_inputs, with_gradients
-from gcpo_kernels.triton_backend import tiling
 from gcpo_kernels.triton_backend import ops as triton_ops
+from gcpo_kernels.triton_backend import tiling
 from gcpo_kernels.triton_backend.common import expm1, k3
 from gcpo_kernels.triton_backend.token_kernels import _log_proj
 
