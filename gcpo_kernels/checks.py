@@ -115,14 +115,18 @@ def check_head(hidden: torch.Tensor, weight: Any, bias: Any, group: str) -> None
 
 def check_main_grad(main_grad: Any, weight: torch.Tensor, gathered: bool) -> None:
     check_tensor("main_grad", main_grad, shapes=(tuple(weight.shape),), wanted="(V, H)", like=weight)
-    if main_grad.dtype != torch.float32 or main_grad.requires_grad:
-        wanted = "float32 without a gradient of its own"
-        got = f"{main_grad.dtype}{' with one' if main_grad.requires_grad else ''}"
-        raise TypeError(f"`main_grad` must be {wanted}, got {got}.")
+    if main_grad.dtype != torch.float32:
+        raise TypeError(f"`main_grad` must be float32, got {main_grad.dtype}.")
+    if main_grad.requires_grad:
+        raise ValueError(
+            "`main_grad` is added to in place and must have no gradient of its own, got one that needs it."
+        )
     if gathered:
         raise ValueError("`main_grad` goes with a plain tensor as `weight`, got a DTensor.")
     if torch.compiler.is_compiling():
-        raise ValueError("`main_grad` is written in the backward, which torch.compile does not allow: leave it None.")
+        raise ValueError(
+            "`main_grad` is written in the backward, which torch.compile does not allow, got one under it."
+        )
 
 
 def check_token_arguments(

@@ -97,6 +97,22 @@ def test_tensors_of_the_losses(function: str, name: str, changed: Callable[[torc
     raises(name, getattr(gcpo_kernels, function), inputs | {name: changed(inputs[name])}, kappa=0.1)
 
 
+@pytest.mark.parametrize("changed", CHANGES, ids=ident)
+def test_offset(changed: Callable[[torch.Tensor], Any]) -> None:
+    inputs = make_linear_inputs()
+    raises("offset_logp", gcpo_kernels.linear_gcpo_loss, inputs | {"offset_logp": changed(inputs["old_logp"])})
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [*CHANGES, torch.Tensor.double, torch.Tensor.bfloat16, lambda x: x.clone().requires_grad_(), lambda x: x.T],
+    ids=ident,
+)
+def test_main_grad(changed: Callable[[torch.Tensor], Any]) -> None:
+    inputs = make_linear_inputs()
+    raises("main_grad", gcpo_kernels.linear_gcpo_loss, inputs | {"main_grad": changed(inputs["weight"])})
+
+
 @pytest.mark.parametrize("changed", [meta, wider, longer, nested, listed, complex_], ids=ident)
 @pytest.mark.parametrize("function", LOSSES)
 def test_mask(function: str, changed: Callable[[torch.Tensor], Any]) -> None:

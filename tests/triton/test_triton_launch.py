@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gcpo_kernels
 from gcpo_kernels.options import LossOptions
 from gcpo_kernels.testing import make_linear_inputs, make_representations, make_token_inputs, with_gradients
-from gcpo_kernels.triton_backend import causal, token_loss
+from gcpo_kernels.triton_backend import causal, gate, token_loss
 from gcpo_kernels.triton_backend import ops as triton_ops
 from gcpo_kernels.triton_backend.token_kernels import MOST_BLOCKS
 
@@ -55,14 +55,41 @@ def test_causal_weights(launches: Launches) -> None:
     assert names(launches) == [*forward, "causal_weights_backward", "leave_one_out", "leave_one_out"]
 
 
-@pytest.mark.parametrize("gradients", [False, True])
-def test_linear_loss(gradients: bool, launches: Launches) -> None:
-    """A tile: two launches between the products and one for the objective; one to score where nothing follows."""
+AGAIN = ["redo_list", "product", "combine_scores", "product", "combine_exponentials"]
+PASSES = {
+    "two_reads": ["logprob_forward", "token_loss", "logprob_backward"],
+    "one_read": ["softmax_once", *AGAIN, "token_loss"],
+    "epilogue": ["target_logits", "product", "combine_exponentials", *AGAIN, "token_loss"],
+}
+
+
+@pytest.mark.parametrize("kernel", PASSES)
+def test_linear_loss(kernel: str, launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the gate says is what runs; where there is nothing to estimate with, logits are read twice."""
+    monkeypatch.setattr(gate, "choose", lambda operation, *rest: kernel)
+    inputs = with_gradients(make_linear_inputs(), "hidden", "weight")
+    loss, _ = gcpo_kernels.linear_gcpo_loss(**inputs)
+    assert names(launches) == [*PASSES[kernel], "token_loss", "token_loss_finish"]
+    launches.clear()
+    loss.backward()  # times the upstream gradient, each gradient in place
+    assert names(launches) == ["scale", "scale"]
+    launches.clear()
+    gcpo_kernels.linear_gcpo_loss(**inputs | {"old_logp": None})
+    assert names(launches) == [*PASSES["two_reads"], "token_loss", "token_loss_finish"]
+
+
+@pytest.mark.parametrize("kernel", ["product", "slices"])
+def test_scoring(kernel: str, launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk: two launches, or one a slice, of which the smallest inputs have one."""
+    monkeypatch.setattr(gate, "choose", lambda operation, *rest: kernel)
     inputs = make_linear_inputs()
-    inputs = with_gradients(inputs, *(("hidden", "weight") if gradients else ()))
+    scoring = {"product": ["product", "combine_scores"], "slices": ["logprob_forward"]}[kernel]
     gcpo_kernels.linear_gcpo_loss(**inputs)
-    tile = ["logprob_forward", "token_loss", "logprob_backward"] if gradients else ["logprob_forward"]
-    assert names(launches) == [*tile, "token_loss", "token_loss_finish"]
+    assert names(launches) == [*scoring, "token_loss", "token_loss_finish"]
+    launches.clear()
+    with torch.no_grad():
+        gcpo_kernels.linear_logprob(*(inputs[key] for key in ("hidden", "weight", "token_ids")))
+    assert names(launches) == scoring
 
 
 @pytest.mark.hazard(12)

@@ -18,7 +18,7 @@ import gcpo_kernels
 from gcpo_kernels import reference
 from gcpo_kernels.options import HeadOptions
 from gcpo_kernels.testing import assert_close_to_truth, assert_gradient, make_linear_inputs, with_gradients
-from gcpo_kernels.triton_backend import gate, logprob, product
+from gcpo_kernels.triton_backend import gate, product
 from gcpo_kernels.triton_backend.linear import TritonTiles
 from gcpo_kernels.triton_backend.logprob import softmax_once
 from gcpo_kernels.triton_backend.product import Blocks, Product
@@ -308,38 +308,3 @@ def test_gate_file_that_is_not_there(tmp_path: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     with pytest.warns(UserWarning, match="names no file"):
         assert gate.choose("loss", torch.device("cuda"), 64, 1000) == "one_read"
-
-
-def test_paths_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the gate says is what runs: the launches of each path."""
-    launched: list[str] = []
-    for module in (product, logprob):
-        for name in [n for n in vars(module) if n.endswith("_kernel")]:
-            kernel = getattr(module, name)
-
-            class Recorded:
-                def __init__(self, kernel: Any, name: str):
-                    self.kernel, self.name = kernel, name
-
-                def __getitem__(self, grid: Any) -> Any:
-                    launched.append(self.name.removesuffix("_kernel"))
-                    return self.kernel[grid]
-
-            monkeypatch.setattr(module, name, Recorded(kernel, name))
-    again = ["redo_list", "product", "combine_scores", "product", "combine_exponentials"]
-    wanted = {
-        "two_reads": ["logprob_forward", "logprob_backward"],
-        "one_read": ["softmax_once", *again],
-        "epilogue": ["target_logits", "product", "combine_exponentials", *again],
-    }
-    inputs = make_linear_inputs(1, 3, 1, 13, 37, masked="none")
-    for path, names in wanted.items():
-        take(path, "loss", monkeypatch)
-        launched.clear()
-        leaves = with_gradients(inputs, "hidden")
-        gcpo_kernels.linear_gcpo_loss(**leaves)
-        assert launched == names
-    launched.clear()
-    leaves = with_gradients(inputs | {"old_logp": None}, "hidden")
-    gcpo_kernels.linear_gcpo_loss(**leaves)  # nothing to estimate with
-    assert launched == wanted["two_reads"]

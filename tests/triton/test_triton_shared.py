@@ -10,6 +10,7 @@ import test_bad_input
 import test_hidden_weights
 import test_inert
 import test_layout
+import test_linear_gradients
 import test_numerics
 import test_properties
 import test_transforms
@@ -23,6 +24,7 @@ LEFT_OUT = {
     test_hidden_weights: {},
     test_inert: {"rows_do_not_depend_on_what_is_masked_elsewhere": FLOAT64},
     test_layout: {"no_silent_second_derivative": FLOAT64},
+    test_linear_gradients: {},
     test_numerics: {
         "error_does_not_grow_with_tiles": BFLOAT16,
         "projection_at_extremes": NOT_TRITON,
@@ -61,6 +63,6 @@ for _module, _left_out in LEFT_OUT.items():
 def _fewer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer tokens and kinds of garbage, where a module's tests do not depend on them: the interpreter is slow."""
     monkeypatch.setattr(test_inert, "GARBAGE", (float("nan"), -1e4))
-    shared = request.function.__module__ in ("test_inert", "test_layout", "test_transforms")
+    shared = request.function.__module__ in ("test_inert", "test_layout", "test_linear_gradients", "test_transforms")
     if shared and request.function.__name__ != "test_contexts_of_weight_zero":
         request.getfixturevalue("small_inputs")
