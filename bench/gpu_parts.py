@@ -58,10 +58,11 @@ def _second(options: Options) -> list[Part]:
     again = " or ".join((*options.failed, "test_no_sync"))
     alone = 0 if options.dry else 1
     tune = ("--seconds", "0.01", "--budget", "1") if options.dry else ("--case", *TUNED, "--seconds", "0.2")
+    tables = ("--out", "{work}/tune.json", "--gate", "{work}/gate.json")
     small = () if options.dry else ("--case", *SMALL)
     return [
         _tests("again", 45, "-m", "gpu and not slow", "-k", again, processes=alone * TEST_PROCESSES),
-        Part("tune", _module("bench.tune", *size, "--budget", "45", *tune, "--out", "{work}/tune.json"), 65),
+        Part("tune", _module("bench.tune", *size, "--budget", "45", *tune, *tables), 65),
         _step_overhead(options),
         _tests("large_tests", 55, "-m", "gpu and slow", "-k", "not sanitizer", processes=alone),
         _kernels("small_kernels", 40, options, *size, "--group", "token_loss", "causal", *small, "--seconds", "0.2"),

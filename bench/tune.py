@@ -1,14 +1,17 @@
 """
-Sweeps of the sizes that the kernels choose, each value checked against float64 and timed beside the present choice and
-the floor: rows of a tile, slices of scoring, blocks of the token loss, blocks and warps of the passes over a tile.
+Sweeps of what the kernels choose, each value checked against float64 and timed beside the present choice and the floor:
+which kernels the linear loss and scoring take, rows of a tile, slices of scoring, blocks of our own product, of the
+token loss, and of the passes over a tile.
 
     python -m bench.tune --out runs/tune.json          # on a GPU
+    python -m bench.tune --gate runs/gate.json         # which kernels, for GCPO_KERNELS_GATE=runs/gate.json
     python -m bench.tune --device cpu --case N=1024    # tiles of the torch backend
 
-Nothing is changed: what wins goes into the sources by hand, with its before and after.
+Nothing else is changed: sizes that win go into the sources by hand, with their before and after.
 """
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,11 +27,13 @@ from tqdm import tqdm
 from bench import measure, run
 from bench.baselines import IMPLEMENTATIONS
 from bench.clocks import Clocks
+from bench.environment import device_name
 from bench.files import write_json
 from bench.gate import Gate, outcome
 from bench.memory import extra_memory
 from bench.registry import LEAVES, Case, cases, make_tensors, tiny_cases
 from gcpo_kernels import torch_backend
+from gcpo_kernels.triton_backend import gate
 
 OURS = IMPLEMENTATIONS[0]
 
@@ -50,22 +55,13 @@ class Setting:
         return with_setting
 
 
-class _Warps:
-    """A kernel whose launches have another number of warps."""
-
-    def __init__(self, kernel: Any, warps: int):
-        self.kernel, self.warps = kernel, warps
-
-    def __getitem__(self, grid: Any) -> Callable[..., Any]:
-        launch = self.kernel[grid]
-        return lambda *a, **k: launch(*a, **(k | {"num_warps": self.warps}))
-
-
 def tile_rows(case: Case) -> Iterator[Setting]:
     """Tokens per tile, of either backend; those that fill a tile no better than fewer are left out."""
     counts = (256, 512, 1024, 1536, 2048, 2816, 3072, 3584, 4096, 5632, 8192)
     for rows in [n for n in counts if n < case.rows] + [case.rows]:
-        yield Setting(f"{rows} rows a tile", ((_tiles(case), "rows", lambda self, vocab=None, rows=rows: rows),))
+        yield Setting(
+            f"{rows} rows a tile", ((_tiles(case), "rows", lambda self, tokens, vocab=None, rows=rows: rows),)
+        )
 
 
 def _tiles(case: Case) -> type:
@@ -83,12 +79,42 @@ def cpu_blocks(case: Case) -> Iterator[Setting]:
         yield Setting(f"2**{power} entries a block", ((torch_backend, "_BLOCK_ELEMENTS", sizes),))
 
 
+def kernels(case: Case) -> Iterator[Setting]:
+    """The ways that the gate chooses from."""
+    operation = _OPERATIONS[case.op]
+    for name in gate.KERNELS[operation]:
+        yield Setting(name, (_taking(operation, name),))
+
+
+def _taking(operation: str, kernel: str) -> tuple[Any, str, Any]:
+    def choose(asked: str, *rest: Any) -> str:
+        return kernel if asked == operation else gate.KERNELS[asked][0]
+
+    return gate, "choose", choose
+
+
+def product_blocks(case: Case) -> Iterator[Setting]:
+    """Of our own product, where it copies by descriptor."""
+    from gcpo_kernels.triton_backend import product
+
+    operation = _OPERATIONS[case.op]
+    taking = _taking(operation, "epilogue" if operation == "loss" else "product")
+    for m, n in ((128, 256), (128, 128), (256, 128)):
+        for stages in (3, 4):
+            for parts in (1, 2, 4):
+                blocks = product.Blocks(m, n, 64, 8, stages, parts)
+                name = f"blocks of {m} x {n}, {stages} stages, {parts} parts"
+                replaced = lambda *matrices, blocks=blocks: (blocks, True)  # noqa: E731
+                yield Setting(name, (taking, (product, "choose_blocks", replaced)))
+
+
 def scoring_slices(case: Case) -> Iterator[Setting]:
     from gcpo_kernels.triton_backend import linear
 
+    taking = _taking("scoring", "slices")
     for rows in (1024, 2048, 4096, 8192):
         for vocab in (2048, 4096, 8192, 16_384):
-            replacements = ((linear, "_SLICE_ROWS", rows), (linear, "_SLICE_VOCAB", vocab))
+            replacements = (taking, (linear, "_SLICE_ROWS", rows), (linear, "_SLICE_VOCAB", vocab))
             yield Setting(f"slices of {rows} x {vocab}", replacements)
 
 
@@ -105,17 +131,15 @@ def token_blocks(case: Case) -> Iterator[Setting]:
 def tile_passes(case: Case) -> Iterator[Setting]:
     from gcpo_kernels.triton_backend import logprob
 
-    for block in (1024, 2048, 4096, 8192):
-        for warps in (4, 8, 16):
-            kernels = tuple(
-                (logprob, name, _Warps(getattr(logprob, name), warps))
-                for name in ("logprob_forward_kernel", "logprob_backward_kernel")
-            )
-            block_v = (logprob, "block_v", lambda vocab, block=block: block)
-            yield Setting(f"{block} entries, {warps} warps", (block_v, *kernels))
+    for lanes in (128, 256, 512):
+        for depth in (1, 2, 4, 8):
+            block = lambda vocab, itemsize, sizes=(depth, lanes): logprob.Shape(*sizes, 16 // itemsize)  # noqa: E731
+            yield Setting(f"{lanes} threads, {depth} vectors each", ((logprob, "row_block", block),))
 
 
 Sweep = Callable[[Case], Iterator[Setting]]
+KERNELS = "kernels"
+_OPERATIONS = {"linear_loss": "loss", "scoring": "scoring"}  # of `bench.registry` to those of the gate
 
 
 def sweeps(device: torch.device, tiny: bool = False) -> Sequence[tuple[Case, str, Sweep]]:
@@ -128,7 +152,9 @@ def sweeps(device: torch.device, tiny: bool = False) -> Sequence[tuple[Case, str
     tokens = [c for c in known if c.op == "token_loss" and c.objective == "gcpo"]
     if device.type == "cpu":
         return [(c, "rows of a tile", tile_rows) for c in linear] + [(c, "blocks", cpu_blocks) for c in linear]
-    found: list[tuple[Case, str, Sweep]] = [(c, "rows of a tile", tile_rows) for c in linear[:4]]
+    found: list[tuple[Case, str, Sweep]] = [(c, KERNELS, kernels) for c in (*linear[:4], *scoring[:4])]
+    found += [(c, "rows of a tile", tile_rows) for c in linear[:4]]
+    found += [(c, "blocks of our own product", product_blocks) for c in (*linear[1:2], *scoring[1:2])]
     found += [(c, "passes over a tile", tile_passes) for c in linear[1:2]]
     found += [(c, "slices", scoring_slices) for c in scoring[:4]]
     return found + [(c, "blocks", token_blocks) for c in tokens]
@@ -142,7 +168,7 @@ def sweep(case: Case, settings: list[Setting], device: torch.device, seconds: fl
     floor, factors = measure.floor_runner(case, x)
     runners = {"floor": floor}
     found: list[dict[str, Any]] = []
-    gate = Gate(case, x)
+    check = Gate(case, x)
     function = OURS.bind(case)
     for setting in [Setting("as it is"), *settings]:
         plain = measure.runner(lambda: function(case, x), case, x)
@@ -150,7 +176,7 @@ def sweep(case: Case, settings: list[Setting], device: torch.device, seconds: fl
         r = measure.Runner(setting.applied(plain.forward), backward)
         entry: dict[str, Any] = {"setting": setting.name}
         try:
-            verdict = gate.check(OURS, setting.applied(outcome)(lambda: function(case, x), case, x))
+            verdict = check.check(OURS, setting.applied(outcome)(lambda: function(case, x), case, x))
             entry["problem"] = verdict.problem
             entry["memory_bytes"] = extra_memory(r, device)
         except Exception as error:  # too many registers, too little memory: the other settings go on
@@ -159,7 +185,7 @@ def sweep(case: Case, settings: list[Setting], device: torch.device, seconds: fl
             runners[setting.name] = r
         found.append(entry)
         run.free(device)
-    del gate
+    del check
     run.free(device)
     measure.alternate(runners, device, seconds)
     amount = measure.work(case, x)
@@ -182,6 +208,37 @@ def table(case: Case, what: str, found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def gate_table(results: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """
+    What `gcpo_kernels.triton_backend.gate` reads: of each sweep of kernels the fastest that is right, or the default
+    where that is as good.
+    """
+    known = next((device for device in gate.DEVICES if name.startswith(device)), None)
+    entries = []
+    for result in results if known else ():
+        if result["sweep"] != KERNELS:
+            continue
+        phase = "both" if result["op"] == "linear_loss" else "forward"
+        timed = {e["setting"]: e["times"][phase]["median"] for e in result["settings"] if "times" in e}
+        timed.pop("as it is", None)
+        operation = _OPERATIONS[result["op"]]
+        if timed:
+            fastest, default = min(timed, key=lambda kernel: timed[kernel]), gate.KERNELS[operation][0]
+            as_good = timed.get(default, math.inf) <= 1.01 * timed[fastest]
+            entries.append(
+                {
+                    "device": known,
+                    "operation": operation,
+                    "hidden": result["hidden"],
+                    "vocab": result["vocab"],
+                    "kernel": default if as_good else fastest,
+                    "milliseconds": timed,
+                    "case": result["key"],
+                }
+            )
+    return {"entries": entries}
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", help="default: an accelerator where there is one")
@@ -190,23 +247,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=0.3, help="of timing, per setting")
     parser.add_argument("--budget", type=float, help="seconds after which no further sweep is begun")
     parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--gate", type=Path, help="table of kernels to write; without --out only kernels are swept")
     args = parser.parse_args(argv)
     device = torch.device(args.device or run.default_device())
     run.check_device(device)
     began = time.perf_counter()
     results: list[dict[str, Any]] = []
+    about = {"environment": run.environment(device)}
     with Clocks(device) as clocks:
         for case, what, make in tqdm(sweeps(device, args.tiny), file=sys.stderr, disable=None):
             late = args.budget is not None and time.perf_counter() - began > args.budget
             if late or (args.case and not any(text in case.key for text in args.case)):
                 continue
+            if args.gate is not None and args.out is None and what != KERNELS:
+                continue
             start = time.time()
             found = sweep(case, list(make(case)), device, args.seconds)
             print(table(case, what, found), flush=True)
             seen = clocks.during(start, time.time())
-            results.append({"key": case.key, "sweep": what, "settings": found, "clocks": seen})
+            sizes = {"op": case.op, "hidden": case.hidden, "vocab": case.vocab}
+            results.append({"key": case.key, "sweep": what, **sizes, "settings": found, "clocks": seen})
             if args.out is not None:  # after each, so that an end by a limit leaves what was measured
-                write_json({"environment": run.environment(device), "sweeps": results}, args.out)
+                write_json(about | {"sweeps": results}, args.out)
+            if args.gate is not None:
+                write_json(gate_table(results, device_name(device)) | about, args.gate)
     return 0
 
 

@@ -16,6 +16,7 @@ from bench.registry import Case
 from gcpo import cli
 from gcpo_kernels import reference, torch_backend
 from gcpo_kernels.testing import make_head_inputs
+from gcpo_kernels.triton_backend import gate
 
 CPU = torch.device("cpu")
 HEAD = {"model": "tiny", "batch": 4, "tokens": 9, "hidden": 24, "vocab": 131}
@@ -366,8 +367,12 @@ def test_tuning_checks_and_times_settings(tmp_path: Path, monkeypatch: pytest.Mo
     seen: list[int] = []
     logits = torch_backend.TorchTiles.logits
     monkeypatch.setattr(torch_backend.TorchTiles, "logits", lambda self, x: seen.append(len(x)) or logits(self, x))
-    wrong = tune.Setting("wrong", ((torch_backend.TorchTiles, "to_hidden", lambda self, g: g.tile @ self.weight),))
-    three = tune.Setting("3 rows", ((torch_backend.TorchTiles, "rows", lambda self, vocab=None: 3),))
+
+    def unscaled(self: Any, gradient: Any, out: torch.Tensor) -> None:
+        out.copy_(gradient.tile @ self.weight)
+
+    wrong = tune.Setting("wrong", ((torch_backend.TorchTiles, "to_hidden", unscaled),))
+    three = tune.Setting("3 rows", ((torch_backend.TorchTiles, "rows", lambda self, tokens, vocab=None: 3),))
     found = {entry["setting"]: entry for entry in tune.sweep(case, [three, wrong], CPU, 0.0)}
     assert set(found) == {"as it is", "3 rows", "wrong"}
     assert found["3 rows"]["times"]["both"]["to_floor"] > 0 and 3 in seen and max(seen) > 3
@@ -390,3 +395,30 @@ def test_outcome_has_no_gradient_where_none_is_measured() -> None:
     got = outcome(lambda: baselines.PLAIN["scoring"](case, x), case, x)
     assert not got.value.requires_grad and got.gradients == {}
     assert not Gate(case, x).check(baselines.IMPLEMENTATIONS[1], got).problem
+
+
+def test_gate_table() -> None:
+    """The fastest that is right; the default where it is as good; nothing of a device that the gate does not know."""
+
+    def swept(op: str, **took: float | str) -> dict[str, Any]:
+        phase = "both" if op == "linear_loss" else "forward"
+        settings = [
+            {"setting": name, "problem": t}
+            if isinstance(t, str)
+            else {"setting": name, "times": {phase: {"median": t}}}
+            for name, t in {"as it is": 0.1, **took}.items()
+        ]
+        return {"sweep": tune.KERNELS, "op": op, "hidden": 64, "vocab": 1000, "settings": settings, "key": op}
+
+    results = [
+        swept("linear_loss", one_read=3.0, two_reads=4.0, epilogue=2.5),
+        swept("linear_loss", one_read=3.0, two_reads=2.99, epilogue="wrong"),
+        swept("scoring", product=2.0, slices=1.5),
+        swept("scoring", product="out of memory", slices="out of memory"),
+        swept("linear_loss", one_read=1.0) | {"sweep": "rows of a tile"},
+    ]
+    entries = tune.gate_table(results, "NVIDIA H200 NVL")["entries"]
+    assert [e["kernel"] for e in entries] == ["epilogue", "one_read", "slices"]
+    assert {e["device"] for e in entries} == {"NVIDIA H200"}
+    assert all(gate._key(e) is not None for e in entries)
+    assert tune.gate_table(results, "NVIDIA A100")["entries"] == []
