@@ -40,7 +40,12 @@ EXTREMES: dict[str, tuple[float, ...]] = {
     "z": (0.0, 30.0, -30.0, 1e-20, NAN),
     "context_z": (0.0, 1e12, -1e3, 1e-20, NAN),
     "rewards": (0.0, 1.0, 1e4, -1e4, 0.1, NAN),
+    "offset_logp": (0.0, -30.0, 30.0, -200.0, 1e4, INF, -INF, NAN),
 }
+# Nats that every estimate of `linear_gcpo_loss` is off by; None: no estimate.
+OFFSETS = (None, 0.0, 3.0, 20.0, -20.0, 200.0)
+# Which kernels Triton takes, for the loss and for scoring.
+KERNELS = (("one_read", "two_reads", "epilogue"), ("product", "slices"))
 
 LOSS_OPTIONS: dict[str, tuple[Any, ...]] = {
     "beta": (0.0, 0.04, 1.0),
@@ -95,6 +100,8 @@ class Case:
     upstream: float = 1.0
     invalid: tuple[str, str] | None = None  # (argument, what is wrong with it)
     small_tiles: bool = False
+    offset: float | None = None
+    kernels: tuple[str, str] = ("one_read", "product")
 
 
 def transposed(x: torch.Tensor) -> torch.Tensor:
@@ -164,6 +171,8 @@ def cases(draw: st.DrawFn, backend: str) -> Case:
         absent,
         options=options,
         upstream=draw(st.sampled_from((1.0, -0.37, 1e-3, 100.0))),
+        offset=draw(st.sampled_from(OFFSETS)) if function == "linear_gcpo_loss" else None,
+        kernels=(draw(st.sampled_from(KERNELS[0])), draw(st.sampled_from(KERNELS[1]))),
     )
     names = [key for key, x in build(case).items() if isinstance(x, torch.Tensor)]
     forms = draw(st.lists(st.tuples(st.sampled_from(names), st.sampled_from([*LAYOUTS, "other shape"])), max_size=4))
@@ -209,7 +218,7 @@ def _drawn(case: Case) -> dict[str, Any]:
         return {key: inputs[key] for key in ("query_logp", "context_logp")}
     inputs = make_linear_inputs(*case.sizes, dtype=narrow, weight_dtype=weight, seed=case.seed, masked=case.masked)
     if case.function == "linear_gcpo_loss":
-        return inputs
+        return inputs if case.offset is None else inputs | {"offset_logp": inputs["ref_logp"] + case.offset}
     if case.function == "linear_logprob":
         return {key: inputs[key] for key in ("hidden", "weight", "bias", "token_ids")}
     generator = torch.Generator().manual_seed(case.seed)
@@ -254,9 +263,14 @@ def build(case: Case) -> dict[str, Any]:
     return arguments
 
 
-def tiles(case: Case) -> tuple[dict[str, dict[str, str]], ...]:
-    """Settings of its small tiles, as `small_tiles` takes them."""
-    return small_tiles.SETTINGS[case.backend], small_tiles.BLOCKS[case.backend]
+def settings(case: Case) -> tuple[dict[str, dict[str, str]], ...]:
+    """Of its small tiles and of the kernels that it takes, as `small_tiles` takes them."""
+    tiles = (small_tiles.SETTINGS[case.backend], small_tiles.BLOCKS[case.backend]) if case.small_tiles else ()
+    if case.backend != "triton":
+        return tiles
+    loss, scoring = case.kernels
+    choose = f"lambda operation, *rest: {loss!r} if operation == 'loss' else {scoring!r}"
+    return (*tiles, {"gcpo_kernels.triton_backend.gate": {"choose": choose}})
 
 
 def literal(x: Any) -> str:
@@ -283,8 +297,8 @@ def snippet(case: Case) -> str:
         "NAN, INF = float('nan'), float('inf')",
         "",
     ]
-    if case.small_tiles:
-        lines += [*small_tiles.source(*tiles(case)), ""]
+    if settings(case):
+        lines += [*small_tiles.source(*settings(case)), ""]
     made = {key: literal(x) for key, x in arguments.items()}
     if any("with_strides" in text for text in made.values()):
         lines += [
@@ -311,7 +325,9 @@ def snippet(case: Case) -> str:
         f"both = (('ours', gcpo_kernels.{case.function}, False), ('truth', reference.{case.function}, True))",
         "for name, function, wide in both:",
         "    given = dict(arguments)",
-        "    for key, x in arguments.items():",
+        "    if wide:",
+        "        given.pop('offset_logp', None)  # the reference has no need of it",
+        "    for key, x in list(given.items()):",
         "        if isinstance(x, torch.Tensor) and x.is_floating_point():",
         "            given[key] = (x.double() if wide else x).detach().requires_grad_(key in leaves)",
         f"    extra = {{}} if wide else dict({backend.removeprefix(', ')})",

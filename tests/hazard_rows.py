@@ -57,7 +57,7 @@ ROWS = {
     17: Row(
         "A float32 `tl.dot` is TF32",
         "triton#5895",
-        "No kernel here has a `tl.dot`: products are the vendor library's, under torch's own TF32 switch.",
+        "Our own product asks for IEEE; the vendor library's are under torch's own TF32 switch.",
     ),
     18: Row("Autotuning re-runs a kernel that works in place", "triton#6547 triton#7181", "No kernel is autotuned."),
     19: Row("A compilation for every new length", "flash-attention#911 fla#1207 helion#2426"),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from fuzz import Failure, check, fuzz
-from fuzz_cases import OPTIONS, Case, snippet, tiles
+from fuzz_cases import OPTIONS, Case, settings, snippet
 
 import gcpo_kernels
 
@@ -49,10 +49,9 @@ def test_a_planted_mistake_is_found_and_shown(function: str, monkeypatch: pytest
         with pytest.raises(Failure) as caught:
             fuzz(60, seed=0, backend="torch")
         case = caught.value.case
-        if case.small_tiles:
-            for module, values in ((m, v) for settings in tiles(case) for m, v in settings.items()):
-                for name in values:  # which the script will set, until the test ends
-                    monkeypatch.setattr(f"{module}.{name}", getattr(import_module(module), name))
+        for module, values in ((m, v) for modules in settings(case) for m, v in modules.items()):
+            for name in values:  # which the script will set, until the test ends
+                monkeypatch.setattr(f"{module}.{name}", getattr(import_module(module), name))
         assert sum(case.sizes) <= 12
         script = snippet(case)
         if case.invalid is None:

@@ -385,6 +385,8 @@ def test_floors_are_arithmetic() -> None:
         "three products": 6 * rows * hidden * vocab,
         "`logprob_forward`": 4 * rows * vocab,
         "`logprob_backward`": 6 * rows * vocab,
+        "`softmax_once`": 6 * rows * vocab,
+        "`product`, scoring": 2 * rows * hidden * vocab,
         "`logprob_forward`, `selective_logprob`": 2 * rows * vocab,
         "`logprob_backward`, `selective_logprob`": 4 * rows * vocab,
         "`causal_weights`": 2 * group * width * (1 + contexts) + 12 * group * blocks,
