@@ -41,7 +41,7 @@ SETTINGS = {
 BLOCKS = {
     "torch": {},
     "triton": {
-        # Slices of two candidates, blocks of four columns; parts of two blocks and three candidates are added at once.
+        # Slices of two candidates, blocks of four columns; sums of two blocks and four candidates are added at once.
         "gcpo_kernels.triton_backend.causal": {
             "tiling": "lambda n, hidden, elements: {'ONE_SLICE': n <= 2, 'H': hidden, 'N_TILE': 2, 'BLOCK_H': 4}",
             "FINISH_TILE": "(2, 4)",

@@ -15,10 +15,10 @@ from gcpo_kernels.triton_backend.causal_kernels import (
 
 COSINE, EUCLIDEAN, GAUSSIAN = 0, 1, 2
 _SIMILARITY = {"cosine": COSINE, "euclidean": EUCLIDEAN, "gaussian": GAUSSIAN}
-# Bytes of a sample of the forward's tile. With four of them on their way a processor that runs three programs has the
-# 32 KB and more in flight that its share of an H200's bandwidth needs; larger tiles would leave processors without one.
+# Bytes of a sample in the forward's tile. Two or three are on their way at any time, so that a processor with three
+# programs has 48 KB in flight; 1/132 of 4.3 TB/s takes some 30 KB. Larger tiles would be fewer programs.
 TILE_BYTES = 8192
-TILE_ELEMENTS = 2048  # of the tile where gradients and inputs share the registers
+TILE_ELEMENTS = 2048  # of the backward's tile, where gradients take registers too
 FINISH_TILE = (16, 32)  # blocks and candidates that one program of the finishing kernel loads at once
 
 

@@ -14,9 +14,9 @@ which without a mask is ([l = 0] - 1 / L) / m. Forward and backward are sums wit
 import triton
 import triton.language as tl
 
-# Of a loop over samples: one is added while the next four are read, as asynchronous copies to shared memory where the
+# Of a loop over samples: one is added while the next three are read, as asynchronous copies to shared memory where the
 # processor has them. Loads to registers would not stay so far ahead: the assembler moves them next to their use.
-SAMPLE_STAGES = tl.constexpr(5)
+SAMPLE_STAGES = tl.constexpr(4)
 
 
 @triton.jit
