@@ -53,7 +53,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize("target", targets.TARGETS)
 @pytest.mark.parametrize("label", [specimen.label for specimen in targets.specimens()])
 def test_compiles(label: str, target: str) -> None:
-    """No spills, no offset computed in 32 bits, and shared memory for more than one program at a time.
+    """No spills, no offset computed in 32 bits, and shared memory for more than one program at a time, but for products.
     Seen in fla#1080, Liger#51, Liger#231."""
     specimen = next(x for x in targets.specimens() if x.label == label)
     if target not in specimen.targets:
@@ -61,7 +61,8 @@ def test_compiles(label: str, target: str) -> None:
     report = targets.compile_for(specimen, targets.TARGETS[target])
     assert report.stack <= STACK_LIMIT
     assert report.narrow_offsets == ()
-    assert report.shared <= SHARED_LIMIT[target] // 4
+    at_a_time = 1 if specimen.kernel is product_kernels.product_kernel else 4
+    assert report.shared <= SHARED_LIMIT[target] // at_a_time
     assert report.registers <= 255
 
 

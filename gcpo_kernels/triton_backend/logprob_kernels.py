@@ -182,7 +182,7 @@ def logprob_backward_kernel(
         )
         if IN_PLACE:  # other threads still read what this one is about to write over
             tl.debug_barrier()
-        tl.store(d_ptr + v0 + v, d.to(dtype))
+        tl.store(d_ptr + (v0 + v), d.to(dtype))
     if WHOLE < V:
         inside = WHOLE + v < V
         u = tl.load(u_ptr + (WHOLE + v) * stride_u_v, mask=inside, other=0.0).to(tl.float32)
@@ -191,7 +191,7 @@ def logprob_backward_kernel(
         )
         if IN_PLACE:
             tl.debug_barrier()
-        tl.store(d_ptr + WHOLE + v, d.to(dtype), mask=inside)
+        tl.store(d_ptr + (WHOLE + v), d.to(dtype), mask=inside)
     # The target's own, 1 - p without the cancellation as p -> 1, over what its block wrote.
     d = -g * expm1(logp)
     if HAS_ENTROPY:
@@ -266,7 +266,7 @@ def softmax_once_kernel(
     total = tl.zeros([LANES], tl.float32)
     dot = tl.zeros([LANES], tl.float32)
     for v0 in range(0, WHOLE, BLOCK):
-        u = tl.load(u_ptr + v0 + v).to(tl.float32)  # [DEPTH, LANES, VEC]
+        u = tl.load(u_ptr + (v0 + v)).to(tl.float32)  # [DEPTH, LANES, VEC]
         z, slope = head_logit(u, scale, softcap, HAS_SOFTCAP, NEGATIVE)
         e, y = power_of_two((z - target) * k + shift)
         total += _lane_sums(e)
@@ -274,10 +274,10 @@ def softmax_once_kernel(
         if HAS_SOFTCAP:
             e = e * slope
         tl.debug_barrier()  # other threads still read what this one is about to write over
-        tl.store(e_ptr + v0 + v, e.to(dtype))
+        tl.store(e_ptr + (v0 + v), e.to(dtype))
     if WHOLE < V:
         inside = WHOLE + v < V
-        u = tl.load(u_ptr + WHOLE + v, mask=inside, other=0.0).to(tl.float32)
+        u = tl.load(u_ptr + (WHOLE + v), mask=inside, other=0.0).to(tl.float32)
         z, slope = head_logit(u, scale, softcap, HAS_SOFTCAP, NEGATIVE)
         e, y = power_of_two((tl.where(inside, z, -float("inf")) - target) * k + shift)
         total += _lane_sums(e)
@@ -285,7 +285,7 @@ def softmax_once_kernel(
         if HAS_SOFTCAP:
             e = e * slope
         tl.debug_barrier()
-        tl.store(e_ptr + WHOLE + v, e.to(dtype), mask=inside)
+        tl.store(e_ptr + (WHOLE + v), e.to(dtype), mask=inside)
     s = tl.sum(total, axis=0)
     logp = -log_unshifted(s, shift)
     tl.store(logp_ptr + row, logp)

@@ -43,7 +43,7 @@ class Blocks(NamedTuple):
 
 
 HOPPER_BLOCKS = Blocks(128, 256, 64, warps=8, stages=3, subtiles=4)
-BLACKWELL_BLOCKS = Blocks(128, 128, 64, warps=4, stages=3, subtiles=4)
+BLACKWELL_BLOCKS = Blocks(128, 128, 64, warps=4, stages=2, subtiles=4)
 POINTER_BLOCKS = Blocks(128, 128, 32, warps=8, stages=3, subtiles=4)  # half types by pointers: 48 KB of shared memory
 FLOAT32_BLOCKS = Blocks(64, 32, 16, warps=4, stages=2)  # without tensor cores, because TF32 would lose digits
 COMBINE_ROWS, COMBINE_PARTS = 32, 32

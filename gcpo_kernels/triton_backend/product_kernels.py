@@ -18,10 +18,12 @@ def _parts(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constex
     """A tile's columns in 1, 2 or 4 parts."""
     if SUBTILES == 1:
         return (x,)
-    left, right = _halves(x, BLOCK_M, BLOCK_N)
-    if SUBTILES == 2:
-        return left, right
-    return _halves(left, BLOCK_M, BLOCK_N // 2) + _halves(right, BLOCK_M, BLOCK_N // 2)
+    else:
+        left, right = _halves(x, BLOCK_M, BLOCK_N)
+        if SUBTILES == 2:
+            return left, right
+        else:
+            return _halves(left, BLOCK_M, BLOCK_N // 2) + _halves(right, BLOCK_M, BLOCK_N // 2)
 
 
 @triton.jit
@@ -89,6 +91,15 @@ def _epilogue(
     return e, shift, total, dot
 
 
+@triton.jit
+def _row_of(m, inside, rows_ptr, GATHER: tl.constexpr):
+    """The rows that a program's m-th ones are, 64 bits wide: of the list, or themselves."""
+    row = m
+    if GATHER:
+        row = tl.load(rows_ptr + (1 + m), mask=inside, other=0).to(tl.int64)
+    return row
+
+
 @triton.jit(do_not_specialize=["M"])
 def product_kernel(
     x_ref,  # (M, H): a descriptor of [BLOCK_M, BLOCK_K] with TMA, else a pointer, as the next two
@@ -142,17 +153,17 @@ def product_kernel(
                 acc = tl.dot(x_ref.load([m0, h0]), w_ref.load([n0, h0]).T, acc, input_precision="ieee")
             row = m.to(tl.int64)
         else:
-            if GATHER:
-                row = tl.load(rows_ptr + 1 + m, mask=inside, other=0).to(tl.int64)
-            else:
-                row = m.to(tl.int64)
-            n = n0 + tl.arange(0, BLOCK_N)
-            h = tl.arange(0, BLOCK_K)
-            x_at = x_ref + row[:, None] * stride_x + h[None, :]  # [BLOCK_M, BLOCK_K]
-            w_at = w_ref + n.to(tl.int64)[:, None] * stride_w + h[None, :]  # [BLOCK_N, BLOCK_K]
+            row = _row_of(m.to(tl.int64), inside, rows_ptr, GATHER)
+            n = (n0 + tl.arange(0, BLOCK_N)).to(tl.int64)
+            x_rows = x_ref + row * stride_x
+            w_rows = w_ref + n * stride_w
             for h0 in range(0, H, BLOCK_K):
-                x = tl.load(x_at + h0, mask=inside[:, None] & (h0 + h < H)[None, :], other=0.0)
-                w = tl.load(w_at + h0, mask=(n < V)[:, None] & (h0 + h < H)[None, :], other=0.0)
+                h = (h0 + tl.arange(0, BLOCK_K)).to(tl.int64)
+                there = (h < H)[None, :]
+                x = tl.load(x_rows[:, None] + h[None, :], mask=inside[:, None] & there, other=0.0)  # [BLOCK_M, BLOCK_K]
+                w = tl.load(
+                    w_rows[:, None] + h[None, :], mask=(n < V)[:, None] & there, other=0.0
+                )  # [BLOCK_N, BLOCK_K]
                 acc = tl.dot(x, w.T, acc, input_precision="ieee")
         token = tl.load(ids_ptr + row, mask=inside, other=-1)
         # Most tiles hold no row's target: the branch is the same for all threads.
@@ -196,21 +207,14 @@ def product_kernel(
                     if TMA:
                         e_ref.store([m0, n1], e.to(e_ref.dtype))
                     else:
-                        n = n1 + tl.arange(0, WIDTH)
-                        e_at = e_ref + row[:, None] * stride_e + n[None, :]
-                        tl.store(e_at, e.to(e_ref.dtype.element_ty), mask=inside[:, None] & (n < V)[None, :])
+                        column = (n1 + tl.arange(0, WIDTH)).to(tl.int64)
+                        e_at = e_ref + row[:, None] * stride_e + column[None, :]
+                        tl.store(e_at, e.to(e_ref.dtype.element_ty), mask=inside[:, None] & (column < V)[None, :])
         at = block.to(tl.int64) * M + m
         if SCORE:
             tl.store(shifts_ptr + at, shift, mask=inside)
         tl.store(sums_ptr + at, total, mask=inside)
         tl.store(dots_ptr + at, dot, mask=inside)
-
-
-@triton.jit
-def _row_of(m, inside, rows_ptr, GATHER: tl.constexpr):
-    if GATHER:
-        return tl.load(rows_ptr + 1 + m, mask=inside, other=0).to(tl.int64)
-    return m
 
 
 @triton.jit(do_not_specialize=["M", "parts"])
