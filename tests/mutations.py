@@ -36,6 +36,7 @@ class Mutation:
 EQUATION = "tests/test_reference.py"
 FAULTS = "tests/test_trainer_faults.py"
 BUDGET = "tests/triton/test_triton_budget.py"
+PATHS = "tests/triton/test_triton_linear_paths.py"
 MUTATIONS = (
     Mutation("sign of the objective", REFERENCE, "loss = -torch.minimum(", "loss = torch.minimum(", EQUATION),
     Mutation("maximum in place of the minimum", REFERENCE, "-torch.minimum(capped", "-torch.maximum(capped", EQUATION),
@@ -154,8 +155,8 @@ MUTATIONS = (
     Mutation(
         "temperature left out of the gradient",
         TORCH,
-        "TileGradient(tile, -self.chain * g_logp / scores.state[0])",
-        "TileGradient(tile, -g_logp / scores.state[0])",
+        "TileGradient(scores.tile, -self.chain * g_logp / scores.state[0])",
+        "TileGradient(scores.tile, -g_logp / scores.state[0])",
         "tests/test_torch_backend.py",
     ),
     Mutation(
@@ -182,10 +183,59 @@ MUTATIONS = (
     ),
     Mutation(
         "Triton: off by one in the vocabulary",
-        TRITON + "logprob.py",
-        'mask=v < V, other=-float("inf")',
-        'mask=v < V - 1, other=-float("inf")',
+        TRITON + "logprob_kernels.py",
+        "_fold(tl.where(WHOLE + v < V, z",
+        "_fold(tl.where(WHOLE + v < V - 1, z",
         BUDGET + " -k logprob",
+    ),
+    Mutation(
+        "Triton: the target's exponential kept",
+        TRITON + "logprob_kernels.py",
+        "hit = s * expm1(logp) * target_slope",
+        "hit = s * tl.exp(logp) * target_slope",
+        PATHS + " -k test_loss",
+    ),
+    Mutation(
+        "Triton: rows with a wrong estimate left as they are",
+        TRITON + "logprob_kernels.py",
+        "tl.abs(tl.log2(s)) <= OFFSET_LIMIT",
+        "(s == s) | (s != s)",
+        PATHS + " -k no_offset_matters",
+    ),
+    Mutation(
+        "Triton: the list of rows begins again with each block",
+        TRITON + "product_kernels.py",
+        "(found + tl.cumsum(bad, axis=0))",
+        "(1 + tl.cumsum(bad, axis=0) - 1)",
+        PATHS + " -k rows_are_done_again",
+    ),
+    Mutation(
+        "Triton: tiles put together without their shifts",
+        TRITON + "product_kernels.py",
+        "total * tl.exp2(down) + other_total * tl.exp2(other_down)",
+        "total + other_total",
+        PATHS + " -k scoring",
+    ),
+    Mutation(
+        "Triton: large logits rounded twice",
+        TRITON + "product_kernels.py",
+        "y = tl.fma(z, k, shift[:, None])",
+        "y = z * k + shift[:, None]",
+        PATHS + " -k large_logits",
+    ),
+    Mutation(
+        "Triton: temperature left out of the rows' factors",
+        TRITON + "linear.py",
+        "-head_numbers(self.head).signed_chain",
+        "-1.0",
+        PATHS + " -k test_loss",
+    ),
+    Mutation(
+        "Triton: scaled where the upstream gradient is 1",
+        TRITON + "scale.py",
+        "if factor != 1.0",
+        "if factor == 1.0",
+        "tests/triton/test_triton_shared.py -k upstream_gradient",
     ),
     Mutation(
         "Triton: wrong collider in Zbar",

@@ -32,9 +32,10 @@ SETTINGS = {
         "gcpo_kernels.triton_backend.logprob": {
             "row_block": "lambda vocab, itemsize, shape=module.Shape(2, 4, 2): shape"
         },
-        "gcpo_kernels.triton_backend.product": dict.fromkeys(
-            ("POINTER_BLOCKS", "FLOAT32_BLOCKS"), "module.Blocks(16, 32, 16, 4, 2, 2)"
-        ),
+        "gcpo_kernels.triton_backend.product": {
+            **dict.fromkeys(("POINTER_BLOCKS", "FLOAT32_BLOCKS"), "module.Blocks(16, 32, 16, 4, 2, 2)"),
+            **dict.fromkeys(("COMBINE_ROWS", "COMBINE_PARTS", "TARGET_BLOCK", "LIST_BLOCK"), "4"),
+        },
     },
 }
 # Of the kernels whose blocks span a prompt's hidden dimension and a sequence's tokens.

@@ -149,24 +149,12 @@ class Product:
         )
         return target, shifts, sums, dots
 
-    def _combine(self, kernel: Any, *tensors: torch.Tensor, parts: int, gather: bool, stride: tuple[int, ...]) -> None:
-        m = self.x.shape[0]
+    def _combining(self, parts: int, gather: bool) -> tuple[tuple[int], list[Any], dict[str, Any]]:
+        """The grid, numbers and flags of the kernels that put tiles together."""
         numbers = head_numbers(self.head)
-        kernel[(triton.cdiv(m, COMBINE_ROWS),)](
-            *tensors,
-            *stride,
-            m,
-            parts,
-            numbers.scale,
-            numbers.softcap,
-            numbers.chain,
-            **numbers.flags,
-            GATHER=gather,
-            V=self.weight.shape[0],
-            BLOCK_M=COMBINE_ROWS,
-            BLOCK_P=COMBINE_PARTS,
-            num_warps=4,
-        )
+        flags = {"GATHER": gather, "V": self.weight.shape[0], "BLOCK_M": COMBINE_ROWS, "BLOCK_P": COMBINE_PARTS}
+        values = [len(self.x), parts, numbers.scale, numbers.softcap, numbers.chain]
+        return (triton.cdiv(len(self.x), COMBINE_ROWS),), values, numbers.flags | flags | {"num_warps": 4}
 
     def scores(self, rows: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -176,16 +164,29 @@ class Product:
         target, shifts, sums, dots = self._run(None, rows=rows)
         out = self._empty(len(self.x)), self._empty(len(self.x))
         listed = self.token_ids if rows is None else rows
-        tensors = (shifts, sums, dots, target, self.token_ids, listed, *out)
-        self._combine(combine_scores_kernel, *tensors, parts=len(sums), gather=rows is not None, stride=())
+        grid, values, flags = self._combining(len(sums), rows is not None)
+        combine_scores_kernel[grid](shifts, sums, dots, target, self.token_ids, listed, *out, *values, **flags)
         return out
 
     def _store(self, out: Exponentials, shift: torch.Tensor, rows: torch.Tensor | None = None) -> None:
         target, _, sums, dots = self._run(out.e, shift, rows)
         listed = self.token_ids if rows is None else rows
-        tensors = (sums, dots, target, self.token_ids, shift, listed, out.logp, out.entropy, out.total, out.e)
-        stride = (out.e.stride(0),)
-        self._combine(combine_exponentials_kernel, *tensors, parts=len(sums), gather=rows is not None, stride=stride)
+        grid, values, flags = self._combining(len(sums), rows is not None)
+        combine_exponentials_kernel[grid](
+            sums,
+            dots,
+            target,
+            self.token_ids,
+            shift,
+            listed,
+            out.logp,
+            out.entropy,
+            out.total,
+            out.e,
+            out.e.stride(0),
+            *values,
+            **flags,
+        )
 
     def exponentials(self, offset: torch.Tensor) -> Exponentials:
         """As `softmax_once`, for estimates `offset` (M,) float32 of the log-probabilities; (M, V) is made here."""
