@@ -59,9 +59,7 @@ def tile_rows(case: Case) -> Iterator[Setting]:
     """Tokens per tile, of either backend; those that fill a tile no better than fewer are left out."""
     counts = (256, 512, 1024, 1536, 2048, 2816, 3072, 3584, 4096, 5632, 8192)
     for rows in [n for n in counts if n < case.rows] + [case.rows]:
-        yield Setting(
-            f"{rows} rows a tile", ((_tiles(case), "rows", lambda self, tokens, vocab=None, rows=rows: rows),)
-        )
+        yield Setting(f"{rows} rows a tile", ((_tiles(case), "rows", lambda self, *given, rows=rows: rows),))
 
 
 def _tiles(case: Case) -> type:

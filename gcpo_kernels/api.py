@@ -207,7 +207,8 @@ def linear_gcpo_loss(
     Equal to `gcpo_loss(linear_logprob(hidden, weight, token_ids, ...), advantages, mask, ...)`. Gradients in hidden,
     weight and bias are made in the forward, tile by tile: three matrix products, two when the weight needs no
     gradient, one when nothing does. Weight gradients accumulate in float32. Masked tokens cost nothing. The backward
-    multiplies by the upstream gradient, in place unless `retain_graph` forbids it, and not at all where that is 1.
+    multiplies by the upstream gradient, in place unless `retain_graph` or torch.compile forbids it, and not at all
+    where that is 1.
 
     Args:
         hidden: (B, T, H) or (B * T, H) float; row t is what predicts token t.
@@ -220,8 +221,9 @@ def linear_gcpo_loss(
             policy's, for speed alone: where it is within 27 nats, the Triton backend reads each logit once instead of
             twice. No result depends on it, whatever it holds, NaN included. None: `old_logp`, if it is given.
         main_grad: (V, H) float32, contiguous: the backward adds the weight's gradient to it, in float32, and the weight
-            itself gets none, as trainers want that keep gradients in float32 beside a bfloat16 weight. Not under
-            torch.compile, nor with a DTensor as weight. None: the weight gets its gradient.
+            itself gets none, as trainers want that keep gradients in float32 beside a bfloat16 weight. Every backward
+            adds, one for other inputs alone too. Not under torch.compile, nor with a DTensor as weight. None: the
+            weight gets its gradient.
         others: as in `gcpo_loss`.
 
     Returns:
@@ -359,7 +361,7 @@ def linear_logprob(
     check_head(hidden, weight, bias, group)
     check_no_tangents(hidden=hidden, weight=weight, bias=bias)
     storage = storage_dtype(hidden, weight)
-    logp, entropy = ops.linear_logprob(
+    logp, entropy, _ = ops.linear_logprob(
         hidden.flatten(0, -2),
         weight,
         bias,

@@ -92,12 +92,22 @@ class Tiles(ABC):
         return self.head.logit_scale / self.head.temperature
 
     @abstractmethod
-    def rows(self, tokens: int, vocab: int | None = None) -> int:
-        """Tokens per tile of so wide a vocabulary, for so many tokens in all; None: this one."""
+    def rows(self, tokens: int, estimated: bool, narrow_weight: bool) -> int:
+        """
+        Tokens per tile, for so many tokens in all.
+
+        Args:
+            estimated: whether `score` will be given offsets.
+            narrow_weight: whether the weight's gradient is wanted in a narrower type than sums over tiles have.
+        """
+
+    @abstractmethod
+    def rows_alike(self, tokens: int, vocab: int) -> int:
+        """The same for a vocabulary of that size, on every process alike."""
 
     def scored_rows(self, tokens: int) -> int:
         """The same where no gradient will follow."""
-        return self.rows(tokens)
+        return self.rows(tokens, False, False)
 
     @abstractmethod
     def operand(self, x: torch.Tensor) -> torch.Tensor:
@@ -228,6 +238,12 @@ class _Gradients:
         )
 
 
+def _narrow_weight(tiles: Tiles, need: Need, dtype: torch.dtype | None) -> bool:
+    """Whether several tiles take a float32 gradient of the weight beside the one that is wanted; one tile does not."""
+    wanted = gradient_dtype(tiles.weight.dtype) if dtype is None else dtype
+    return need[1] and wanted.itemsize < tiles.dtype.itemsize
+
+
 def linear_logprob_forward(
     hidden: torch.Tensor,  # (N, H)
     tiles: Tiles,
@@ -246,7 +262,7 @@ def linear_logprob_backward(
     hidden: torch.Tensor,  # (N, H)
     tiles: Tiles,
     token_ids: torch.Tensor,  # (N,)
-    logp: torch.Tensor,  # (N,), from the forward
+    logp: torch.Tensor | None,  # (N,), from the forward
     g_logp: torch.Tensor,  # (N,)
     g_entropy: torch.Tensor | None,  # (N,)
     need: Need,
@@ -255,14 +271,16 @@ def linear_logprob_backward(
     used = g_logp != 0 if g_entropy is None else (g_logp != 0) | (g_entropy != 0)
     index = used.nonzero().squeeze(1)
     ids = check_token_ids(token_ids, tiles.vocab)
-    parts = _cut(index, len(hidden), tiles.rows(index.numel()))
+    estimated = g_entropy is None and logp is not None
+    parts = _cut(index, len(hidden), tiles.rows(index.numel(), estimated, _narrow_weight(tiles, need, None)))
     grads = _Gradients(hidden, tiles, need, parts, None)
     g_logp = g_logp.to(tiles.dtype)
     for part in parts:
         at = part.tokens
         x = tiles.operand(hidden[at])
         if g_entropy is None:
-            gradient = tiles.gradient(tiles.score(x, ids[at], logp[at]), ids[at], g_logp[at])
+            scores = tiles.score(x, ids[at], None if logp is None else logp[at])
+            gradient = tiles.gradient(scores, ids[at], g_logp[at])
         else:
             gradient = tiles.gradient_with_entropy(x, ids[at], g_logp[at], g_entropy[at].to(tiles.dtype))
         grads.add(at, gradient, x)
@@ -347,7 +365,13 @@ def linear_loss(
     offset = inputs.old_logp if offset is None else offset
     flat_offset = None if offset is None else offset.flatten()
     by_sequence = options.importance_sampling_level == "sequence"
-    parts = _split(inputs.mask, by_sequence, tiles.rows if any(need) else tiles.scored_rows)
+
+    def rows_of(tokens: int) -> int:
+        if not any(need):
+            return tiles.scored_rows(tokens)
+        return tiles.rows(tokens, offset is not None, _narrow_weight(tiles, need, weight_dtype))
+
+    parts = _split(inputs.mask, by_sequence, rows_of)
     grads = _Gradients(hidden, tiles, need, parts, weight_dtype)
     if any(need):
         for part in parts:

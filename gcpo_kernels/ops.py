@@ -69,16 +69,21 @@ def linear_logprob(
     head: list[float],
     backend: str = "torch",
     group: str = "",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities, entropies, and the former once more for the Triton backend's backward (else empty)."""
     with _without_autocast(hidden), on_device_of(hidden):
         tiles = _tiles(hidden, weight, bias, storage, head, backend, group)
-        return linear.linear_logprob_forward(hidden, tiles, token_ids)
+        logp, entropy = linear.linear_logprob_forward(hidden, tiles, token_ids)
+        # What the caller gets, the caller may change.
+        return logp, entropy, logp.clone() if backend == "triton" else logp.new_empty(0)
 
 
 @linear_logprob.register_fake
 def _(hidden, weight, bias, token_ids, storage, head, backend="torch", group=""):
-    dtype = compute_dtype(hidden, weight)
-    return tuple(hidden.new_empty(token_ids.shape, dtype=dtype) for _ in range(2))
+    def like() -> Tensor:
+        return hidden.new_empty(token_ids.shape, dtype=compute_dtype(hidden, weight))
+
+    return like(), like(), like() if backend == "triton" else like().new_empty(0)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::linear_logprob_backward", mutates_args=(), tags=_SYNCS)
@@ -87,7 +92,7 @@ def linear_logprob_backward(
     weight: Tensor,
     bias: Tensor | None,
     token_ids: Tensor,
-    logp: Tensor,  # (N,), the forward's
+    logp: Tensor,  # (N,), from the forward, or empty
     g_logp: Tensor,  # (N,)
     g_entropy: Tensor | None,  # (N,)
     storage: torch.dtype,
@@ -99,7 +104,8 @@ def linear_logprob_backward(
     with _without_autocast(hidden), on_device_of(hidden):
         tiles = _tiles(hidden, weight, bias, storage, head, backend, group)
         needed = (need[0], need[1], need[2])
-        return linear.linear_logprob_backward(hidden, tiles, token_ids, logp, g_logp, g_entropy, needed)
+        offset = logp if len(logp) == len(hidden) else None
+        return linear.linear_logprob_backward(hidden, tiles, token_ids, offset, g_logp, g_entropy, needed)
 
 
 def _fake_gradients(
@@ -120,15 +126,15 @@ def _(hidden, weight, bias, token_ids, logp, g_logp, g_entropy, storage, head, n
 
 def _linear_logprob_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, weight, bias, token_ids, *ctx.options = inputs
-    ctx.save_for_backward(hidden, weight, bias, token_ids, output[0])
+    ctx.save_for_backward(hidden, weight, bias, token_ids, output[2])
     # Without a gradient in the entropies, the backward needs one pass over the logits instead of two.
     ctx.set_materialize_grads(False)
 
 
-def _linear_logprob_grad(ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None) -> tuple:
+def _linear_logprob_grad(ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None, unused: Any) -> tuple:
     hidden, weight, bias, token_ids, logp = ctx.saved_tensors
     if g_logp is None:
-        g_logp = torch.zeros_like(logp)
+        g_logp = torch.zeros_like(token_ids, dtype=compute_dtype(hidden, weight))
     need = list(ctx.needs_input_grad[:3])
     storage, head, *where = ctx.options
     if weight.dim() != 2:
@@ -259,7 +265,7 @@ class LossWithGradients(torch.autograd.Function):
 
 def _times(d: Tensor, grad: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     """d * grad of type `dtype`. Where a backend is named d may become the result, and does where grad is 1."""
-    if backend and d.dtype == dtype:
+    if backend and d.dtype == dtype and type(d) is torch.Tensor:  # not a tensor without data, for one
         if backend == "triton":
             from gcpo_kernels.triton_backend.scale import scale_
 

@@ -31,19 +31,24 @@ class Specimen:
         stream: pointers that the inner loop reads, each once for an element; none if it streams nothing.
         tile: compile-time arguments whose product is the size of a program's output, if it makes a matrix product.
         targets: where it is launched; the others do not compile it.
+        threads: as many as that, in warps as wide as the target's, in place of `num_warps`.
     """
 
     label: str
     kernel: Any
     constexprs: dict[str, Any] = field(hash=False)
     types: dict[str, str] = field(default_factory=dict, hash=False)
-    num_warps: int = 4
+    num_warps: int = 4  # of 32 threads
     ones: tuple[str, ...] = ()
     divisible: tuple[str, ...] = ()
     num_stages: int | None = None  # None: Triton's default
     stream: tuple[str, ...] = ()
     tile: tuple[str, ...] = ("BLOCK_M", "BLOCK_N")
     targets: tuple[str, ...] = tuple(TARGETS)
+    threads: int | None = None
+
+    def warps(self, target: GPUTarget) -> int:
+        return self.num_warps if self.threads is None else max(1, self.threads // target.warp_size)
 
     def source(self) -> ASTSource:
         """What Triton compiles."""
@@ -199,7 +204,7 @@ def _on_logits() -> list[Specimen]:
     found = []
     for vocab in (1000, 4096, 151_936):
         block = logprob.row_block(vocab, 4)
-        options: dict[str, Any] = {"num_warps": block.warps, "stream": ("u_ptr",)}
+        options: dict[str, Any] = {"num_warps": block.warps, "threads": block.lanes, "stream": ("u_ptr",)}
         head = {"HAS_SOFTCAP": True, "NEGATIVE": False, "V": vocab, **block.constexprs}
         rows = () if vocab % 16 else ("stride_u_b", "stride_u_t")
         found += [

@@ -34,7 +34,7 @@ class Report:
 @functools.cache
 def compiled(specimen: Specimen, target: GPUTarget) -> Any:
     """The specimen as Triton compiles it for a target."""
-    options = {"num_warps": specimen.num_warps}
+    options = {"num_warps": specimen.warps(target)}
     if specimen.num_stages is not None:
         options["num_stages"] = specimen.num_stages
     return triton.compile(specimen.source(), target=target, options=options)

@@ -104,8 +104,11 @@ def softmax_tile_(
 class TorchTiles(Tiles):
     """Products in the arithmetic type, of operands rounded to the storage type: right everywhere, fast on a CPU."""
 
-    def rows(self, tokens: int, vocab: int | None = None) -> int:
-        return tile_rows(vocab or self.vocab, self.dtype, self.weight.device)
+    def rows(self, tokens: int, estimated: bool, narrow_weight: bool) -> int:
+        return self.rows_alike(tokens, self.vocab)
+
+    def rows_alike(self, tokens: int, vocab: int) -> int:
+        return tile_rows(vocab, self.dtype, self.weight.device)
 
     def operand(self, x: torch.Tensor) -> torch.Tensor:
         return x.to(self.storage).to(self.dtype)

@@ -99,9 +99,12 @@ class ShardedTiles(Tiles):
     def vocab(self) -> int:
         return self.shards.whole
 
-    def rows(self, tokens: int, vocab: int | None = None) -> int:
+    def rows(self, tokens: int, estimated: bool, narrow_weight: bool) -> int:
         # The same on every process: each tile is collective.
-        return self.inner.rows(tokens, vocab or max(self.shards.sizes))
+        return self.rows_alike(tokens, max(self.shards.sizes))
+
+    def rows_alike(self, tokens: int, vocab: int) -> int:
+        return self.inner.rows_alike(tokens, vocab)
 
     def operand(self, x: torch.Tensor) -> torch.Tensor:
         return self.inner.operand(x)

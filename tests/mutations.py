@@ -210,7 +210,7 @@ MUTATIONS = (
         PATHS + " -k rows_are_done_again",
     ),
     Mutation(
-        "Triton: tiles put together without their shifts",
+        "Triton: tiles put together as if their largest logits were one",
         TRITON + "product_kernels.py",
         "total * tl.exp2(down) + other_total * tl.exp2(other_down)",
         "total + other_total",

@@ -372,7 +372,7 @@ def test_tuning_checks_and_times_settings(tmp_path: Path, monkeypatch: pytest.Mo
         out.copy_(gradient.tile @ self.weight)
 
     wrong = tune.Setting("wrong", ((torch_backend.TorchTiles, "to_hidden", unscaled),))
-    three = tune.Setting("3 rows", ((torch_backend.TorchTiles, "rows", lambda self, tokens, vocab=None: 3),))
+    three = tune.Setting("3 rows", ((torch_backend.TorchTiles, "rows", lambda self, *rest: 3),))
     found = {entry["setting"]: entry for entry in tune.sweep(case, [three, wrong], CPU, 0.0)}
     assert set(found) == {"as it is", "3 rows", "wrong"}
     assert found["3 rows"]["times"]["both"]["to_floor"] > 0 and 3 in seen and max(seen) > 3

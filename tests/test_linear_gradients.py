@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gcpo_kernels
 from gcpo_kernels import reference
@@ -97,6 +98,33 @@ def test_main_grad_without_a_gradient_to_add() -> None:
     with torch.no_grad():
         loss_of(with_gradients(make_linear_inputs(), *LEAVES), main_grad=main_grad)
     assert torch.equal(main_grad, torch.ones_like(main_grad))
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_log_probabilities_may_be_overwritten(entropy: bool) -> None:
+    """The result is the caller's: what became of it before the backward does not matter."""
+    inputs = make_linear_inputs()
+    call = {key: inputs[key] for key in ("hidden", "weight", "bias", "token_ids")}
+    grads = []
+    for overwrite in (False, True):
+        leaves = with_gradients(call, *LEAVES)
+        out = gcpo_kernels.linear_logprob(**leaves, return_entropy=entropy)
+        logp = out[0] if entropy else out
+        if overwrite:
+            logp.masked_fill_(inputs["mask"] == 0, 0.0)
+        else:
+            logp = logp.masked_fill(inputs["mask"] == 0, 0.0)
+        (logp.sum() + (out[1].sum() if entropy else 0.0)).backward()
+        grads.append([leaves[key].grad for key in LEAVES])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_tensors_without_data() -> None:
+    """As tools that estimate memory run a step: shapes only."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        leaves = with_gradients({k: x for k, x in make_linear_inputs().items() if k != "context_weights"}, *LEAVES)
+        loss_of(leaves, backend="torch").backward()
+    assert all(leaves[key].grad.shape == leaves[key].shape for key in LEAVES)
 
 
 def test_everything_masked() -> None:

@@ -1,7 +1,8 @@
 """
 Which of several ways to the same numbers is taken, by device and by the size of the output layer.
 
-Defaults are what should be right everywhere. What is faster in some place only is behind a gate: a table that
+Defaults are what should be right everywhere; scoring by slices is one where no descriptors are. What is faster in some
+place only is behind a gate: a table that
 `python -m bench.tune --gate FILE` writes from measurements, read from the file that GCPO_KERNELS_GATE names, else from
 `gate.json` beside this module. An entry:
 
@@ -33,14 +34,14 @@ Key = tuple[str, str, int, int]
 
 def choose(operation: str, device: torch.device, hidden: int, vocab: int) -> str:
     """The kernel for an operation of KERNELS with a (vocab, hidden) weight."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for known in DEVICES:
-            if name.startswith(known):
-                found = _table(_path()).get((known, operation, hidden, vocab))
-                if found is not None:
-                    return found
-    return KERNELS[operation][0]
+    if device.type == "cpu":
+        return KERNELS[operation][0]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    known = next((known for known in DEVICES if name.startswith(known)), None)
+    if known is None:
+        # Without tensor memory descriptors a product of our own has little chance.
+        return "slices" if operation == "scoring" else KERNELS[operation][0]
+    return _table(_path()).get((known, operation, hidden, vocab), KERNELS[operation][0])
 
 
 def _path() -> str:
@@ -50,14 +51,14 @@ def _path() -> str:
 @functools.cache
 def _table(path: str) -> dict[Key, str]:
     """The entries of a file, without those that mean nothing here: one warning for all of these."""
-    if not Path(path).exists():
+    if not Path(path).is_file():
         if path != str(PATH):
             warnings.warn(f"{VARIABLE} names no file, got {path!r}: kernels are chosen by default.", stacklevel=3)
         return {}
     try:
         entries = json.loads(Path(path).read_text())["entries"]
         found = {k: e["kernel"] for e in entries if (k := _key(e)) is not None}
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, OverflowError, ValueError, KeyError, TypeError) as error:
         warnings.warn(f"{path} is not a table of kernels ({error}): kernels are chosen by default.", stacklevel=3)
         return {}
     ignored = [e for e in entries if _key(e) is None]

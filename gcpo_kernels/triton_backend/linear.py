@@ -29,24 +29,30 @@ _SLICE_ROWS, _SLICE_VOCAB = 2048, 4096
 # Scoring by a product of our own: hidden states that stay in the L2 cache while the weight streams by.
 _SCORED_BYTES = 24 << 20
 _SCORED_ROWS = 1024
+# Where processes must agree on the height of tiles, whatever devices they have.
+_SMS = 132
 
 
 class TritonTiles(Tiles):
-    def rows(self, tokens: int, vocab: int | None = None) -> int:
-        # 4 bytes a logit: the gradient takes the place of the logits, or there are exponentials only.
-        hidden = self.weight.shape[1]
-        return tile_rows(tokens, hidden, vocab or self.vocab, num_programs(self.weight.device), self._logit_bytes)
+    def rows(self, tokens: int, estimated: bool, narrow_weight: bool) -> int:
+        # The gradient takes the place of float32 logits; in the epilogue's way there are exponentials only.
+        bytes_per_logit = self.storage.itemsize if self._way(estimated) == "epilogue" else 4
+        hidden, sms = self.weight.shape[1], num_programs(self.weight.device)
+        return tile_rows(tokens, hidden, self.vocab, sms, bytes_per_logit, narrow_weight)
+
+    def rows_alike(self, tokens: int, vocab: int) -> int:
+        return tile_rows(tokens, self.weight.shape[1], vocab, _SMS, 4, False)
 
     def scored_rows(self, tokens: int) -> int:
         row_bytes = self.weight.shape[1] * self.storage.itemsize
         return max(_SCORED_ROWS, _SCORED_BYTES // max(row_bytes, 1) // 128 * 128)
 
-    @property
-    def _logit_bytes(self) -> int:
-        return self.storage.itemsize if self._choice("loss") == "epilogue" else 4
-
     def _choice(self, operation: str) -> str:
         return gate.choose(operation, self.weight.device, self.weight.shape[1], self.vocab)
+
+    def _way(self, estimated: bool) -> str:
+        """From hidden states to a gradient; float16 holds no exponentials of 28 nats."""
+        return self._choice("loss") if estimated and self.storage != torch.float16 else "two_reads"
 
     def operand(self, x: torch.Tensor) -> torch.Tensor:
         return x.to(self.storage)
@@ -56,8 +62,12 @@ class TritonTiles(Tiles):
         weight = self.weight.to(self.storage)
         return weight if weight.stride(1) == 1 else weight.contiguous()
 
+    @cached_property
+    def _bias(self) -> torch.Tensor | None:
+        return None if self.bias is None else self.bias.contiguous()
+
     def _product(self, x: torch.Tensor, token_ids: torch.Tensor) -> Product:
-        return Product(x.contiguous(), self._weight, self.bias, token_ids.contiguous(), self.head)
+        return Product(x.contiguous(), self._weight, self._bias, token_ids.contiguous(), self.head)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         return self._slice(x, self._weight, self.bias)
@@ -68,8 +78,8 @@ class TritonTiles(Tiles):
         return u if bias is None else u.add_(bias.to(torch.float32))
 
     def score_only(self, x: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # Without tensor cores a product of our own does not come near the vendor's.
         if self._choice("scoring") == "product" and (self.storage != torch.float32 or x.device.type == "cpu"):
+            # A float32 product of our own, without tensor cores, does not come near the vendor's.
             return self._product(x, token_ids).scores()
         logp, entropy = (torch.empty(len(x), dtype=torch.float32, device=x.device) for _ in range(2))
         weight = self._weight
@@ -85,20 +95,20 @@ class TritonTiles(Tiles):
         return logp, entropy
 
     def score(self, x: torch.Tensor, token_ids: torch.Tensor, offset: torch.Tensor | None) -> Scores:
-        # float16 holds no exponentials of 28 nats.
-        choice = "two_reads" if offset is None or self.storage == torch.float16 else self._choice("loss")
-        if choice == "two_reads":
+        way = self._way(offset is not None)
+        if way == "two_reads":
             tile = self.logits(x)
             scores = logprob_forward(tile, token_ids, self.head)
             return Scores(scores.logp, scores.entropy, tile, tuple(scores))
         assert offset is not None
         offset = offset.to(torch.float32).contiguous()
         product = self._product(x, token_ids)
-        if choice == "epilogue":
+        if way == "epilogue":
             out = product.exponentials(offset)
         else:
             out = softmax_once(self.logits(x), token_ids, self.head, offset, self.storage)
-        product.redo(out)
+        if x.device.type != "cpu" or out.total.isnan().any():  # on the interpreter looking is cheaper than launching
+            product.redo(out)
         return Scores(out.logp, out.entropy, out.e, (out.total,))
 
     def gradient(self, scores: Scores, token_ids: torch.Tensor, g_logp: torch.Tensor) -> TileGradient:
@@ -106,7 +116,6 @@ class TritonTiles(Tiles):
             len(scores.state) == 1
         ):  # exponentials: what a row must be multiplied by goes to the thin side of the products
             row_scale = g_logp * -head_numbers(self.head).signed_chain / scores.state[0]
-            # Where nothing is to come, whatever the row holds.
             return TileGradient(scores.tile, torch.where(g_logp == 0, 0.0, row_scale))
         return self._gradient(scores.tile, token_ids, RowScores(*scores.state), g_logp, None)
 

@@ -34,7 +34,8 @@ class Shape(NamedTuple):
 
     @property
     def warps(self) -> int:
-        return max(1, self.lanes // 32)
+        """A lane is a thread: its sums then need no other thread."""
+        return max(1, self.lanes // (32 if torch.version.hip is None else 64))
 
     @property
     def constexprs(self) -> dict[str, int]:

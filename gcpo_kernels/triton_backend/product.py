@@ -96,7 +96,7 @@ class Product:
         shift: torch.Tensor | None = None,
         rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        """Launch the product; (target, shifts, sums, dots) of it. With `e` it stores exponentials there."""
+        """Launch the product; (target, tops, sums, dots) of it. With `e` it stores exponentials there."""
         m, hidden = self.x.shape
         vocab = self.weight.shape[0]
         stored = (self.x, self.weight) if e is None else (self.x, self.weight, e)
@@ -105,7 +105,7 @@ class Product:
             blocks, tma = POINTER_BLOCKS, False
         parts = triton.cdiv(vocab, blocks.n)
         target, sums, dots = self._empty(m), self._empty(parts, m), self._empty(parts, m)
-        shifts = self._empty(parts, m) if e is None else sums
+        tops = self._empty(parts, m) if e is None else sums
         anything = self.x if e is None else e
         numbers = head_numbers(self.head)
         tensors: list[Any] = [self.x, self.weight, anything]
@@ -125,7 +125,7 @@ class Product:
             target if shift is None else shift,
             self.token_ids if rows is None else rows,
             target,
-            shifts,
+            tops,
             sums,
             dots,
             self.x.stride(0),
@@ -147,7 +147,7 @@ class Product:
             num_warps=blocks.warps,
             num_stages=blocks.stages,
         )
-        return target, shifts, sums, dots
+        return target, tops, sums, dots
 
     def _combining(self, parts: int, gather: bool) -> tuple[tuple[int], list[Any], dict[str, Any]]:
         """The grid, numbers and flags of the kernels that put tiles together."""
@@ -161,11 +161,11 @@ class Product:
         Log-probabilities and entropies, (M,). With `rows` instead the shifts that make these rows' sums about 1, and
         nothing.
         """
-        target, shifts, sums, dots = self._run(None, rows=rows)
+        target, tops, sums, dots = self._run(None, rows=rows)
         out = self._empty(len(self.x)), self._empty(len(self.x))
         listed = self.token_ids if rows is None else rows
         grid, values, flags = self._combining(len(sums), rows is not None)
-        combine_scores_kernel[grid](shifts, sums, dots, target, self.token_ids, listed, *out, *values, **flags)
+        combine_scores_kernel[grid](tops, sums, dots, target, self.token_ids, listed, *out, *values, **flags)
         return out
 
     def _store(self, out: Exponentials, shift: torch.Tensor, rows: torch.Tensor | None = None) -> None:
@@ -220,7 +220,7 @@ class Product:
     def redo(self, out: Exponentials) -> None:
         """
         Make the rows of `out` whose total is NaN again, in place, whatever their offsets were. The host does not learn
-        whether there are any: where there are none, four launches leave at once.
+        whether there are any: where there are none, four of five launches leave at once.
         """
         rows = self._empty(1 + len(self.x), dtype=torch.int32)
         redo_list_kernel[(1,)](out.total, rows, len(self.x), BLOCK=LIST_BLOCK, num_warps=4)

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from gcpo_kernels.triton_backend.common import LN_2, LOG2_E, expm1, head_logit, power_of_two
-from gcpo_kernels.triton_backend.logprob_kernels import log_unshifted, near_one
+from gcpo_kernels.triton_backend.common import LN_2, LOG2_E, at_most, expm1, head_logit, power_of_two
+from gcpo_kernels.triton_backend.logprob_kernels import log_unshifted, near_one, whole_shift
 
 
 @triton.jit
@@ -27,14 +27,14 @@ def _parts(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constex
 
 
 @triton.jit
-def _merge(shift, total, dot, other_shift, other_total, other_dot):
-    """Shift, sum and entropy sum of rows, with those of more of their columns; of the shifts the lower one is kept."""
-    low = tl.minimum(shift, other_shift)
-    down = low - shift
-    other_down = low - other_shift
+def _merge(top, total, dot, other_top, other_total, other_dot, k):
+    """Largest z, sum and entropy sum of rows, with those of more of their columns."""
+    new_top = tl.maximum(top, other_top)
+    down = (top - new_top) * k
+    other_down = (other_top - new_top) * k
     dot = (dot + total * down) * tl.exp2(down) + (other_dot + other_total * other_down) * tl.exp2(other_down)
     total = total * tl.exp2(down) + other_total * tl.exp2(other_down)
-    return low, total, dot
+    return new_top, total, dot
 
 
 @triton.jit
@@ -58,11 +58,10 @@ def _epilogue(
     BLOCK_N: tl.constexpr,
 ):
     """
-    Of a part of a tile: e = 2**y with the softcap's slope, y = k z + shift, and of its rows the shift, sum of 2**y and
-    sum of 2**y y. To score, the shift is minus the row's largest k z here.
+    Of a part of a tile: e = 2**y with the softcap's slope, and of its rows the largest z, the sums of 2**y and 2**y y.
 
-    Multiplied and added in one rounding, large logits keep their digits whatever the shift was rounded to: it is the
-    same for all of a row, and the target's y is made of it too.
+    To score, y = k (z - largest z). To store, y = k z + shift, multiplied and added in one rounding: large logits keep
+    their digits whatever the shift was rounded to, because it is the same for all of a row, the target included.
     """
     n = n0 + tl.arange(0, BLOCK_N)
     k = chain * LOG2_E
@@ -76,19 +75,19 @@ def _epilogue(
     if SCORE:
         if not WHOLE:
             z = tl.where(n[None, :] < V, z, -float("inf"))
-        shift = tl.maximum(tl.max(z, axis=1), -1.0e30) * -k  # finite, so that a row of -inf does not make NaN
-    y = tl.fma(z, k, shift[:, None])
-    if HAS_BIAS or (SCORE and not WHOLE):
-        e, y = power_of_two(y)
-    else:  # no logit is -inf
-        e = tl.exp2(y)
+        top = tl.maximum(tl.max(z, axis=1), -1.0e30)  # finite, so that a row of -inf does not make NaN
+        y = (z - top[:, None]) * k
+    else:
+        top = shift
+        y = tl.fma(z, k, shift[:, None])
+    e, y = power_of_two(y)
     if not SCORE and not WHOLE:
         e = tl.where(n[None, :] < V, e, 0.0)
     total = tl.sum(e, axis=1)
     dot = tl.sum(e * y, axis=1)
     if HAS_SOFTCAP:
         e = e * slope
-    return e, shift, total, dot
+    return e, top, total, dot
 
 
 @triton.jit
@@ -110,7 +109,7 @@ def product_kernel(
     shift_ptr,  # (M,) float32: of a row's exponents, see `_epilogue`; unless SCORE
     rows_ptr,  # (1 + M,) int32: how many rows, and which; with GATHER
     target_ptr,  # (M,) float32: receives the target's raw logit, if it is in [0, V)
-    shifts_ptr,  # (PARTS, M) float32: of each block of columns the shift; with SCORE
+    tops_ptr,  # (PARTS, M) float32: of each block of columns the largest z; with SCORE
     sums_ptr,  # (PARTS, M) float32: sum of 2**y
     dots_ptr,  # (PARTS, M) float32: sum of 2**y y
     stride_x,
@@ -174,13 +173,13 @@ def product_kernel(
         # A part of the columns at a time: its exponentials take the registers of the part before.
         parts = _parts(acc, BLOCK_M, BLOCK_N, SUBTILES)
         WIDTH: tl.constexpr = BLOCK_N // SUBTILES
-        shift = tl.full([BLOCK_M], 1.0e30, tl.float32)
+        top = tl.full([BLOCK_M], -1.0e30, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         dot = tl.zeros([BLOCK_M], tl.float32)
         for j in tl.static_range(SUBTILES):
             n1 = n0 + j * WIDTH
             if n1 < V:
-                e, part_shift, part_total, part_dot = _epilogue(
+                e, part_top, part_total, part_dot = _epilogue(
                     parts[j],
                     n1,
                     token,
@@ -200,7 +199,7 @@ def product_kernel(
                     WIDTH,
                 )
                 if SCORE:
-                    shift, total, dot = _merge(shift, total, dot, part_shift, part_total, part_dot)
+                    top, total, dot = _merge(top, total, dot, part_top, part_total, part_dot, chain * LOG2_E)
                 else:
                     total += part_total
                     dot += part_dot
@@ -212,14 +211,14 @@ def product_kernel(
                         tl.store(e_at, e.to(e_ref.dtype.element_ty), mask=inside[:, None] & (column < V)[None, :])
         at = block.to(tl.int64) * M + m
         if SCORE:
-            tl.store(shifts_ptr + at, shift, mask=inside)
+            tl.store(tops_ptr + at, top, mask=inside)
         tl.store(sums_ptr + at, total, mask=inside)
         tl.store(dots_ptr + at, dot, mask=inside)
 
 
 @triton.jit(do_not_specialize=["M", "parts"])
 def combine_scores_kernel(
-    shifts_ptr,  # (parts, M) float32: from `product_kernel`, as the next three
+    tops_ptr,  # (parts, M) float32: from `product_kernel`, as the next three
     sums_ptr,  # (parts, M)
     dots_ptr,  # (parts, M)
     target_ptr,  # (M,)
@@ -249,30 +248,32 @@ def combine_scores_kernel(
         inside = m < count
         row = _row_of(m, inside, rows_ptr, GATHER)
         part = tl.arange(0, BLOCK_P)
-        shift = tl.full([BLOCK_M], 1.0e30, tl.float32)
+        k = chain * LOG2_E
+        top = tl.full([BLOCK_M], -1.0e30, tl.float32)
         s = tl.zeros([BLOCK_M], tl.float32)
         dot = tl.zeros([BLOCK_M], tl.float32)
         for p0 in range(0, parts, BLOCK_P):
             p = (p0 + part).to(tl.int64)
             at = p[:, None] * M + m[None, :]  # [BLOCK_P, BLOCK_M]
             there = (p < parts)[:, None] & inside[None, :]
-            shifts = tl.load(shifts_ptr + at, mask=there, other=1.0e30)
+            tops = tl.load(tops_ptr + at, mask=there, other=-1.0e30)
             sums = tl.load(sums_ptr + at, mask=there, other=0.0)
             dots = tl.load(dots_ptr + at, mask=there, other=0.0)
-            low = tl.min(shifts, axis=0)
-            down = low[None, :] - shifts
+            highest = tl.max(tops, axis=0)
+            down = (tops - highest[None, :]) * k
             moved = tl.exp2(down)
             added = tl.sum(sums * moved, axis=0)
-            shift, s, dot = _merge(shift, s, dot, low, added, tl.sum((dots + sums * down) * moved, axis=0))
+            weighted = tl.sum((dots + sums * down) * moved, axis=0)
+            top, s, dot = _merge(top, s, dot, highest, added, weighted, k)
         if GATHER:
-            tl.store(logp_ptr + row, shift - tl.floor(tl.log2(s) + 0.5), mask=inside)
+            tl.store(logp_ptr + row, -top * k - tl.floor(tl.log2(s) + 0.5), mask=inside)
         else:
             token = tl.load(ids_ptr + row, mask=inside, other=-1)
             valid = (token >= 0) & (token < V)
             z = tl.load(target_ptr + row, mask=inside & valid, other=0.0)
             z, _ = head_logit(z, scale, softcap, HAS_SOFTCAP, NEGATIVE)
             log_s = tl.log(s)
-            logp = tl.fma(z, chain * LOG2_E, shift) * LN_2 - log_s
+            logp = (z - top) * chain - log_s
             tl.store(logp_ptr + row, tl.where(valid, logp, float("nan")), mask=inside)
             tl.store(entropy_ptr + row, log_s - dot * LN_2 / s, mask=inside)
 
@@ -328,7 +329,7 @@ def combine_exponentials_kernel(
         y = tl.fma(z, chain * LOG2_E, shift)
         # The whole part of the target's y goes into the sum, which is about 2**y / p: p may be close to 1.
         whole = tl.where(y > -1.0e9, tl.floor(y + 0.5), 0.0)
-        logp = (y - whole) * LN_2 - log_unshifted(s, whole)
+        logp = at_most((y - whole) * LN_2 - log_unshifted(s, whole), 0.0)  # the sum has rounded the target's part
         tl.store(logp_ptr + row, tl.where(valid, logp, float("nan")), mask=inside)
         tl.store(entropy_ptr + row, tl.log(s) - dot * LN_2 / s, mask=inside)
         if not GATHER:
@@ -388,4 +389,4 @@ def target_logits_kernel(
     if HAS_BIAS:
         u += tl.load(bias_ptr + token, mask=here, other=0.0).to(tl.float32)
     z, _ = head_logit(u, scale, softcap, HAS_SOFTCAP, NEGATIVE)
-    tl.store(shift_ptr + row, tl.load(offset_ptr + row) * LOG2_E - z * (chain * LOG2_E))
+    tl.store(shift_ptr + row, whole_shift(tl.load(offset_ptr + row)) - z * (chain * LOG2_E))

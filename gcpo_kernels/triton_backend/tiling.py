@@ -37,17 +37,19 @@ def tile_cost(rows: int, tokens: int, hidden: int, sms: int) -> float:
     return cost + (rest / wave_fill(rest, hidden, sms) if rest else 0.0)
 
 
-def tile_rows(tokens: int, hidden: int, vocab: int, sms: int, bytes_per_logit: int = 4) -> int:
+def tile_rows(
+    tokens: int, hidden: int, vocab: int, sms: int, bytes_per_logit: int = 4, narrow_weight: bool = True
+) -> int:
     """
-    The height of tiles for `tokens` tokens: the cheapest that `TILE_BYTES` allows, at least one step high. A single
-    tile needs no float32 gradient of the weight, and may have its bytes as well.
+    The height of tiles for `tokens` tokens: the cheapest that `TILE_BYTES` allows, at least one step high. Where the
+    weight's gradient is wanted in a narrow type, a single tile needs no float32 one beside it, and may have its bytes.
     """
     if tokens <= _STEP:
         return _STEP
     vocab = max(vocab, 1)
     most = max(_STEP, TILE_BYTES // (bytes_per_logit * vocab) // _STEP * _STEP)
     single = math.ceil(tokens / _STEP) * _STEP
-    if tokens * bytes_per_logit * vocab <= TILE_BYTES + 4 * vocab * hidden:
+    if narrow_weight and tokens * bytes_per_logit * vocab <= TILE_BYTES + 4 * vocab * hidden:
         most = max(most, single)
     heights = range(_STEP, max(_STEP, min(most, single)) + 1, _STEP)
     return min(heights, key=lambda rows: (tile_cost(min(rows, tokens), tokens, hidden, sms), -rows))

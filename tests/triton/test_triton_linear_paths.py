@@ -12,6 +12,7 @@ from typing import Any
 import budget
 import grid
 import pytest
+import test_layout
 import torch
 
 import gcpo_kernels
@@ -91,15 +92,15 @@ def test_no_offset_matters(path: str, by: float | str, monkeypatch: pytest.Monke
     budget.compare("linear_gcpo_loss", inputs, beta=0.04, kappa=0.06, **head)
 
 
+@pytest.mark.parametrize("wrong", [[], [1, 7, 19]], ids=str)
 @pytest.mark.parametrize("path", LOSSES[1:])
-def test_rows_are_done_again_only_where_they_must(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_done_again_only_where_they_must(path: str, wrong: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """The list that is made on the device: which rows an estimate was too far off for."""
     take(path, "loss", monkeypatch)
     inputs = aligned("descriptors" in path, masked="none")
     head = HeadOptions(0.7)
     offset = offset_of(inputs, {"temperature": 0.7}, 0.0).flatten()
-    wrong = [1, 7, 19]
-    offset[wrong] += torch.tensor([40.0, -40.0, float("nan")])
+    offset[wrong] += torch.tensor([40.0, -40.0, float("nan")])[: len(wrong)]
     x, weight, bias = inputs["hidden"].flatten(0, 1), inputs["weight"], inputs["bias"]
     made = Product(x, weight, bias, inputs["token_ids"].flatten(), head)
     if path == "one_read":
@@ -108,7 +109,10 @@ def test_rows_are_done_again_only_where_they_must(path: str, monkeypatch: pytest
     else:
         out = made.exponentials(offset)
     assert out.total.isnan().nonzero().flatten().tolist() == wrong
+    right = [row for row in range(len(x)) if row not in wrong]
+    before = [kept[right].clone() for kept in out]
     made.redo(out)
+    assert all(torch.equal(kept[right], was) for kept, was in zip(out, before, strict=True))
     assert not out.total.isnan().any()
     truth = reference.linear_logprob(x.double(), weight.double(), made.token_ids, bias=bias.double(), temperature=0.7)
     assert isinstance(truth, torch.Tensor)
@@ -212,6 +216,48 @@ def test_scoring(path: str, head: dict[str, Any], dtype: torch.dtype, monkeypatc
         truth = reference.linear_logprob(**wide, **head, return_entropy=True)
     for mine, want, yardstick in zip(ours, truth, plain, strict=True):
         assert_close_to_truth(mine, want, yardstick)
+
+
+@pytest.mark.hazard(13)
+@pytest.mark.parametrize("layout", [test_layout.transposed, test_layout.sliced, test_layout.expanded])
+@pytest.mark.parametrize("by", [0.0, 200.0])
+@pytest.mark.parametrize("path", LOSSES[:3])
+def test_strides(path: str, by: float, layout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden states, weight, bias, ids and estimates in an odd layout, done at once and again (TE#2734)."""
+    take(path, "loss", monkeypatch)
+    inputs = make_linear_inputs(4, 5, 2)
+    inputs |= {key: layout(inputs[key]) for key in ("hidden", "weight", "bias", "token_ids")}
+    offset = layout(offset_of(inputs, {}, by))
+    monkeypatch.setattr(gcpo_kernels, "linear_gcpo_loss", partial(gcpo_kernels.linear_gcpo_loss, offset_logp=offset))
+    budget.compare("linear_gcpo_loss", inputs, beta=0.04, kappa=0.06)
+
+
+@pytest.mark.hazard(13)
+@pytest.mark.parametrize("layout", [test_layout.transposed, test_layout.sliced, test_layout.expanded])
+@pytest.mark.parametrize("path", ["product", "slices"])
+def test_strides_of_scoring(path: str, layout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    take(path, "scoring", monkeypatch)
+    inputs = make_linear_inputs(4, 5, 2)
+    odd = {key: layout(inputs[key]) for key in ("hidden", "weight", "bias", "token_ids")}
+    ours = gcpo_kernels.linear_logprob(**odd, return_entropy=True)
+    want = reference.linear_logprob(**odd, return_entropy=True)
+    for a, b in zip(ours, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("vocab", [40, 64])
+@pytest.mark.parametrize("path", SCORINGS)
+def test_logits_that_overflow(path: str, vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To -inf, without a bias: a token of probability 0, whose entropy is not NaN, whatever the vocabulary's size."""
+    take(path, "scoring", monkeypatch)
+    inputs = make_linear_inputs(4, 5, 2, 16, vocab)
+    hidden, weight = inputs["hidden"].abs() + 1.0, inputs["weight"].clone()
+    weight[3] = -3e38
+    ids = torch.where(inputs["token_ids"] == 3, 4, inputs["token_ids"])
+    ours = gcpo_kernels.linear_logprob(hidden, weight, ids, return_entropy=True)
+    want = reference.linear_logprob(hidden, weight, ids, return_entropy=True)
+    for a, b in zip(ours, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("path", LOSSES)
