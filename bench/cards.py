@@ -28,7 +28,7 @@ class Card:
     staging: float = 1200  # cycles a tile that a store's barriers and waits add to its exponentials, estimate
     exposed_store: float = 0.4  # share of a product's output that is not hidden behind it, estimate
     exposed_sum: float = 0.5  # the same of sums that a product reads and writes, estimate
-    launch: float = 4e-6  # seconds until a launch's first instruction, estimate
+    launch: float = 2e-6  # seconds from a kernel's last instruction to the next one's first, submitted ahead, estimate
     host: float = 45e-6  # seconds of Python for one product and one kernel, estimate
 
 
