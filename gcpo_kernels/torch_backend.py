@@ -189,7 +189,8 @@ class TorchTiles(Tiles):
         assert row_scale is not None
         total: torch.Tensor | None = None
         for some, weight in self._weights():
-            total = tile[:, some] @ weight if total is None else total.addmm_(tile[:, some], weight)
+            part = tile[:, some]
+            total = torch.mm(part, weight) if total is None else total.addmm_(part, weight)
         assert total is not None
         torch.mul(total, row_scale.unsqueeze(1), out=out)
 

@@ -34,7 +34,7 @@ ROUND = Card(
     issue=0.5,
     stream=0.5,
     own_product=0.5,
-    drain=0,
+    staging=0,
     launch=1e-6,
     host=1e-3,
 )

@@ -169,7 +169,7 @@ class TritonTiles(Tiles):
         elif out.dtype == self.storage:
             torch.mm(gradient.tile, self._weight, out=out)
         else:
-            out.copy_(gradient.tile @ self._weight)
+            out.copy_(torch.mm(gradient.tile, self._weight))
 
     def to_weight(
         self, gradient: TileGradient, x: torch.Tensor, total: torch.Tensor | None, dtype: torch.dtype

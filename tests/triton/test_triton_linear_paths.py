@@ -134,7 +134,8 @@ def exact_head(path: str, shift: float) -> dict[str, torch.Tensor]:
 @pytest.mark.hazard(8, 9)
 @pytest.mark.parametrize("path", LOSSES)
 def test_large_logits_lose_no_digits(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows at 12,800 have the log-probabilities and gradients of the same rows at 0 (pytorch#195829)."""
+    """Rows at 12,800 have the log-probabilities and gradients of the same rows at 0.
+    Seen in pytorch#195829, ml-cross-entropy#59."""
     take(path, "loss", monkeypatch)
     results = []
     for shift in (0.0, 12_800.0):
@@ -236,6 +237,7 @@ def test_strides(path: str, by: float, layout: Any, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("layout", [test_layout.transposed, test_layout.sliced, test_layout.expanded])
 @pytest.mark.parametrize("path", ["product", "slices"])
 def test_strides_of_scoring(path: str, layout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen in TE#2734."""
     take(path, "scoring", monkeypatch)
     inputs = make_linear_inputs(4, 5, 2)
     odd = {key: layout(inputs[key]) for key in ("hidden", "weight", "bias", "token_ids")}
