@@ -6,7 +6,6 @@ import pytest
 import torch
 from test_trainer_causal import first_batch, make_trainer
 from tiny_policy import save_policy
-from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config
 
 from gcpo.forward.packing import pack
@@ -84,10 +83,6 @@ def tiny(config_class, attn_implementation="sdpa", **extra):
     return AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
 
 
-def causal_blocks(size):
-    return create_block_mask(lambda b, h, query, key: key <= query, 1, 1, size, size, device="cpu")
-
-
 FULL = {"layer_types": ["full_attention"] * 2}
 
 
@@ -117,12 +112,14 @@ def test_model_gives_what_separate_forwards_give(config_class, options):
     hidden = model.model(
         input_ids=row.ids[None], attention_mask=mask, position_ids=row.positions[None]
     ).last_hidden_state[0]
+    if blocks:
+        # Compiled for a CPU without AVX-512, FlexAttention itself gives NaN for eight tokens (torch 2.13).
+        model.set_attn_implementation("sdpa")
     probe = torch.randn(32)  # not a norm: after the final norm that would be nearly constant
     packed_sum = separate_sum = 0.0
     for branch in row.branches:
         ids = torch.tensor([contexts[branch.key] + completions[branch.key]])
-        plain = {"attention_mask": causal_blocks(ids.shape[1])} if blocks else {}
-        alone = model.model(input_ids=ids, **plain).last_hidden_state[0]
+        alone = model.model(input_ids=ids).last_hidden_state[0]
         torch.testing.assert_close(hidden[branch.path], alone, atol=1e-5, rtol=1e-5)
         packed_sum = packed_sum + (hidden[branch.completion] @ probe).sin().sum()
         separate_sum = separate_sum + (alone[branch.context_length :] @ probe).sin().sum()
