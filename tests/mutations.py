@@ -203,10 +203,10 @@ MUTATIONS = (
         PATHS + " -k no_offset_matters",
     ),
     Mutation(
-        "Triton: the list of rows begins again with each block",
+        "Triton: rows that were right are done again",
         TRITON + "product_kernels.py",
-        "(found + tl.cumsum(bad, axis=0))",
-        "(1 + tl.cumsum(bad, axis=0) - 1)",
+        "(total != total)",
+        "(total == total)",
         PATHS + " -k rows_are_done_again",
     ),
     Mutation(
