@@ -235,7 +235,7 @@ MUTATIONS = (
         TRITON + "scale.py",
         "if factor != 1.0",
         "if factor == 1.0",
-        "tests/triton/test_triton_shared.py -k upstream_gradient",
+        PATHS + " -k scaling_in_place",
     ),
     Mutation(
         "Triton: wrong collider in Zbar",

@@ -23,6 +23,7 @@ from gcpo_kernels.triton_backend import gate, product
 from gcpo_kernels.triton_backend.linear import TritonTiles
 from gcpo_kernels.triton_backend.logprob import softmax_once
 from gcpo_kernels.triton_backend.product import Blocks, Product
+from gcpo_kernels.triton_backend.scale import scale_
 
 HEADS = (*grid.HEADS, {"temperature": 0.8, "logit_scale": -0.7})
 LOSSES = ("two_reads", "one_read", "epilogue", "epilogue by descriptors")
@@ -292,6 +293,16 @@ def test_gradient_in_entropies_alone() -> None:
         function(**leaves, return_entropy=True)[1].sum().backward()
         grads.append(leaves["hidden"].grad)
     assert_gradient(grads[0], grads[1], grads[1].float(), what="hidden", roundings=64)
+
+
+@pytest.mark.parametrize("factor", [1.0, -2.5, 0.0, float("nan")])
+@pytest.mark.parametrize("size", [0, 1, 4095, 4097])
+def test_scaling_in_place(size: int, factor: float) -> None:
+    """Times a number on the device; the same bits where it is 1."""
+    x = torch.linspace(-3, 3, size)
+    want = x * factor
+    assert scale_(x, torch.tensor(factor)) is x
+    torch.testing.assert_close(x, want, rtol=0, atol=0, equal_nan=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
