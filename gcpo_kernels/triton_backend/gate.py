@@ -1,10 +1,9 @@
 """
 Which of several ways to the same numbers is taken, by device and by the size of the output layer.
 
-Defaults are what should be right everywhere; scoring by slices is one where no descriptors are. What is faster in some
-place only is behind a gate: a table that
-`python -m bench.tune --gate FILE` writes from measurements, read from the file that GCPO_KERNELS_GATE names, else from
-`gate.json` beside this module. An entry:
+Every way is right everywhere. A default, which nothing measured, may be overruled by a table of measurements, which
+`python -m bench.tune --gate FILE` writes: the file that GCPO_KERNELS_GATE names, else `gate.json` beside this module.
+An entry:
 
     {"device": "NVIDIA H200", "operation": "loss", "hidden": 1536, "vocab": 151936, "kernel": "epilogue"}
 

@@ -112,9 +112,8 @@ class TritonTiles(Tiles):
         return Scores(out.logp, out.entropy, out.e, (out.total,))
 
     def gradient(self, scores: Scores, token_ids: torch.Tensor, g_logp: torch.Tensor) -> TileGradient:
-        if (
-            len(scores.state) == 1
-        ):  # exponentials: what a row must be multiplied by goes to the thin side of the products
+        if len(scores.state) == 1:
+            # Exponentials: what a row must be multiplied by goes to the thin side of the products.
             row_scale = g_logp * -head_numbers(self.head).signed_chain / scores.state[0]
             return TileGradient(scores.tile, torch.where(g_logp == 0, 0.0, row_scale))
         return self._gradient(scores.tile, token_ids, RowScores(*scores.state), g_logp, None)

@@ -15,7 +15,7 @@ def _halves(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _parts(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr):
-    """A tile's columns in 1, 2 or 4 parts."""
+    """A tile's columns in 1, 2 or 4 parts. With `else`, because what follows a return would be compiled too."""
     if SUBTILES == 1:
         return (x,)
     else:
