@@ -53,15 +53,23 @@ def as_restructured_text(app: Any, what: str, name: str, obj: Any, options: Any,
     lines[:] = result
 
 
+def mathml(text: str, as_block: bool = False) -> str:
+    """
+    MathML, which browsers draw without fetching anything. Bars are drawn by math.css as a border: as an accent they need
+    a font with mathematics in it, and without one they lie on the letter, so that a mean looks like what it is of.
+    """
+    drawn = latex2mathml.tex2mathml(text, as_block=as_block)
+    bar = r'<mover accent="true">\s*(<mi>[^<]*</mi>)\s*<mo[^>]*>\u02c9</mo>\s*</mover>'
+    return re.sub(bar, r'<mrow class="bar">\1</mrow>', drawn).replace("<mo>'</mo>", "<mo>\u2032</mo>")
+
+
 def visit_math(translator: Any, node: nodes.math) -> None:
-    """MathML, which browsers draw without fetching anything."""
-    translator.body.append(latex2mathml.tex2mathml(node.astext()))
+    translator.body.append(mathml(node.astext()))
     raise nodes.SkipNode
 
 
 def visit_display_math(translator: Any, node: nodes.math_block) -> None:
-    text = node.astext()
-    translator.body.append(f'<div class="math">{latex2mathml.tex2mathml(text, as_block=True)}</div>\n')
+    translator.body.append(f'<div class="math">{mathml(node.astext(), as_block=True)}</div>\n')
     raise nodes.SkipNode
 
 

@@ -78,6 +78,10 @@ class GCPOConfig(GRPOConfig):
             How one candidate is shown in either. Must hold `{candidate}`, may hold `{index}`.
         proj_floor (`float`, *optional*, defaults to `1e-6`):
             p' is clamped to [proj_floor, 1] (eq. 13).
+        kl_clip (`float`, *optional*):
+            Bound on the log-ratio of both KL terms, log pi_ref - log pi_theta and log p' - log pi_theta: beyond
+            [-kl_clip, kl_clip] it counts as the bound, with gradient 0. k3's gradient, 1 - p'/pi_theta, has no bound
+            where pi_theta is tiny, so that one token can make most of a step. `None`: no bound, as in the paper.
         context_batch_size (`int`, *optional*):
             Rows per forward when scoring under contexts, which are longer than prompts. Defaults to
             `per_device_train_batch_size`.
@@ -161,6 +165,9 @@ class GCPOConfig(GRPOConfig):
         metadata={"help": "How one candidate is shown; holds {candidate}, may hold {index}."},
     )
     proj_floor: float = field(default=1e-6, metadata={"help": "Lower clamp of the projected probability p'."})
+    kl_clip: float | None = field(
+        default=None, metadata={"help": "Bound on the log-ratio of both KL terms; gradient 0 beyond. None: no bound."}
+    )
     context_batch_size: int | None = field(
         default=None,
         metadata={"help": "Rows per forward when scoring under contexts. Default: per_device_train_batch_size."},
@@ -255,9 +262,17 @@ class GCPOConfig(GRPOConfig):
     @classmethod
     def paper(cls, **overrides: Any) -> "GCPOConfig":
         """
-        The paper's settings (arXiv 2508.05428): alpha 2, kappa 0.06, L = n, whole candidates in every prompt, fresh
+        The paper's settings (arXiv 2508.05428), as far as it gives them.
+
+        The method: alpha 2, kappa 0.06, L = n, whole candidates in every prompt, colliders as long as candidates, fresh
         outputs sampled under every context, zbar over the whole group, pi_theta conditioned on x_i in the second KL
-        term, learning rate 1e-6, weight decay 0.01.
+        term, every candidate and context scored, neither KL term clipped. The objective (eq. 10): `loss_type="grpo"`,
+        and `use_bias_correction_kl=False`, because the reference KL is printed without the ratio that TRL multiplies it
+        by. The run: learning rate 1e-6, weight decay 0.01, at most 16,384 tokens per completion.
+
+        Left to you: `beta`, which the printed objective has without a value known here (TRL's default is 0, no reference
+        model), and the batch, in the paper 256 completions per step, which is `per_device_train_batch_size` x processes
+        x `gradient_accumulation_steps`.
 
         Args:
             **overrides: any option, which then wins over the paper's.
@@ -274,10 +289,15 @@ class GCPOConfig(GRPOConfig):
             "context_attention": "full",
             "num_kl_contexts": None,
             "kl_fraction": 1.0,
+            "kl_clip": None,
+            "loss_type": "grpo",
+            "use_bias_correction_kl": False,
             "learning_rate": 1e-6,
             "weight_decay": 0.01,
+            "max_completion_length": 16384,
         }
         settings.update(overrides)
+        settings.setdefault("collider_max_completion_length", settings["max_completion_length"])
         config = cls(**settings)
         if "num_colliders" not in overrides:
             config.num_colliders = config.num_generations
@@ -287,6 +307,8 @@ class GCPOConfig(GRPOConfig):
         _check_number("alpha", self.alpha)
         _check_number("kappa", self.kappa, low=0.0)
         _check_number("proj_floor", self.proj_floor, low=0.0, high=1.0, open_low=True, open_high=True)
+        if self.kl_clip is not None:
+            _check_number("kl_clip", self.kl_clip, low=0.0, open_low=True)
         _check_choice("loss_type", self.loss_type, LOSS_TYPES)
         _check_choice("estimator", self.estimator, ESTIMATORS)
         _check_choice("representation", self.representation, REPRESENTATIONS)

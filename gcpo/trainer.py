@@ -1,7 +1,9 @@
 """GCPOTrainer: TRL's GRPOTrainer with causal weights on the advantages and a second KL term."""
 
 import inspect
+import math
 import textwrap
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -120,7 +122,10 @@ class GCPOTrainer(AccountedGRPOTrainer):
         self._rollout: Rollout | None = None
         self._generated: RolloutStates | None = None  # what the last generation left, where it is watched
         self._scoring = super()._scored()  # phase and kind of tokens of the scoring passes that follow
-        self._policy_logps: torch.Tensor | None = None  # of the forward that the loss is being computed from
+        self._loss_inputs: dict[str, Any] | None = None  # of TRL's loss, from its call to its forward
+        self._policy_logps: torch.Tensor | None = None  # of that forward
+        self._has_causal_kl = False  # whether the loss being computed holds the second KL term
+        self._warned_of_causal_kl = False
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         with explained_loss_of_process(self.args.ddp_timeout):
@@ -155,7 +160,7 @@ class GCPOTrainer(AccountedGRPOTrainer):
             recorder = GenerationRecorder(
                 self.args.representation,
                 self.eos_token_ids,
-                self.max_completion_length,
+                self.generation_limit,
                 padded_width(prompt_ids, self.pad_to_multiple_of),
             )
             stack.enter_context(recorder.attached(backbone))
@@ -163,6 +168,13 @@ class GCPOTrainer(AccountedGRPOTrainer):
             with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
                 self._generated = recorder.finish(self, prompt_ids, result[0])
         return result
+
+    @property
+    def generation_limit(self) -> int | None:
+        """Most tokens of a candidate: `max_completion_length`, unless `generation_kwargs` says otherwise."""
+        if self.use_vllm:
+            return self.vllm_generation.generation_kwargs.get("max_tokens", self.vllm_generation.max_completion_length)
+        return self.generation_config.max_new_tokens
 
     def _all_share_prompts(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int) -> bool:
         """Whether prompts are read once: as many forwards on every process, whatever its own share of the prompts."""
@@ -172,6 +184,8 @@ class GCPOTrainer(AccountedGRPOTrainer):
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if not self.args.is_causal:
+            return rewards
         # An infinite reward would make its group's mean, and then its advantages, infinite: no reward, as NaN is.
         rewards = torch.where(torch.isfinite(rewards), rewards, torch.nan)
         mode = "train" if self.model.training else "eval"
@@ -203,7 +217,10 @@ class GCPOTrainer(AccountedGRPOTrainer):
                 result = logps_sharing_prompts(self, model, input_ids, attention_mask, logits_to_keep, entropy)
             else:
                 result = call(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
-            self._policy_logps = result[0]
+            if self._loss_inputs is not None:
+                self._policy_logps = result[0]
+                self._clip_reference(self._loss_inputs, result[0])
+                self._loss_inputs = None
             return result
         if self._recorder is None or model is not self.model:
             return call(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
@@ -262,19 +279,71 @@ class GCPOTrainer(AccountedGRPOTrainer):
     # The loss
     # -----------------------------------------------------------------------------------------------------------------
 
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        self._has_causal_kl = False
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if "context_logps" in inputs and not self._has_causal_kl and not self._warned_of_causal_kl:
+            self._warned_of_causal_kl = True
+            warnings.warn(
+                f"{type(self).__name__}._compute_loss leaves out the second KL term, although the step drew colliders "
+                "and scored contexts for it. Add `self.causal_kl_loss(model, inputs, per_token_logps)` to the loss it "
+                "returns, or set `kappa=0`.",
+                stacklevel=2,
+            )
+        return loss
+
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        # A copy: `_clip_reference` replaces an entry between TRL's forward and its loss.
+        self._loss_inputs = inputs = dict(inputs)
         try:
             loss = super()._compute_loss(model, inputs)
             if "context_logps" not in inputs:
                 return loss
-            return loss + self._causal_loss(model, inputs)
+            assert self._policy_logps is not None
+            return loss + self.causal_kl_loss(model, inputs, self._policy_logps)
         finally:
-            self._policy_logps = None
+            self._loss_inputs = self._policy_logps = None
 
-    def _causal_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        """kappa * k3 towards the causal reference, reduced and scaled for gradient accumulation as TRL's own loss."""
-        logp = self._policy_logps
-        assert logp is not None
+    def _clip_reference(self, inputs: dict[str, Any], logp: torch.Tensor) -> None:
+        """
+        Let TRL's KL term read a reference within `kl_clip` of the policy. Where it is further away the difference of
+        the two is a constant, so that the term's gradient is 0.
+        """
+        clip, reference = self.args.kl_clip, inputs.get("ref_per_token_logps")
+        if clip is None or reference is None:
+            return
+        difference = reference - logp
+        inputs["ref_per_token_logps"] = logp + difference.clamp(-clip, clip)
+        mask = self._loss_mask(inputs) != 0
+        clipped = ((difference.detach().abs() > clip) & mask).sum()
+        sums = torch.stack([clipped, mask.sum()]).float()
+        self._metrics["train"]["reference_sums"].append(self.accelerator.reduce(sums, reduction="sum").tolist())
+
+    def _loss_mask(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """(B, T): the tokens that count, as TRL has them."""
+        mask = inputs["completion_mask"]
+        return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+
+    def causal_kl_loss(
+        self, model: nn.Module, inputs: dict[str, Any], per_token_logps: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        The second KL term of a micro-batch (eq. 12): kappa * k3 towards the causal reference, reduced and scaled for
+        gradient accumulation as TRL's own loss is, to be added to it.
+
+        `_compute_loss` adds it. A subclass whose `_compute_loss` does not call ours adds it itself, where
+        `"context_logps" in inputs`: evaluation has no such term, nor has a run with `kappa=0`.
+
+        Args:
+            model: the model being trained, as `_compute_loss` gets it.
+            inputs: what `_compute_loss` gets.
+            per_token_logps: (B, T) log-probabilities of the completions under q, with their gradient.
+
+        Returns:
+            A scalar with gradient.
+        """
+        self._has_causal_kl = True
+        logp = per_token_logps
         causal_logp = None
         if "context_ids" in inputs:  # the paper's form: pi_theta under x_i too, in a forward with its own gradient
             completion = inputs["completion_ids"], inputs["completion_mask"]
@@ -284,9 +353,7 @@ class GCPOTrainer(AccountedGRPOTrainer):
                 torch.cat([inputs["context_mask"], completion[1]], dim=1),
                 completion[0].size(1),
             )
-        mask = inputs["completion_mask"]
-        if "tool_mask" in inputs:
-            mask = mask * inputs["tool_mask"]
+        mask = self._loss_mask(inputs)
         reduction = _REDUCTION[self.loss_type]
         accumulation = self.current_gradient_accumulation_steps
         scale: float = 1.0 / accumulation
@@ -310,27 +377,40 @@ class GCPOTrainer(AccountedGRPOTrainer):
             context_weights=inputs["context_weights"],
             kappa=self.args.kappa,
             proj_floor=self.args.proj_floor,
+            kl_clip=self.args.kl_clip,
             loss_type="dr_grpo" if reduction == "luspo" else reduction,
             max_completion_length=1 if reduction == "luspo" else self.max_completion_length,
             num_items_in_batch=items,
         )
         # Sums over the tokens of all processes, for `log` to divide: a micro-batch may hold no row that was scored.
         count = counted.sum().float()
-        sums = torch.stack([metrics["kl_causal"] * count, metrics["proj_clamped"] * count, count])
+        means = [metrics["kl_causal"], metrics["proj_clamped"]]
+        means.append(metrics["kl_causal_clipped"] if self.args.kl_clip is not None else torch.zeros_like(count))
+        sums = torch.stack([*(mean * count for mean in means), count])
         self._metrics["train"]["causal_sums"].append(self.accelerator.reduce(sums, reduction="sum").tolist())
         return loss * scale * inputs["causal_scale"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
-            sums = torch.tensor(self._metrics["train"].pop("causal_sums", []), dtype=torch.float64).view(-1, 3)
-            kl_causal, clamped, count = sums[~sums.isnan().any(dim=1)].sum(dim=0).tolist()
-            if count > 0:
-                self._log("kl_causal", kl_causal / count)
-                self._log("proj_clamped", clamped / count)
+            kl_causal, proj_clamped, causal_clipped = self._means_of_sums("causal_sums", 3)
+            (clipped,) = self._means_of_sums("reference_sums", 1)
+            self._log("kl_causal", kl_causal)
+            self._log("proj_clamped", proj_clamped)
+            if self.args.kl_clip is not None:
+                self._log("kl_causal_clipped", causal_clipped)
+                self._log("kl_clipped", clipped)
         super().log(logs, start_time)
 
+    def _means_of_sums(self, name: str, width: int) -> list[float]:
+        """Means over all tokens since the last log, from sums whose last column counts tokens; NaN without any."""
+        rows = torch.tensor(self._metrics["train"].pop(name, []), dtype=torch.float64).view(-1, width + 1)
+        *sums, count = rows[~rows.isnan().any(dim=1)].sum(dim=0).tolist()
+        return [value / count if count else math.nan for value in sums]
+
     def _log(self, name: str, value: torch.Tensor | float) -> None:
-        self._metrics["train"][f"gcpo/{name}"].append(float(value))
+        """Log a mean, unless there was nothing to take it over."""
+        if not math.isnan(value := float(value)):
+            self._metrics["train"][f"gcpo/{name}"].append(value)
 
 
 def _refuse_unsupported(arguments: dict[str, Any]) -> None:

@@ -113,6 +113,11 @@ def test_paper_settings(tmp_path):
     assert (config.alpha, config.kappa, config.num_colliders) == (2.0, 0.06, config.num_generations)
     assert (config.learning_rate, config.weight_decay, config.baseline) == (1e-6, 0.01, "mean")
     assert (config.estimator, config.causal_policy_context) == ("sampled", "context")
+    assert (config.loss_type, config.use_bias_correction_kl, config.kl_clip) == ("grpo", False, None)
+    assert config.collider_max_completion_length == config.max_completion_length == 10
+    longest = GCPOConfig.paper(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    assert longest.collider_max_completion_length == longest.max_completion_length == 16384
+    assert GCPOConfig.paper(**options(tmp_path), collider_max_completion_length=7).collider_max_completion_length == 7
     assert GCPOConfig.paper(**options(tmp_path), num_colliders=2, alpha=1.0).alpha == 1.0
     assert GCPOConfig.paper(**options(tmp_path), num_colliders=2).num_colliders == 2
 

@@ -27,7 +27,7 @@ def naive_parallel(i, l, shown=None):
         if k != i:
             tokens += [(token, 3 + t, f"y{k}") for t, token in enumerate(candidate)]
     tokens += [(token, 3 + t, "c") for t, token in enumerate(collider)]
-    after = 3 + 3  # the longest block has three tokens
+    after = 3 + max(len(collider), *(len(y) for k, y in enumerate(candidates) if k != i))  # the longest block it sees
     tokens += [(query[-1], after - 1, "copy")]
     tokens += [(token, after + t, "copy") for t, token in enumerate(candidates[i])]
     size = len(tokens)
@@ -85,6 +85,47 @@ def test_copies_are_what_each_sees(shown, scorer):
             torch.testing.assert_close(reading.z, hidden[-1], atol=1e-5, rtol=1e-5)
     counted = scorer.trainer._account.tokens
     assert float(counted["scored_contexts"]) == sum(1 + len(group.candidates[i]) for i, _ in pairs)
+
+
+@pytest.mark.parametrize("changed", ["the other collider", "the copy's own length", "a shorter block that it sees"])
+@torch.no_grad()
+def test_a_score_depends_on_its_context_alone(changed, scorer):
+    """What is not part of x_{i,l} has no say in where the copy of y_i begins."""
+
+    def score(candidates, colliders):
+        group = Group("", GROUP["query"], candidates, colliders, [True, True])
+        found = read_groups(scorer, {0: group}, {}, [(0, 1), (0, 2)], [(0, 0)])
+        return score_copies(scorer, {0: group}, found, [(0, 0, 0)], None)[0].logp
+
+    candidates, colliders = GROUP["candidates"], GROUP["colliders"]
+    before = score(candidates, colliders)
+    if changed == "the other collider":
+        torch.testing.assert_close(score(candidates, [colliders[0], [50] * 9]), before, atol=0, rtol=0)
+    elif changed == "the copy's own length":
+        longer = score([[*candidates[0], *[60] * 9], *candidates[1:]], colliders)
+        torch.testing.assert_close(longer[: len(before)], before, atol=1e-5, rtol=1e-5)
+    else:
+        assert (score([candidates[0], [20, 21, 22, 23], candidates[2]], colliders) - before).abs().max() > 1e-3
+
+
+def test_a_collider_that_is_left_out_changes_no_score(policy, tmp_path):
+    """Neither by its length nor by the positions it would take."""
+    outputs = []
+    for length in (1, 40):
+        trainer = make_trainer(policy, tmp_path, context_attention=None, max_completion_length=4)
+        generate, end = trainer._generate_single_turn, trainer._tokenizer.eos_token_id
+
+        def with_empty_last(prompts, *args, generate=generate, length=length, end=end):
+            ids, logps = generate(prompts, *args)
+            if len(ids) == 6:  # the colliders: two groups of three
+                ids[2] = ids[5] = [end] * length
+            return ids, logps
+
+        trainer._generate_single_turn = with_empty_last
+        outputs.append(first_batch(trainer))
+    for name in ("context_logps", "context_weights", "advantages"):
+        assert torch.equal(outputs[0][0][name], outputs[1][0][name])
+    assert outputs[0][0]["context_logps"].shape[2] == 2 and outputs[0][0]["context_logps"].abs().max() > 0
 
 
 @pytest.mark.parametrize("estimator", ["loo", "scored"])

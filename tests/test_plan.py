@@ -219,7 +219,10 @@ def test_command_prints_tables_ratios_and_hours(
     content = json.loads((tmp_path / "plan.json").read_text())
     assert content["gcpo"]["tokens"]["generated"] == content["grpo"]["tokens"]["generated"] == 2 * 8 * 50
     assert content["lengths"]["completion"] == 50
-    assert command("--model_name_or_path", policy, "--paper", "--num_generations", "4") == 0
+    paper = ["--model_name_or_path", policy, "--paper", "--num_generations", "4", "--output", str(tmp_path / "paper.json")]
+    assert command(*paper) == 0
+    lengths = json.loads((tmp_path / "paper.json").read_text())["lengths"]
+    assert lengths["collider"] == lengths["completion"] == 16384
     out = capsys.readouterr().out
     assert "L=4" in out and "estimator=sampled" in out and "policy under x_i" in out and "hours" not in out
 

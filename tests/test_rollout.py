@@ -1,5 +1,7 @@
 """What the generation leaves: the states, keys and values that reading its output again would give."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_trainer_causal import make_trainer, plain_scores, represent
@@ -7,6 +9,7 @@ from tiny_policy import save_policy
 from transformers import GenerationConfig
 
 from gcpo import GCPOTrainer
+from gcpo.causal.colliders import collider_sampling
 from gcpo.forward.rollout import GenerationRecorder, padded_width, read_repeated_prompts_once
 
 PROMPTS = [[20, 21, 22], [20, 21, 22], [30], [31, 32]]
@@ -96,12 +99,60 @@ def test_a_generation_that_is_not_token_by_token_leaves_nothing(policy, tmp_path
         assert recorder.finish(trainer, PROMPTS, changed) is None  # not what was fed
 
 
-@pytest.mark.parametrize("changed", [{"cache_implementation": "static"}, {"generation_kwargs": {"num_beams": 2}}])
-def test_other_ways_of_generating_are_scored_as_if_nothing_was_left(changed, policy, tmp_path):
-    """A cache of fixed size takes no further token, and beams are rows of no completion's."""
-    losses = []
+OTHER_GENERATIONS = [
+    {"cache_implementation": "static"},
+    *(
+        {"generation_kwargs": kwargs}
+        for kwargs in (
+            {"max_new_tokens": 20},
+            {"max_new_tokens": 4},
+            {"max_new_tokens": None, "max_length": 12},
+            {"min_new_tokens": 8},
+            {"num_beams": 2},
+            {"no_repeat_ngram_size": 1},
+            {"use_cache": False},
+            {"prefill_chunk_size": 2},
+            {"eos_token_id": 40},
+            {"pad_token_id": 41},
+            {"prompt_lookup_num_tokens": 2},
+            {"forced_eos_token_id": 1},
+            {"max_time": 1e-9},
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("changed", OTHER_GENERATIONS, ids=str)
+def test_representations_are_those_of_another_reading(changed, policy, tmp_path):
+    """However outputs are generated and wherever they end: the same loss and weights with and without reuse."""
+    logs = []
     for reuse in (True, False):
-        trainer = make_trainer(policy, tmp_path / str(reuse), reuse_rollout=reuse, max_steps=1, **changed)
+        trainer = make_trainer(
+            policy, tmp_path / str(reuse), reuse_rollout=reuse, max_steps=1, context_attention=None, **changed
+        )
         trainer.train()
-        losses.append(trainer.state.log_history[0]["loss"])
-    assert losses[0] == losses[1]
+        logs.append(trainer.state.log_history[0])
+    for name in ("loss", "grad_norm", "gcpo/upsilon/mean", "gcpo/upsilon/std", "gcpo/kl_causal"):
+        assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-4, abs=1e-6), name
+
+
+def test_settings_of_the_candidates_generation_do_not_bind_colliders(policy, tmp_path):
+    """Their own limit and temperature win over what `generation_kwargs` says of candidates."""
+    asked = {"max_length": 100, "min_length": 90, "min_new_tokens": 9, "max_new_tokens": 12, "temperature": 0.5}
+    trainer = make_trainer(policy, tmp_path, generation_kwargs=asked, collider_temperature=2.0)
+    assert trainer.generation_limit == 12
+    before = trainer.generation_config
+    with collider_sampling(trainer):
+        config = trainer.generation_config
+        assert (config.max_new_tokens, config.min_new_tokens, config.temperature) == (6, 6, 2.0)
+        assert config.max_length is None and config.min_length is None
+    assert trainer.generation_config is before
+    # vLLM's names for the same, where they also win over the engine's settings.
+    asked = {"max_tokens": 12, "min_tokens": 9, "temperature": 0.5, "seed": 1}
+    engine = SimpleNamespace(max_completion_length=10, temperature=1.0, generation_kwargs=asked)
+    stand_in = SimpleNamespace(args=trainer.args, use_vllm=True, vllm_generation=engine)
+    assert GCPOTrainer.generation_limit.fget(stand_in) == 12
+    with collider_sampling(stand_in):
+        assert (engine.max_completion_length, engine.temperature) == (6, 2.0)
+        assert engine.generation_kwargs == {"min_tokens": 6, "seed": 1}
+    assert engine.generation_kwargs is asked and (engine.max_completion_length, engine.temperature) == (10, 1.0)

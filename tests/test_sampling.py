@@ -44,6 +44,32 @@ def test_share_of_sequences(count, fraction, drawn):
     assert [bool(contexts) for contexts in draw.contexts] == draw.counted.tolist()
 
 
+def test_only_sequences_with_a_collider_are_drawn():
+    """The rest add nothing to the term: drawing them would only scale up the others, at random."""
+    for seed in range(20):
+        draw = draw_contexts([0, 2, 0, 2, 2, 2, 0], None, 0.5, generator(seed))
+        assert draw.counted.sum() == 2 and not draw.counted[[0, 2, 6]].any() and draw.scale == 2.0
+    draw = draw_contexts([0, 0], None, 0.5, generator())
+    assert draw.contexts == [[], []] and not draw.counted.any()
+
+
+@pytest.mark.parametrize("estimator", ["loo", "scored"])
+def test_masked_candidates_are_not_drawn(estimator, policy, tmp_path):
+    """Their tokens count for nothing in the loss. `scored` needs their representations under every context."""
+    settings = {"mask_truncated_completions": True, "kl_fraction": 0.5}
+    likely_end = {"sequence_bias": [[[1], 3.0]]}
+    trainer = make_trainer(policy, tmp_path, estimator=estimator, generation_kwargs=likely_end, **settings)
+    output, captured = first_batch(trainer)
+    ended = torch.tensor([y[-1] in trainer.eos_token_ids for group in captured["groups"] for y in group.candidates])
+    assert 1 < ended.sum() < 8
+    if estimator == "scored":
+        assert output["has_collider"].all()
+    else:
+        drawn = max(1, round(0.5 * int(ended.sum())))
+        assert output["has_collider"].sum() == drawn and not output["has_collider"][~ended].any()
+        assert output["causal_scale"] == pytest.approx(int(ended.sum()) / drawn)
+
+
 def test_draws_are_uniform():
     """1,200 draws of 2 among 4: each of the 6 pairs 200 times, within five standard deviations."""
     seen = {}

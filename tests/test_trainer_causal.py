@@ -1,5 +1,6 @@
 """What GCPOTrainer adds to a step, against the same computed plainly from the model."""
 
+import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -208,6 +209,85 @@ def test_second_kl_term_is_added_to_trls_loss(loss_type, policy, tmp_path):
     assert max(term.abs().max() for term in expected_grads) > 1e-5
 
 
+def test_kl_clip_bounds_both_terms(policy, tmp_path):
+    """Beyond it a term is a constant, k3(kl_clip) or k3(-kl_clip), in TRL's reference KL and in the second one alike."""
+    clip, settings = 0.3, {"loss_type": "grpo", "beta": 0.2, "kappa": 0.5, "use_bias_correction_kl": False}
+    trainer = make_trainer(policy, tmp_path, kl_clip=clip, **settings)
+    output, _ = first_batch(trainer)
+    trainer.current_gradient_accumulation_steps = 1
+    torch.manual_seed(0)
+    output["ref_per_token_logps"] = output["ref_per_token_logps"] + torch.randn(output["completion_ids"].shape)
+    given = {name: value.clone() for name, value in output.items()}
+    weights = list(trainer.model.parameters())
+    loss = trainer._compute_loss(trainer.model, output)
+    grads = torch.autograd.grad(loss, weights)
+    assert all(torch.equal(output[name], value) for name, value in given.items())  # an input is not written over
+    mask = output["completion_mask"].bool()
+    ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+    attention = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+    logp, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, attention, mask.size(1))
+    log_p = reference.causal_reference_logprob(logp.detach(), output["context_logps"])
+    differences = [output["ref_per_token_logps"] - logp, log_p - logp]
+    terms = [difference.clamp(-clip, clip) for difference in differences]
+    per_token = sum(w * (d.exp() - d - 1) for w, d in zip((0.2, 0.5), terms, strict=True))
+    per_token = per_token - (logp - logp.detach()).exp() * output["advantages"][:, None]
+    expected = (torch.where(mask, per_token, 0.0).sum(dim=1) / mask.sum(dim=1)).mean()
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-5)
+    for ours, wanted in zip(grads, torch.autograd.grad(expected, weights), strict=True):
+        torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-4)
+    trainer.log({})
+    logged = trainer.state.log_history[-1]
+    for name, difference in zip(("kl_clipped", "kl_causal_clipped"), differences, strict=True):
+        share = ((difference.abs() > clip) & mask).sum() / mask.sum()
+        assert logged[f"gcpo/{name}"] == pytest.approx(share.item(), abs=1e-4) and 0 < share < 1
+
+
+class OwnLoss(GCPOTrainer):
+    """The pattern of TRL's GMPO: a loss written anew, on TRL's inputs and log-probabilities."""
+
+    adds_the_term = False
+
+    def _compute_loss(self, model, inputs):
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        length = inputs["completion_ids"].size(1)
+        logp, _, _ = self._get_per_token_logps_and_entropies(model, ids, attention, length)
+        loss = -(logp * inputs["advantages"][:, None] * inputs["completion_mask"]).sum()
+        if self.adds_the_term and "context_logps" in inputs:
+            loss = loss + self.causal_kl_loss(model, inputs, logp)
+        return loss
+
+
+@pytest.mark.parametrize("kappa", [0.5, 0.0])
+def test_a_loss_of_ones_own(kappa, policy, tmp_path):
+    """It adds the second KL term in a line; where it does not, a warning says so, once."""
+    trainer = make_trainer(policy, tmp_path, OwnLoss, kappa=kappa)
+    output, _ = first_batch(trainer)
+    trainer.current_gradient_accumulation_steps = 1
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        without = trainer.compute_loss(trainer.model, output)
+        trainer.compute_loss(trainer.model, output)
+    said = [str(one.message) for one in caught if "causal_kl_loss" in str(one.message)]
+    assert len(said) == (kappa > 0)
+    if kappa == 0:
+        return
+    assert "OwnLoss._compute_loss" in said[0] and "kappa=0" in said[0]
+    trainer = make_trainer(policy, tmp_path, OwnLoss, kappa=kappa)
+    trainer.adds_the_term = True
+    trainer.current_gradient_accumulation_steps = 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with_term = trainer.compute_loss(trainer.model.train(), output)
+    mask = output["completion_mask"].bool()
+    plain = make_trainer(policy, tmp_path, kappa=kappa)
+    plain.current_gradient_accumulation_steps = 1
+    whole = plain._compute_loss(plain.model.train(), output)
+    rest = plain._compute_loss(plain.model, {k: v for k, v in output.items() if k != "context_logps"})
+    assert whole - rest > 1e-6 and mask.any()
+    torch.testing.assert_close(with_term - without, whole - rest, atol=2e-5, rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     "changed",
     [
@@ -280,7 +360,7 @@ def test_second_kl_is_logged_as_the_mean_of_the_scored_tokens(policy, tmp_path, 
         assert logged[name] == pytest.approx(expected) and expected > 0
         assert name not in trainer.state.log_history[-1]  # the end of training, where nothing is scored
     # What is NaN once does not hide the rest.
-    trainer._metrics["train"]["causal_sums"] = [[float("nan"), 1.0, 5.0], [6.0, 1.0, 4.0]]
+    trainer._metrics["train"]["causal_sums"] = [[float("nan"), 1.0, 0.0, 5.0], [6.0, 1.0, 0.0, 4.0]]
     trainer.log({})
     assert trainer.state.log_history[-1]["gcpo/kl_causal"] == 1.5
 

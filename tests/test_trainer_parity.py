@@ -1,8 +1,10 @@
 """GCPOTrainer with its causal parts off is TRL's GRPOTrainer."""
 
+import math
 from dataclasses import fields
 
 import pytest
+import torch
 from tiny_policy import count_low, options, parameters, prompts, save_policy, worst_difference
 from trl import GRPOConfig, GRPOTrainer
 
@@ -62,6 +64,22 @@ def test_option_passes_through(changed, policy, tmp_path):
     gcpo, gcpo_losses = run(GCPOTrainer, GCPOConfig(**shared, **OFF), policy)
     assert gcpo_losses == pytest.approx(grpo_losses, rel=1e-5)
     assert worst_difference(parameters(grpo.model), parameters(gcpo.model)) <= 1e-5
+
+
+def test_rewards_are_trls_own_with_the_causal_parts_off(policy, tmp_path):
+    """Whatever they hold: that an infinite one counts as missing is part of what the causal parts add."""
+
+    def reward(completions, **kwargs):
+        return [math.inf, math.nan, *count_low(completions)[2:]]
+
+    rows = [prompts()[0]] * 4
+    kept = {}
+    for trainer_class, config in ((GRPOTrainer, GRPOConfig), (GCPOTrainer, GCPOConfig)):
+        own = OFF if config is GCPOConfig else {}
+        trainer = trainer_class(policy, reward, config(**options(tmp_path), **own), train_dataset=prompts())
+        texts = ["abc", "ABC", "AbC", "aBC"]
+        kept[trainer_class] = trainer._calculate_rewards(rows, ["0+0="] * 4, texts, [[1]] * 4)
+    torch.testing.assert_close(kept[GCPOTrainer], kept[GRPOTrainer], equal_nan=True, rtol=0, atol=0)
 
 
 def test_first_candidates_do_not_depend_on_the_causal_parts(policy, tmp_path):

@@ -46,22 +46,31 @@ def collider_sampling(trainer: "GCPOTrainer") -> Iterator[None]:
     limit, temperature = trainer.args.collider_max_completion_length, trainer.args.collider_temperature
     if trainer.use_vllm:
         vllm = trainer.vllm_generation
-        before = vllm.max_completion_length, vllm.temperature
+        before = vllm.max_completion_length, vllm.temperature, vllm.generation_kwargs
         vllm.max_completion_length = limit
         vllm.temperature = vllm.temperature if temperature is None else temperature
+        # `generation_kwargs` win over both, and are meant for candidates: colliders may be shorter.
+        own = {name: value for name, value in vllm.generation_kwargs.items() if name != "max_tokens"}
+        if temperature is not None:
+            own.pop("temperature", None)
+        if own.get("min_tokens"):
+            own["min_tokens"] = min(own["min_tokens"], limit)
+        vllm.generation_kwargs = own
         try:
             yield
         finally:
-            vllm.max_completion_length, vllm.temperature = before
+            vllm.max_completion_length, vllm.temperature, vllm.generation_kwargs = before
         return
     config, kwargs = trainer.generation_config, trainer.generation_kwargs
-    changed: dict[str, float] = {"max_new_tokens": limit}
+    # Lengths of prompt and completion together say nothing about a collider, whose prompt is another.
+    changed = {name: value for name, value in kwargs.items() if name not in ("max_length", "min_length")}
+    changed["max_new_tokens"] = limit
     if temperature is not None:
         changed["temperature"] = temperature
-    if kwargs.get("min_new_tokens"):  # asked for of candidates: colliders may be shorter
-        changed["min_new_tokens"] = min(kwargs["min_new_tokens"], limit)
-    trainer.generation_kwargs = {**kwargs, **changed}
-    trainer.generation_config = GenerationConfig(**trainer.generation_kwargs, disable_compile=True)
+    if changed.get("min_new_tokens"):  # asked for of candidates: colliders may be shorter
+        changed["min_new_tokens"] = min(changed["min_new_tokens"], limit)
+    trainer.generation_kwargs = changed
+    trainer.generation_config = GenerationConfig(**changed, disable_compile=True)
     try:
         yield
     finally:

@@ -52,6 +52,16 @@ def read_groups(
     return found
 
 
+def copy_start(group: Group, i: int, l: int) -> int:
+    """
+    The position of the first token of y_i under its parallel context with collider l: behind the longest of what the
+    copy sees, as if that were what it followed. What is not part of x_{i,l} (the other colliders, y_i itself) has no
+    say in it, so that it cannot change a score.
+    """
+    seen = [ids for k, ids in enumerate(group.candidates) if k != i]
+    return len(group.prompt_ids) + max(map(len, [*seen, group.colliders[l]]))
+
+
 def score_copies(
     scorer: Scorer,
     groups: dict[int, Group],
@@ -62,14 +72,14 @@ def score_copies(
     """
     Score candidate i under its parallel context with collider l.
 
-    A copy begins at the position after the longest candidate or collider, as if that were what it followed, and sees
-    the last `shown` tokens of every other candidate (None: all).
+    A copy begins at the position `copy_start` gives, and sees the last `shown` tokens of every other candidate (None:
+    all), at the positions that they were read at.
     """
     rows = []
     for p, i, l in wanted:
         group, reading = groups[p], found[p]
         others = [tail(reading.candidates[k].own, shown) for k in range(len(group.candidates)) if k != i]
-        after = len(group.prompt_ids) + max(map(len, [*group.candidates, *group.colliders]))
+        after = copy_start(group, i, l)
         ids = [group.prompt_ids[-1], *group.candidates[i]]
         rows.append(Continuation([reading.query, *others, reading.colliders[l].own], ids, after - 1))
     return scorer.read(rows)

@@ -12,7 +12,7 @@ class ContextDraw:
     contexts: list[list[int]]  # per sequence: collider indices, 0 first; empty where the sequence is left out
     weights: torch.Tensor  # (B, width) float32: weights of the mean over l in p', 0 behind a sequence's contexts
     counted: torch.Tensor  # (B,) bool: sequences in the second KL term
-    scale: float  # what the term is multiplied by: B / number of sequences drawn
+    scale: float  # what the term is multiplied by: sequences that could be drawn / number of sequences drawn
 
     def part(self, start: int, count: int) -> "ContextDraw":
         """What was drawn for `count` of the sequences."""
@@ -21,7 +21,7 @@ class ContextDraw:
 
 
 def draw_contexts(
-    available: list[int],  # per sequence: how many colliders say anything; those come first
+    available: list[int],  # per sequence: how many colliders count, which come first; 0: it adds nothing to the term
     num_contexts: int | None,
     fraction: float,
     generator: torch.Generator,
@@ -33,17 +33,18 @@ def draw_contexts(
 
         mean_l exp(b_l) ~ exp(b_0) / V + (V - 1) / V * mean_drawn exp(b_l)
 
-    has the full mean as its expectation, and the gradient of the second KL term is linear in it. Of the B sequences,
-    round(fraction * B), at least one, enter the term, which is scaled by their inverse share. A sequence without any
-    collider adds 0, drawn or not.
+    has the full mean as its expectation, and the gradient of the second KL term is linear in it. Of the sequences that
+    have a collider, say E of them, round(fraction * E), at least one, enter the term, which is scaled by E over their
+    number.
     """
     count = len(available)
-    drawn = max(1, round(fraction * count))
-    chosen = set(torch.randperm(count, generator=generator)[:drawn].tolist())
+    eligible = [row for row, total in enumerate(available) if total > 0]
+    drawn = max(1, round(fraction * len(eligible)))
+    chosen = {eligible[k] for k in torch.randperm(len(eligible), generator=generator)[:drawn].tolist()}
     contexts: list[list[int]] = []
     rows: list[list[float]] = []
     for row, total in enumerate(available):
-        if row not in chosen or total == 0:
+        if row not in chosen:
             contexts.append([])
             rows.append([])
             continue
@@ -60,4 +61,4 @@ def draw_contexts(
     for row, values in enumerate(rows):
         weights[row, : len(values)] = torch.tensor(values)
     counted = torch.tensor([bool(some) for some in contexts])
-    return ContextDraw(contexts, weights, counted, count / drawn)
+    return ContextDraw(contexts, weights, counted, len(eligible) / drawn)

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from gcpo.causal.colliders import Group, generate_colliders, own_random_stream, reward_colliders
 from gcpo.causal.contexts import PromptBuilder, check_length
 from gcpo.causal.estimators import estimate_weights
-from gcpo.causal.parallel import GroupReading, read_groups, score_copies
+from gcpo.causal.parallel import GroupReading, copy_start, read_groups, score_copies
 from gcpo.causal.sampling import ContextDraw, draw_contexts
 from gcpo.forward.representations import HiddenRecorder
 from gcpo.forward.rollout import Rollout
@@ -146,10 +146,20 @@ class CausalStep:
     def _draw(self, groups: list[Group], rows: list[tuple[int, int]]) -> ContextDraw:
         """Of local rows, out of a draw over those of all processes, which is the same however many there are."""
         n = self.trainer.num_generations
-        available = [sum(group.has_content) for group in groups for _ in range(n)]
+        available = [
+            0 if self._is_masked(candidate) else sum(group.has_content)
+            for group in groups
+            for candidate in group.candidates
+        ]
         generator = torch.Generator().manual_seed(self._seed(1))
         draw = draw_contexts(available, self.config.drawn_contexts, self.config.drawn_fraction, generator)
         return draw.part(rows[0][0] * n + rows[0][1], len(rows))
+
+    def _is_masked(self, candidate: Ids) -> bool:
+        """Whether TRL masks every token of a candidate, so that it adds nothing to the second KL term."""
+        if not self.trainer.mask_truncated_completions or self.config.estimator == "scored":  # needs all scored
+            return False
+        return candidate[-1] not in (*self.trainer.eos_token_ids, self.trainer._tokenizer.pad_token_id)
 
     def _context(self, groups: list[Group], row: tuple[int, int], l: int) -> Ids:
         """Ids of x_{i,l}."""
@@ -201,14 +211,20 @@ class CausalStep:
 
     def _is_parallel(self, groups: list[Group]) -> bool:
         """
-        Whether the contexts of this step are parallel ones. A copy begins behind the longest candidate, which can take
-        more positions than a full context that shows the ends of candidates. All processes hold all groups, and agree.
+        Whether the contexts of this step are parallel ones. A copy begins behind the longest candidate that it sees,
+        which can take more positions than a full context that shows the ends of candidates. All processes hold all
+        groups, and agree; colliders that are left out do not count.
         """
         if not self.parallel:
             return False
         longest = max(
-            len(group.prompt_ids) + max(map(len, group.candidates + group.colliders)) + max(map(len, group.candidates))
-            for group in groups
+            (
+                copy_start(group, i, l) + len(candidate)
+                for group in groups
+                for i, candidate in enumerate(group.candidates)
+                for l in range(sum(group.has_content))
+            ),
+            default=0,
         )
         limit = self.trainer.max_positions
         if self.config.context_attention is None and limit is not None and longest > limit:
@@ -280,7 +296,7 @@ class CausalStep:
         """Representations of m fresh outputs under every context, (B, L, m, H): the paper's own estimator."""
         m, colliders = self.config.num_estimator_samples, self.config.num_colliders
         contexts = [self._context(groups, row, l) for row in rows for l in range(colliders) for _ in range(m)]
-        longest = max(map(len, contexts)) + self.trainer.max_completion_length
+        longest = max(map(len, contexts)) + (self.trainer.generation_limit or 0)
         check_length(longest, self.trainer.max_positions, "A context with an output sampled under it")
         seed = self._seed(2) + 7 * self.accelerator.process_index
         trainer, recorder = self.trainer, HiddenRecorder(self.config.representation)

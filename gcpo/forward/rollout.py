@@ -56,14 +56,15 @@ class GenerationRecorder:
     Args:
         representation: "last" or "mean", as for `HiddenRecorder`.
         eos_token_ids: what ends a completion; it is the last token that counts.
-        max_completion_length: most tokens of a completion.
+        limit: most tokens that this generation gives a completion, which its settings may set apart from the trainer's
+            `max_completion_length`. None: no limit but the end token.
         prompt_width: columns of the padded prompts.
     """
 
-    def __init__(self, representation: str, eos_token_ids: list[int], max_completion_length: int, prompt_width: int):
+    def __init__(self, representation: str, eos_token_ids: list[int], limit: int | None, prompt_width: int):
         self.representation = representation
         self.eos_token_ids = eos_token_ids
-        self.limit = max_completion_length
+        self.limit = limit
         self.prompt_width = prompt_width
         self.fed: list[torch.Tensor] = []  # (B,) each: the tokens fed after the prompt
         self.cache: Any = None
@@ -94,7 +95,7 @@ class GenerationRecorder:
             self._open = torch.ones_like(ids, dtype=torch.bool)
             self._counts = torch.zeros_like(ids)
             self._ends = torch.tensor(self.eos_token_ids, device=ids.device)
-        counts = self._open & (len(self.fed) < self.limit)
+        counts = self._open if self.limit is None else self._open & (len(self.fed) < self.limit)
         if self.representation == "last":
             self.z = torch.where(counts[:, None], hidden.float(), self.z)
         else:
@@ -138,9 +139,12 @@ class GenerationRecorder:
                 **no_auxiliary_loss(trainer.model),
             )
         fed = torch.stack(self.fed, dim=1).tolist()
-        if most(int(any(row[: len(ids)] != ids for row, ids in zip(fed, completion_ids, strict=True)))):
-            return None
         assert self.z is not None and self._counts is not None
+        # Where outputs end by another rule than is known here, the state taken is not that of their last token.
+        ends_elsewhere = self._counts.tolist() != [len(ids) for ids in completion_ids]
+        is_other = any(row[: len(ids)] != ids for row, ids in zip(fed, completion_ids, strict=True))
+        if most(int(ends_elsewhere or is_other)):
+            return None
         z = self.z if self.representation == "last" else self.z / self._counts.clamp(min=1)[:, None]
         return RolloutStates(z, self.cache if can_cut(self.cache) else None, width)
 

@@ -44,7 +44,7 @@ class PlanArguments:
     )
     paper: bool = field(
         default=False,
-        metadata={"help": "Start from GCPOConfig.paper(); L = n unless --num_colliders is given."},
+        metadata={"help": "Start from GCPOConfig.paper(): L = n, and colliders as long as candidates, unless flags say other."},
     )
     gpu: str | None = field(
         default=None, metadata={"help": f"Peak rates of a device, in 16 bits: {', '.join(DEVICES)}."}
@@ -93,8 +93,11 @@ def run(flags: list[str]) -> int:
         if "--paper" in flags:
             parser.set_defaults(**_paper_settings())
         args, _, config, model_args, _, _ = parser.parse_args_and_config(flags, return_remaining_strings=True)
-        if args.paper and "--num_colliders" not in flags:
+        given = {flag.split("=", 1)[0] for flag in flags}
+        if args.paper and "--num_colliders" not in given:
             config.num_colliders = int(config.num_generations or 1)
+        if args.paper and "--collider_max_completion_length" not in given:
+            config.collider_max_completion_length = int(config.max_completion_length or 1)
         _check(args, model_args)
         name = model_args.model_name_or_path
         if str(name).lower() not in SIZES:
@@ -157,9 +160,13 @@ def _without_question(template: str) -> str:
 
 
 def _paper_settings() -> dict[str, Any]:
-    """What GCPOConfig.paper() changes, but for L, which follows n."""
+    """What GCPOConfig.paper() changes, but for L, which follows n, and the colliders' length, which follows T."""
     paper, plain = (make(use_cpu=True, bf16=False) for make in (GCPOConfig.paper, GCPOConfig))
-    own = {item.name for item in fields(GCPOConfig)} - {"num_colliders", "logging_dir"}
+    own = {item.name for item in fields(GCPOConfig)} - {
+        "num_colliders",
+        "collider_max_completion_length",
+        "logging_dir",
+    }
     return {name: getattr(paper, name) for name in own if getattr(paper, name) != getattr(plain, name)}
 
 
