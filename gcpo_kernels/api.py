@@ -61,6 +61,7 @@ def gcpo_loss(
     max_completion_length: int | None = None,
     num_items_in_batch: float | torch.Tensor | None = None,
     proj_floor: float = 1e-6,
+    kl_clip: float | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, Metrics]:
     r"""
@@ -100,12 +101,16 @@ def gcpo_loss(
         max_completion_length: tokens, for "dr_grpo".
         num_items_in_batch: tokens, a number or a one-element tensor, for "dapo". None: the unmasked tokens here.
         proj_floor: lower bound of p', in (0, 1).
+        kl_clip: finite and > 0: clamps the log-ratio d of both k3(d) terms to [-kl_clip, kl_clip]; beyond, the term is
+            constant and has no gradient. The slope e^d - 1 knows no bound otherwise, and one token that the policy
+            thinks little of can outweigh a batch. NaN stays NaN. None: no clamp, as in the paper.
         backend: "triton", "torch", or None for the first of `available_backends`.
 
     Returns:
         The loss, a scalar, and metrics: detached float32 scalars, means over unmasked tokens: "kl", "kl_causal",
         "proj_clamped" (share of tokens whose p' was clamped), "clip_low", "clip_high" (share of tokens clipped on
-        that side). Terms that were not given are 0.
+        that side). Terms that were not given are 0. With `kl_clip`, and only then, also "kl_clipped" and
+        "kl_causal_clipped": shares of tokens whose log-ratio was clamped; "kl" and "kl_causal" are of the clamped ones.
     """
     options = LossOptions(
         beta=beta,
@@ -118,6 +123,7 @@ def gcpo_loss(
         max_completion_length=max_completion_length,
         num_items_in_batch=num_items_in_batch,
         proj_floor=proj_floor,
+        kl_clip=kl_clip,
     )
     check_rank("logp", logp, (2,), "(B, T)")
     tensors = {
@@ -144,6 +150,8 @@ def _triton_loss(
     tensors: dict[str, torch.Tensor | None],
 ) -> tuple[torch.Tensor, Metrics]:
     check_no_tangents(logp=logp, causal_logp=tensors["causal_logp"])
+    if options.kl_clip is not None:
+        raise ValueError(f"`kl_clip` needs `backend='torch'`, got {options.kl_clip} on the Triton backend.")
     items = options.num_items_in_batch
     if items is not None and not isinstance(items, torch.Tensor) and torch.compiler.is_compiling():
         # A number would be a constant of the operator, and compile again for every value.
@@ -196,6 +204,7 @@ def linear_gcpo_loss(
     max_completion_length: int | None = None,
     num_items_in_batch: float | torch.Tensor | None = None,
     proj_floor: float = 1e-6,
+    kl_clip: float | None = None,
     offset_logp: torch.Tensor | None = None,
     main_grad: torch.Tensor | None = None,
     process_group: Any = None,
@@ -240,6 +249,7 @@ def linear_gcpo_loss(
         max_completion_length=max_completion_length,
         num_items_in_batch=num_items_in_batch,
         proj_floor=proj_floor,
+        kl_clip=kl_clip,
     )
     head = HeadOptions(temperature, logit_scale, logit_softcap)
     group = group_name(process_group)
@@ -295,7 +305,7 @@ def linear_gcpo_loss(
         storage,
         None if main_grad is None else torch.float32,
         ops.head_arguments(head),
-        [beta, kappa, epsilon_low, epsilon_high, delta or 0.0, proj_floor],
+        [beta, kappa, epsilon_low, epsilon_high, delta or 0.0, proj_floor, kl_clip or 0.0],
         importance_sampling_level == "sequence",
         [
             grad and hidden.requires_grad,

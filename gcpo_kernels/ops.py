@@ -178,7 +178,7 @@ def linear_loss(
     storage: torch.dtype,
     weight_dtype: torch.dtype | None,  # of the weight's gradient; None: the weight's
     head: list[float],
-    loss: list[float],  # beta, kappa, epsilon_low, epsilon_high, delta (0: none), proj_floor
+    loss: list[float],  # beta, kappa, epsilon_low, epsilon_high, delta (0: none), proj_floor, kl_clip (0: none)
     by_sequence: bool,
     need: list[bool],  # gradients of hidden, weight, bias
     backend: str = "torch",
@@ -192,6 +192,7 @@ def linear_loss(
         epsilon_high=loss[3],
         delta=loss[4] if loss[4] > 0 else None,
         proj_floor=loss[5],
+        kl_clip=loss[6] if loss[6] > 0 else None,
         importance_sampling_level="sequence" if by_sequence else "token",
     )
     inputs = TokenInputs(

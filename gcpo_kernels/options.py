@@ -27,6 +27,7 @@ class LossOptions:
     max_completion_length: int | None = None
     num_items_in_batch: float | torch.Tensor | None = None
     proj_floor: float = 1e-6
+    kl_clip: float | None = None
 
     def __post_init__(self) -> None:
         check_number("beta", self.beta, low=0.0)
@@ -36,6 +37,8 @@ class LossOptions:
         if self.delta is not None:
             check_number("delta", self.delta, above=0.0)
         check_floor(self.proj_floor)
+        if self.kl_clip is not None:
+            check_number("kl_clip", self.kl_clip, above=0.0)
         check_choice("importance_sampling_level", self.importance_sampling_level, IMPORTANCE_SAMPLING_LEVELS)
         check_choice("loss_type", self.loss_type, LOSS_TYPES)
         if self.max_completion_length is not None:

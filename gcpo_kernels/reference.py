@@ -152,6 +152,24 @@ def k3(d: torch.Tensor) -> torch.Tensor:
     return torch.expm1(d) - d
 
 
+def beyond_kl_clip(d: torch.Tensor, kl_clip: float) -> torch.Tensor:
+    """Where the log-ratio d of a KL term leaves [-kl_clip, kl_clip]. NaN does not, so that it shows in the loss."""
+    return d.abs() > kl_clip
+
+
+def clip_kl_ratio(d: torch.Tensor, options: LossOptions) -> torch.Tensor:
+    """d within [-kl_clip, kl_clip], and a constant beyond: no gradient passes there. Without a kl_clip d itself."""
+    if options.kl_clip is None:
+        return d
+    return torch.where(beyond_kl_clip(d, options.kl_clip), d.detach().sign() * options.kl_clip, d)
+
+
+def k3_slope(d: torch.Tensor, options: LossOptions) -> torch.Tensor:
+    """The derivative of k3(clip_kl_ratio(d))."""
+    slope = torch.expm1(d)
+    return slope if options.kl_clip is None else torch.where(beyond_kl_clip(d, options.kl_clip), 0.0, slope)
+
+
 def token_weights(mask: torch.Tensor, options: LossOptions, dtype: torch.dtype) -> torch.Tensor:
     """
     (B, T) weights w, 0 where masked, such that the loss is sum(w * per-token loss): TRL's reductions.
@@ -223,7 +241,8 @@ def token_objective(
 
         -min(R A, clip(R, 1 - eps_low, 1 + eps_high) A) w + beta k3(log pi_ref - log pi) + kappa k3(log p' - log pi)
 
-    `delta` caps the unclipped R from above, as in TRL. `token_objective_gradient` is its derivative.
+    `delta` caps the unclipped R from above, as in TRL. With `kl_clip`, the log-ratios of both k3 terms are clamped to
+    [-kl_clip, kl_clip]. `token_objective_gradient` is its derivative.
     """
     ratio = torch.exp(bounded_log_ratio(log_ratio, inputs, options))
     clipped = ratio.clamp(1.0 - options.epsilon_low, 1.0 + options.epsilon_high)
@@ -232,10 +251,10 @@ def token_objective(
     if inputs.importance_sampling_ratio is not None:
         loss = loss * inputs.importance_sampling_ratio
     if options.beta != 0.0 and inputs.ref_logp is not None:
-        loss = loss + options.beta * k3(inputs.ref_logp - logp)
+        loss = loss + options.beta * k3(clip_kl_ratio(inputs.ref_logp - logp, options))
     if options.kappa != 0.0 and log_proj is not None:
         causal_logp = logp if inputs.causal_logp is None else inputs.causal_logp
-        loss = loss + options.kappa * k3(log_proj - causal_logp)
+        loss = loss + options.kappa * k3(clip_kl_ratio(log_proj - causal_logp, options))
     return loss
 
 
@@ -268,12 +287,12 @@ def token_objective_gradient(
     d_logp = torch.zeros_like(d_ratio)
     d_causal = None
     if options.beta != 0.0 and inputs.ref_logp is not None:
-        d_logp = d_logp - options.beta * torch.expm1(inputs.ref_logp - logp)
+        d_logp = d_logp - options.beta * k3_slope(inputs.ref_logp - logp, options)
     if options.kappa != 0.0 and log_proj is not None:
         if inputs.causal_logp is None:
-            d_logp = d_logp - options.kappa * torch.expm1(log_proj - logp)
+            d_logp = d_logp - options.kappa * k3_slope(log_proj - logp, options)
         else:
-            d_causal = -options.kappa * torch.expm1(log_proj - inputs.causal_logp)
+            d_causal = -options.kappa * k3_slope(log_proj - inputs.causal_logp, options)
     return d_ratio, d_logp, d_causal
 
 
@@ -303,7 +322,8 @@ def objective_metrics(
     """
     Means over unmasked tokens, as float32 scalars: "kl" (k3 to the reference), "kl_causal" (k3 to p'), "proj_clamped"
     (share of tokens whose p' left [proj_floor, 1]), "clip_low" and "clip_high" (share of tokens whose gradient a clip
-    side stopped, as TRL counts them). A term that was not given is 0.
+    side stopped, as TRL counts them). A term that was not given is 0. With `kl_clip`, both k3 are of the clamped
+    log-ratios, and "kl_clipped" and "kl_causal_clipped" are the shares of tokens whose log-ratio was clamped.
     """
     count = inputs.mask.sum().clamp(min=1)
 
@@ -315,13 +335,19 @@ def objective_metrics(
     if options.delta is not None:
         ratio = ratio.clamp(max=options.delta)
     causal_logp = logp if inputs.causal_logp is None else inputs.causal_logp
-    return {
-        "kl": zero if inputs.ref_logp is None else mean(k3(inputs.ref_logp - logp)),
-        "kl_causal": zero if log_proj is None else mean(k3(log_proj - causal_logp)),
+    ref_ratio = None if inputs.ref_logp is None else inputs.ref_logp - logp
+    causal_ratio = None if log_proj is None else log_proj - causal_logp
+    metrics = {
+        "kl": zero if ref_ratio is None else mean(k3(clip_kl_ratio(ref_ratio, options))),
+        "kl_causal": zero if causal_ratio is None else mean(k3(clip_kl_ratio(causal_ratio, options))),
         "proj_clamped": zero if clamped is None else mean(clamped),
         "clip_low": mean((ratio < 1.0 - options.epsilon_low) & (inputs.advantages < 0)),
         "clip_high": mean((ratio > 1.0 + options.epsilon_high) & (inputs.advantages > 0)),
     }
+    if options.kl_clip is not None:
+        for name, d in (("kl_clipped", ref_ratio), ("kl_causal_clipped", causal_ratio)):
+            metrics[name] = zero if d is None else mean(beyond_kl_clip(d, options.kl_clip))
+    return metrics
 
 
 def gcpo_loss(

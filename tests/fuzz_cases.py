@@ -58,6 +58,7 @@ LOSS_OPTIONS: dict[str, tuple[Any, ...]] = {
     "max_completion_length": (7, 1, 4096),
     "num_items_in_batch": (None, 0, 1, 11, 0.5, 1e6, torch.tensor(11), torch.tensor(0.0)),
     "proj_floor": (1e-6, 1e-30, 0.02, 0.5),
+    "kl_clip": (None, 0.1, 1.5, 25.0, 1e30),  # none of them a log-ratio of EXTREMES, where the gradient jumps
 }
 HEAD_OPTIONS: dict[str, tuple[Any, ...]] = {
     "temperature": (1.0, 0.6, 0.05, 10.0),

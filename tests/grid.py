@@ -37,6 +37,8 @@ def cases() -> list[tuple[dict[str, Any], dict[str, Any]]]:
             options["delta"] = 1.1  # below the clip range's upper end
         if index % 7 == 3:
             options |= {"epsilon_low": 0.1, "epsilon_high": 0.28, "proj_floor": 0.02}
+        if index % 13 in (1, 4, 7, 9):
+            options["kl_clip"] = 0.3  # about the spread of the log-ratios: some are clamped
         changes = {
             "importance_sampling_ratio": (None, "(B, T)", "(B, 1)", "(B,)", "(B, T)")[index % 5],
             "advantages": ("(B,)", "(B, T)", "(B,)")[index % 3],
@@ -53,7 +55,7 @@ def cases() -> list[tuple[dict[str, Any], dict[str, Any]]]:
 def name(case: Any) -> str:
     options, _ = case
     words = [options["loss_type"], options["importance_sampling_level"]]
-    words += [key for key in ("beta", "kappa", "delta") if options[key]]
+    words += [key for key in ("beta", "kappa", "delta", "kl_clip") if options.get(key)]
     return "-".join(words)
 
 

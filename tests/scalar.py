@@ -37,6 +37,16 @@ def loss(arguments: dict[str, Any], options: dict[str, Any]) -> tuple[float, dic
     old = get("old_logp", logp)
     query, causal = get("query_logp", old), get("causal_logp", logp)
     sums = dict.fromkeys(("kl", "kl_causal", "proj_clamped", "clip_low", "clip_high"), 0.0)
+    bound = options.get("kl_clip")
+    if bound is not None:
+        sums |= {"kl_clipped": 0.0, "kl_causal_clipped": 0.0}
+
+    def clipped_k3(d: float, counted: str) -> float:
+        if bound is None:
+            return k3(d)
+        sums[counted] += not -bound <= d <= bound
+        return k3(clip(d, -bound, bound))
+
     per_sequence, counts = [], []
     for i in range(batch):
         real = [t for t in range(tokens) if mask[i][t]]
@@ -51,16 +61,17 @@ def loss(arguments: dict[str, Any], options: dict[str, Any]) -> tuple[float, dic
             w = 1.0 if get("importance_sampling_ratio") is None else arguments["importance_sampling_ratio"][i][t]
             value = -min(capped * a, clip(ratio, low, high) * a) * w
             if get("ref_logp") is not None:
-                kl = k3(arguments["ref_logp"][i][t] - logp[i][t])
+                kl = clipped_k3(arguments["ref_logp"][i][t] - logp[i][t], "kl_clipped")
                 sums["kl"] += kl
                 value += beta * kl
             if get("context_logp") is not None:
                 bs = arguments["context_logp"][i][t]
                 weights = get("context_weights", [[1.0 / len(bs)] * len(bs)] * batch)[i]
                 log_p, clamped = projected(bs[0], bs, weights, query[i][t], options.get("proj_floor", 1e-6))
-                sums["kl_causal"] += k3(log_p - causal[i][t])
+                kl_causal = clipped_k3(log_p - causal[i][t], "kl_causal_clipped")
+                sums["kl_causal"] += kl_causal
                 sums["proj_clamped"] += clamped
-                value += kappa * k3(log_p - causal[i][t])
+                value += kappa * kl_causal
             sums["clip_low"] += capped < low and a < 0
             sums["clip_high"] += capped > high and a > 0
             total += value

@@ -56,7 +56,7 @@ CHANGES: tuple[Callable[[torch.Tensor], Any], ...] = (meta, integers, wider, lon
 LOSS_OPTIONS: list[tuple[str, Any]] = [
     *((name, value) for name in ("beta", "kappa", "epsilon_low", "epsilon_high") for value in (-0.1, NAN, INF, "1")),
     *((name, value) for name in ("beta", "kappa", "proj_floor") for value in (None, True)),
-    *(("delta", value) for value in (0, -1.0, NAN, INF, "1", True)),
+    *((name, value) for name in ("delta", "kl_clip") for value in (0, -1.0, NAN, INF, "1", True)),
     *(("proj_floor", value) for value in (0.0, -1e-6, 1.0, 2, NAN)),
     *(("importance_sampling_level", value) for value in ("tokens", "", None, 1)),
     *(("loss_type", value) for value in ("GRPO", "luspo", "dapo ", None, 0)),

@@ -16,7 +16,7 @@ from gcpo_kernels.testing import (
 )
 
 GARBAGE = (float("nan"), float("inf"), -float("inf"), 1e4, -1e4)
-OPTIONS = {"beta": 0.04, "kappa": 0.06, "delta": 1.5}
+OPTIONS = {"beta": 0.04, "kappa": 0.06, "delta": 1.5, "kl_clip": 0.3}
 MAKERS = {"gcpo_loss": make_token_inputs, "linear_gcpo_loss": make_linear_inputs}
 EACH = [
     (function, name) for function, make in MAKERS.items() for name in make() if name not in ("mask", "weight", "bias")

@@ -1,6 +1,6 @@
 """Extremes: certain and impossible tokens, huge logits, padded vocabularies, p' at both ends, exact limits."""
 
-from math import log
+from math import exp, log
 from typing import Any
 
 import grid
@@ -236,6 +236,8 @@ def test_limits(function: str, loss_type: str) -> None:
     same(grid.run(function, inputs, options | {"kappa": 0.0}), plain)
     same(grid.run(function, grpo | {"ref_logp": None}, options), plain)
     same(grid.run(function, inputs, options | {"delta": 1e30}), plain)
+    both = options | {"beta": 0.04, "kappa": 0.1}
+    same(grid.run(function, inputs, both | {"kl_clip": 1e30}), grid.run(function, inputs, both | {"kl_clip": None}))
     ones = torch.ones_like(inputs["importance_sampling_ratio"])
     none = {"importance_sampling_ratio": None}
     same(
@@ -263,6 +265,54 @@ def test_on_policy_loss_is_minus_the_advantage() -> None:
     torch.testing.assert_close(loss, -inputs["advantages"].mean())
     assert set(metrics) == {"kl", "kl_causal", "clip_low", "clip_high", "proj_clamped"}
     assert not any(metrics.values())
+
+
+def kl_terms(
+    which: str, ratios: list[float], **more: Any
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    """Loss, metrics and gradient of one of the two KL terms alone, summed over tokens of those log-ratios."""
+    d = torch.tensor([ratios])
+    base = torch.full_like(d, -1.0)
+    leaf = (base - d if which == "kl_causal" else base).requires_grad_()
+    options: dict[str, Any] = {"beta": 1.0, "ref_logp": base + d}
+    if which == "kl_causal":  # one context: p' is the query's probability
+        options = {"kappa": 1.0, "query_logp": base, "context_logp": base[..., None] - 1.0, "causal_logp": leaf}
+    logp = leaf if which == "kl" else base
+    options |= {"loss_type": "dapo", "num_items_in_batch": 1, **more}
+    loss, metrics = gcpo_kernels.gcpo_loss(logp, torch.zeros(1), options.pop("mask", torch.ones_like(d)), **options)
+    loss.backward()
+    assert leaf.grad is not None
+    return loss.detach(), metrics, leaf.grad[0]
+
+
+@pytest.mark.parametrize("which", ["kl", "kl_causal"])
+def test_kl_clip(which: str) -> None:
+    """Within the bound and at it k3 as it is; beyond, that of the bound, and no gradient, however large the ratio."""
+    ratios = [-0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 9.0, 100.0]
+    bounded = [min(max(d, -0.5), 0.5) for d in ratios]
+    loss, metrics, grad = kl_terms(which, ratios, kl_clip=0.5)
+    assert loss.item() == pytest.approx(sum(exp(d) - d - 1 for d in bounded), rel=1e-6)
+    want = [1 - exp(d) if abs(d) <= 0.5 else 0.0 for d in ratios]
+    assert grad.tolist() == pytest.approx(want, rel=1e-6)
+    assert metrics[which].item() == pytest.approx(loss.item() / 9, rel=1e-6)
+    other = {"kl": "kl_causal", "kl_causal": "kl"}[which]
+    assert (metrics[f"{which}_clipped"].item(), metrics[f"{other}_clipped"].item()) == (pytest.approx(4 / 9), 0.0)
+
+
+@pytest.mark.parametrize("which", ["kl", "kl_causal"])
+def test_kl_clip_hides_nothing_but_the_size(which: str) -> None:
+    """An infinite log-ratio is a large one; NaN stays, in the loss and in its token's gradient, unless it is masked."""
+    ratios = [0.25, INF if which == "kl_causal" else -INF]
+    loss, metrics, grad = kl_terms(which, ratios, kl_clip=0.5)
+    assert torch.isfinite(loss)
+    assert grad[0] != 0 and grad[1] == 0
+    assert metrics[f"{which}_clipped"] == 0.5
+    loss, metrics, grad = kl_terms(which, [0.25, NAN], kl_clip=0.5)
+    assert loss.isnan() and grad[1].isnan()
+    assert grad[0] == pytest.approx(1 - exp(0.25), rel=1e-6)
+    loss, metrics, grad = kl_terms(which, [0.25, NAN], kl_clip=0.5, mask=torch.tensor([[True, False]]))
+    assert loss.item() == pytest.approx(exp(0.25) - 1.25, rel=1e-6)
+    assert metrics[f"{which}_clipped"] == 0 and grad[1] == 0
 
 
 def test_clipped_tokens_count_whatever_their_correction() -> None:

@@ -47,8 +47,8 @@ def test_inputs_reach_every_branch() -> None:
     """Both clip sides, per token and per sequence, the cap, and p' inside its range and outside."""
     inputs = make_token_inputs(8, 16, dtype=torch.float64)
     for level in ("token", "sequence"):
-        _, metrics = reference.gcpo_loss(**inputs, importance_sampling_level=level, kappa=0.1)
-        for key in ("clip_low", "clip_high", "proj_clamped"):
+        _, metrics = reference.gcpo_loss(**inputs, importance_sampling_level=level, kappa=0.1, kl_clip=0.3)
+        for key in ("clip_low", "clip_high", "proj_clamped", "kl_clipped", "kl_causal_clipped"):
             assert 0.02 < metrics[key] < 0.6, (level, key)
     assert ((inputs["logp"] - inputs["old_logp"]).exp() > 1.35).any()
     mask = inputs["mask"]
@@ -120,14 +120,14 @@ def test_causal_reference_is_the_equation() -> None:
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("delta", [None, 1.35])
+@pytest.mark.parametrize(("delta", "kl_clip"), [(None, None), (1.35, None), (None, 0.3)])
 @pytest.mark.parametrize("causal", [True, False])
-def test_loss_gradients(level: str, delta: float | None, causal: bool) -> None:
+def test_loss_gradients(level: str, delta: float | None, kl_clip: float | None, causal: bool) -> None:
     inputs = make_token_inputs(4, 5, 3, dtype=torch.float64, seed=1)
     logp, causal_logp = inputs.pop("logp").requires_grad_(), inputs.pop("causal_logp").requires_grad_()
 
     def function(logp: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        options = {"beta": 0.3, "kappa": 0.5, "delta": delta, "importance_sampling_level": level}
+        options = {"beta": 0.3, "kappa": 0.5, "delta": delta, "kl_clip": kl_clip, "importance_sampling_level": level}
         return gcpo_kernels.gcpo_loss(logp, **inputs, causal_logp=rest[0] if rest else None, **options)[0]
 
     assert torch.autograd.gradcheck(function, (logp, causal_logp) if causal else (logp,))
@@ -136,12 +136,13 @@ def test_loss_gradients(level: str, delta: float | None, causal: bool) -> None:
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("head", [{}, {"temperature": 0.8, "logit_scale": 1.4, "logit_softcap": 2.0}], ids=str)
 def test_linear_loss_gradients(level: str, head: dict[str, Any], small_tiles: None) -> None:
+    kl_clip = 0.3 if head else None
     inputs = make_linear_inputs(3, 5, 2, hidden=4, vocab=9, dtype=torch.float64, seed=2)
     names = ("hidden", "weight", "bias", "causal_logp")
     leaves = [inputs.pop(key).requires_grad_() for key in names]
 
     def function(*leaves: torch.Tensor) -> torch.Tensor:
-        options = {"beta": 0.3, "kappa": 0.5, "delta": 1.5, "importance_sampling_level": level}
+        options = {"beta": 0.3, "kappa": 0.5, "delta": 1.5, "kl_clip": kl_clip, "importance_sampling_level": level}
         return gcpo_kernels.linear_gcpo_loss(**dict(zip(names, leaves, strict=True)), **inputs, **options, **head)[0]
 
     assert torch.autograd.gradcheck(function, leaves)
@@ -197,6 +198,24 @@ def test_on_policy_gradient_is_the_policy_gradient() -> None:
     gcpo_kernels.gcpo_loss(logp, inputs["advantages"], inputs["mask"], loss_type="bnpo")[0].backward()
     want = -inputs["advantages"].unsqueeze(1) * inputs["mask"] / inputs["mask"].sum()
     torch.testing.assert_close(logp.grad, want)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_gradient_made_in_the_forward_is_autograds(causal: bool) -> None:
+    """At `kl_clip` itself too, which no random input meets: log-ratios are 0, half of it, it and twice that."""
+    logp = torch.zeros(7, dtype=torch.float64, requires_grad=True)
+    d = 0.5 * torch.tensor([-2, -1, -0.5, 0, 0.5, 1, 2], dtype=torch.float64)
+    causal_logp = torch.zeros_like(d).requires_grad_() if causal else None
+    ones = torch.ones_like(d)
+    inputs = reference.TokenInputs(ones > 0, ones, ref_logp=d, causal_logp=causal_logp)
+    options = gcpo_kernels.options.LossOptions(beta=0.7, kappa=1.3, kl_clip=0.5)
+    leaves = [logp, causal_logp] if causal_logp is not None else [logp]
+    total = reference.token_objective(logp, torch.zeros_like(d), d, inputs, options).sum()
+    want = torch.autograd.grad(total, leaves)
+    _, *got = reference.token_objective_gradient(logp.detach(), torch.zeros_like(d), d, inputs, options)
+    for x, y in zip(want, got, strict=False):
+        assert x.ne(0).tolist() == [False, True, True, False, True, True, False]
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=0)
 
 
 def test_the_causal_target_is_a_constant() -> None:

@@ -19,7 +19,7 @@ from gcpo_kernels.testing import (
     with_gradients,
 )
 
-OPTIONS = {"beta": 0.04, "kappa": 0.06, "delta": 1.5}
+OPTIONS = {"beta": 0.04, "kappa": 0.06, "delta": 1.5, "kl_clip": 0.3}
 HEAD = {"temperature": 0.9, "logit_softcap": 4.0}
 LEAVES = ("logp", "hidden", "weight", "bias", "causal_logp", "logits", "z", "context_z")
 
@@ -147,12 +147,12 @@ def test_compiled_with_a_frozen_head_and_autocast(fresh_compiler: None) -> None:
 @pytest.mark.parametrize(("name", "compilations"), [("gcpo_loss", 2), ("linear_gcpo_loss", 4)])
 def test_compiled_with_a_schedule(name: str, compilations: int, fresh_compiler: None) -> None:
     """
-    A scheduled kappa and beta do not break the graph. `gcpo_loss` compiles once more for all values; the operator of
-    `linear_gcpo_loss` takes numbers as constants, and compiles for each.
+    A scheduled kappa, beta and kl_clip do not break the graph. `gcpo_loss` compiles once more for all values; the
+    operator of `linear_gcpo_loss` takes numbers as constants, and compiles for each.
     """
 
     def function(value: float, **arguments: Any) -> torch.Tensor:
-        return getattr(gcpo_kernels, name)(**arguments, kappa=value, beta=value)[0]
+        return getattr(gcpo_kernels, name)(**arguments, kappa=value, beta=value, kl_clip=10 * value)[0]
 
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, fullgraph=True, backend=counter)
@@ -294,7 +294,7 @@ def operator_calls() -> dict[str, tuple[Any, tuple]]:
         inputs["mask"], inputs["advantages"], torch.float32, **{key: inputs[key] for key in keys}
     )
     frozen = tuple(x.detach() for x in (hidden, weight, bias))
-    rest = (None, torch.float32, None, head, [0.04, 0.06, 0.2, 0.2, 0.0, 1e-6])
+    rest = (None, torch.float32, None, head, [0.04, 0.06, 0.2, 0.2, 0.0, 1e-6, 0.3])
     linear_loss = (
         *frozen,
         ids,
