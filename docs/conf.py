@@ -55,8 +55,8 @@ def as_restructured_text(app: Any, what: str, name: str, obj: Any, options: Any,
 
 def mathml(text: str, as_block: bool = False) -> str:
     """
-    MathML, which browsers draw without fetching anything. Bars are drawn by math.css as a border: as an accent they need
-    a font with mathematics in it, and without one they lie on the letter, so that a mean looks like what it is of.
+    MathML, which browsers draw without fetching anything. Bars are drawn by math.css as a border: as an accent they
+    need a font with mathematics in it, and without one they lie on the letter, so that a mean looks like what it is of.
     """
     drawn = latex2mathml.tex2mathml(text, as_block=as_block)
     bar = r'<mover accent="true">\s*(<mi>[^<]*</mi>)\s*<mo[^>]*>\u02c9</mo>\s*</mover>'

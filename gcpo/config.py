@@ -270,9 +270,9 @@ class GCPOConfig(GRPOConfig):
         and `use_bias_correction_kl=False`, because the reference KL is printed without the ratio that TRL multiplies it
         by. The run: learning rate 1e-6, weight decay 0.01, at most 16,384 tokens per completion.
 
-        Left to you: `beta`, which the printed objective has without a value known here (TRL's default is 0, no reference
-        model), and the batch, in the paper 256 completions per step, which is `per_device_train_batch_size` x processes
-        x `gradient_accumulation_steps`.
+        Left to you: `beta`, which the printed objective has without a value known here (TRL's default is 0: no
+        reference model), and the batch, in the paper 256 completions per step, which is `per_device_train_batch_size`
+        x processes x `gradient_accumulation_steps`.
 
         Args:
             **overrides: any option, which then wins over the paper's.

@@ -324,9 +324,7 @@ class GCPOTrainer(AccountedGRPOTrainer):
         mask = inputs["completion_mask"]
         return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
 
-    def causal_kl_loss(
-        self, model: nn.Module, inputs: dict[str, Any], per_token_logps: torch.Tensor
-    ) -> torch.Tensor:
+    def causal_kl_loss(self, model: nn.Module, inputs: dict[str, Any], per_token_logps: torch.Tensor) -> torch.Tensor:
         """
         The second KL term of a micro-batch (eq. 12): kappa * k3 towards the causal reference, reduced and scaled for
         gradient accumulation as TRL's own loss is, to be added to it.

@@ -68,6 +68,10 @@ def test_a_healthy_log_has_no_signature() -> None:
         ),
         ({"gcpo/projection/norm_ratio": 4e-4}, None, {}, "projection without signal", "0.0004", "collider_temperature"),
         ({"grad_norm": 90.0, "gcpo/kl_causal": 4.0}, 13, {}, "gradient-norm spikes", "45 times, at step 14", "`kappa`"),
+        ({"grad_norm": 90.0, "gcpo/kl_causal": 4.0}, 13, {}, "gradient-norm spikes", "45 times", "set `kl_clip`"),
+        ({"grad_norm": 90.0, "gcpo/kl_causal": 4.0}, 13, {"kl_clip": 4.5}, "gradient-norm spikes", "45", "(4.5 now)"),
+        ({"gcpo/kl_causal_clipped": 0.6}, None, {"kl_clip": 0.1}, "clipped KL", "60%", "raise `kl_clip`"),
+        ({"gcpo/kl_clipped": 0.6}, None, {"kl_clip": 0.1}, "clipped KL", "60%", "held to the reference"),
         ({"grad_norm": 90.0}, 13, {}, "gradient-norm spikes", "45 times", "`learning_rate`"),
         ({"grad_norm": 90.0, "gcpo/kl_causal": 4.0}, 13, {"kappa": 0.0}, "gradient-norm spikes", "45", "learning_rate"),
         ({"grad_norm": None}, 4, {}, "gradient-norm spikes", "not finite at step 5 (1 of 20", "`kappa`"),
@@ -106,7 +110,7 @@ def test_every_check_can_fire() -> None:
     wrong = synthetic({"gcpo/upsilon/fallback": 0.5, "gcpo/proj_clamped": 1.0, "gcpo/colliders/ended": 0.0})
     for row in wrong.log:
         row.update({"frac_reward_zero_std": 1.0, "gcpo/upsilon/near_zero": 1.0, "gcpo/projection/norm_ratio": 0.0})
-        row.update({"completions/clipped_ratio": 1.0, "gcpo/seconds/colliders": 1.8})
+        row.update({"completions/clipped_ratio": 1.0, "gcpo/kl_clipped": 1.0, "gcpo/seconds/colliders": 1.8})
         row["completions/mean_length"] = 40.0 / row["step"]
     wrong.log[-1]["grad_norm"] = 1e4
     assert len(diagnose(wrong)) == len(CHECKS)

@@ -219,7 +219,15 @@ def test_command_prints_tables_ratios_and_hours(
     content = json.loads((tmp_path / "plan.json").read_text())
     assert content["gcpo"]["tokens"]["generated"] == content["grpo"]["tokens"]["generated"] == 2 * 8 * 50
     assert content["lengths"]["completion"] == 50
-    paper = ["--model_name_or_path", policy, "--paper", "--num_generations", "4", "--output", str(tmp_path / "paper.json")]
+    paper = [
+        "--model_name_or_path",
+        policy,
+        "--paper",
+        "--num_generations",
+        "4",
+        "--output",
+        str(tmp_path / "paper.json"),
+    ]
     assert command(*paper) == 0
     lengths = json.loads((tmp_path / "paper.json").read_text())["lengths"]
     assert lengths["collider"] == lengths["completion"] == 16384

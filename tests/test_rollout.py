@@ -114,7 +114,6 @@ OTHER_GENERATIONS = [
             {"prefill_chunk_size": 2},
             {"eos_token_id": 40},
             {"pad_token_id": 41},
-            {"prompt_lookup_num_tokens": 2},
             {"forced_eos_token_id": 1},
             {"max_time": 1e-9},
         )

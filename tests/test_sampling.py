@@ -57,7 +57,7 @@ def test_only_sequences_with_a_collider_are_drawn():
 def test_masked_candidates_are_not_drawn(estimator, policy, tmp_path):
     """Their tokens count for nothing in the loss. `scored` needs their representations under every context."""
     settings = {"mask_truncated_completions": True, "kl_fraction": 0.5}
-    likely_end = {"sequence_bias": [[[1], 3.0]]}
+    likely_end = {"sequence_bias": [[[1], 1.5]]}
     trainer = make_trainer(policy, tmp_path, estimator=estimator, generation_kwargs=likely_end, **settings)
     output, captured = first_batch(trainer)
     ended = torch.tensor([y[-1] in trainer.eos_token_ids for group in captured["groups"] for y in group.candidates])

@@ -44,7 +44,9 @@ class PlanArguments:
     )
     paper: bool = field(
         default=False,
-        metadata={"help": "Start from GCPOConfig.paper(): L = n, and colliders as long as candidates, unless flags say other."},
+        metadata={
+            "help": "Start from GCPOConfig.paper(): L = n, colliders as long as candidates, unless flags say other."
+        },
     )
     gpu: str | None = field(
         default=None, metadata={"help": f"Peak rates of a device, in 16 bits: {', '.join(DEVICES)}."}

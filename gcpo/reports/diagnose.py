@@ -34,7 +34,7 @@ class Limits:
     near_zero: float = 0.2  # share of |Upsilon| < 0.1
     norm_ratio: float = 1e-3  # |Zbar - Zprime| / |zbar|, median
     spike: float = 10.0  # gradient norm over the run's median
-    clamped: float = 0.3  # share of tokens whose p' was clamped
+    clamped: float = 0.3  # share of tokens whose p', or whose log-ratio of a KL term, was clamped
     zero_variance: float = 0.8  # share of groups whose rewards are all the same
     length: float = 0.4  # mean length of the last quarter of the steps over that of the first
     cut_off: float = 0.5  # share of completions that reached the length limit
@@ -139,9 +139,12 @@ def _spikes(run: Run, limits: Limits) -> Finding | None:
 def _spike_change(run: Run, with_kl: bool) -> str:
     kappa = run.config.get("kappa")
     if with_kl and kappa != 0 and (kappa is not None or run.values("gcpo/kl_causal")):
+        clip = run.config.get("kl_clip")
+        bound = "set `kl_clip` (3, say)" if clip is None else f"lower `kl_clip` ({clip:g} now)"
         return (
-            f"kl_causal spikes with it: lower `kappa`{'' if kappa is None else f' ({kappa:g} now)'} (the paper: 0.06), "
-            "or raise `proj_floor`."
+            "kl_causal spikes with it, as it does where the policy finds a token far less likely than p' does: "
+            f"{bound}, which bounds what one token can pull, lower `kappa`"
+            f"{'' if kappa is None else f' ({kappa:g} now)'} (the paper: 0.06), or raise `proj_floor`."
         )
     return "kl_causal does not spike with it: lower `learning_rate`, or `alpha`, which scales every advantage."
 
@@ -156,6 +159,21 @@ def _clamped(run: Run, limits: Limits) -> Finding | None:
         "The second KL pulls to a clamp, not to a distribution: contexts disagree with the query about most tokens. "
         "Check `context_prompt_template` and `proj_floor` (default 1e-6), show more of the candidates "
         "(`candidate_context_tokens`), or lower `kappa`.",
+    )
+
+
+def _kl_clipped(run: Run, limits: Limits) -> Finding | None:
+    shares = {name: _recent_mean(run, f"gcpo/{name}") or 0.0 for name in ("kl_clipped", "kl_causal_clipped")}
+    name = max(shares, key=lambda name: shares[name])
+    if shares[name] <= limits.clamped:
+        return None
+    held_to = "the reference" if name == "kl_clipped" else "p'"
+    return Finding(
+        "clipped KL",
+        f"{name}: the log-ratio to {held_to} is beyond kl_clip on {shares[name]:.0%} of the tokens (limit "
+        f"{limits.clamped:.0%})",
+        f"Beyond the clip there is no gradient, so those tokens are not held to {held_to}: raise `kl_clip`, or look "
+        "for the reason why the two are so far apart (`learning_rate`, `context_prompt_template`).",
     )
 
 
@@ -198,7 +216,8 @@ def _cut_off(run: Run, limits: Limits) -> Finding | None:
         "completions cut off",
         f"{share:.0%} reached the length limit (limit {limits.cut_off:.0%})",
         "Their last token is not an end, which is most of what Upsilon sees with `representation='last'`: raise "
-        "`max_completion_length`, or use `representation='mean'` or `mask_truncated_completions`.",
+        "`max_completion_length`, or use `representation='mean'`. `mask_truncated_completions` takes them out of the "
+        "loss, but not out of the weights.",
     )
 
 
@@ -255,6 +274,7 @@ CHECKS: tuple[Callable[[Run, Limits], Finding | None], ...] = (
     _no_signal,
     _spikes,
     _clamped,
+    _kl_clipped,
     _zero_variance,
     _length_collapse,
     _cut_off,
