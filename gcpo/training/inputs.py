@@ -195,8 +195,13 @@ def check_output(path: str | Path) -> None:
         raise IsADirectoryError(f"`--output` must be a file, got the folder {str(path)!r}.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"`--output` must be in a folder that exists, got {str(path)!r}.")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise PermissionError(f"`--output` must be a file that may be written, got {str(path)!r}.")
+    existed = path.exists()
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise ValueError(f"`--output` must be a file that can be written, got {str(path)!r} ({error}).") from error
+    if not existed:  # nothing is left behind where what follows fails
+        path.unlink()
 
 
 def check_model(name: str | None) -> str:
