@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -219,8 +220,8 @@ def _log_if_spiked(axis: Axes) -> bool:
     Make the axis of a metric that is never negative logarithmic where its largest value would flatten the rest, and say
     whether it was. Zeros are then at the bottom edge.
     """
-    values = [float(value) for line in axis.get_lines() for value in line.get_ydata()]
-    positive = [value for value in values if value > 0]
+    values = [np.asarray(line.get_ydata(), dtype=float) for line in axis.get_lines()]
+    positive = [value for value in np.concatenate(values or [np.empty(0)]).tolist() if value > 0]
     median = statistics.median(positive) if positive else 0.0
     if not positive or max(positive) <= _SPIKE * median:
         return False
