@@ -10,7 +10,7 @@ def write_text(text: str, path: Path) -> None:
     """Beside the file first, then in its place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text)
+    beside.write_text(text, encoding="utf-8")
     beside.replace(path)
 
 

@@ -207,7 +207,7 @@ def main() -> None:
         if not list(path.parent.glob("kernels_*.png")):
             draw(json.loads(path.read_text()), path.parent)
     readme = ROOT / "README.md"
-    readme.write_text(with_block(readme.read_text(), readme_block()))
+    readme.write_text(with_block(readme.read_text(encoding="utf-8"), readme_block()), encoding="utf-8")
 
 
 if __name__ == "__main__":

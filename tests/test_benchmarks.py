@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +49,46 @@ def test_pass_at_k_has_no_bias() -> None:
         ("\\boxed{(1, 2)}", "(1,2)", 1.0),
         ("\\boxed{204}", "204", 1.0),
         ("\\boxed{\\text{even}}", "\\text{even}", 1.0),
+        ("\\boxed{36}", "\\$36", 1.0),
+        ("\\boxed{\\$32{,}348}", "\\$32,\\!348", 1.0),
+        ("It costs \\$18.90.", "18.9", 1.0),
+        ("\\boxed{35}", "\\$36", 0.0),
+        ("\\boxed{7}", 7, 1.0),
+        ("\\boxed{7.5}", 7.5, 1.0),
+        ("\\boxed{7}", 8, 0.0),
+        # Of several boxes the last one counts; those that it is joined to are parts of one answer.
+        ("I get \\boxed{8}. No: \\boxed{7}.", "7", 1.0),
+        ("I get \\boxed{8}. No: \\boxed{7}.", "8", 0.0),
+        ("First \\boxed{8}, then \\boxed{\\frac{7}{2}}", "7/2", 1.0),
+        ("$\\boxed{8}$ and $\\boxed{7}$", "7,8", 1.0),
+        ("$\\boxed{8} \\text{ or } \\boxed{7}$", "7", 0.0),
+        ("\\boxed{\\boxed{7}} was sure", "7", 1.0),
+        ("\\boxed{7}. Check: \\boxed{}, \\boxed{\\frac{8", "7", 1.0),
+        ("\\boxed{\\{1, 2\\}}", "\\{1,2\\}", 1.0),
         ("\\boxed{3}", "2", 0.0),
         ("no idea", "2", 0.0),
         ("", "2", 0.0),
     ],
 )
-def test_math_answers(completion: str, answer: str, score: float) -> None:
+def test_math_answers(completion: str, answer: str | float, score: float) -> None:
     assert math_reward([completion], [answer]) == [score]
     assert math_reward([[{"role": "assistant", "content": completion}]], [answer]) == [score]
+
+
+def test_math_answers_in_another_thread() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        judged = pool.submit(math_reward, ["\\boxed{7}", "\\boxed{8}"], ["7", "7"])
+        assert judged.result() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("wrong", [None, True, ["7"], float("nan")], ids=str)
+def test_a_right_answer_that_is_no_answer_is_refused(wrong: Any, tmp_path: Path) -> None:
+    wanted = rf"`answer` must be text or a number, got {re.escape(repr(wrong))}"
+    with pytest.raises(ValueError, match=f"Row 2 of the batch: {wanted}"):
+        math_reward(["\\boxed{7}"] * 2, ["7", wrong])
+    write(tmp_path / "aime24.jsonl", {"problem": "1 + 1", "answer": 2}, {"problem": "1 + 2", "answer": wrong})
+    with pytest.raises(ValueError, match=rf"aime24.jsonl, row 2: {wanted}"):
+        load_benchmark("aime24", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +154,18 @@ def test_files_of_another_layout(text: str, wanted: str, tmp_path: Path) -> None
         load_benchmark("math50", tmp_path)
 
 
+def test_a_file_with_a_byte_order_mark_and_line_separators_inside_of_strings(tmp_path: Path) -> None:
+    rows = [{"problem": f"a{mark}b", "answer": 7} for mark in "\u2028\u2029\x85\x1e\x0c"]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "aime24.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    dataset = load_benchmark("aime24", tmp_path, conversational=False)
+    assert [text.split("\n\n")[0] for text in dataset["prompt"]] == [row["problem"] for row in rows]
+    assert list(dataset["answer"]) == ["7"] * 5
+    (tmp_path / "aime24.jsonl").write_bytes("{}".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"aime24\.jsonl must be text in UTF-8"):
+        load_benchmark("aime24", tmp_path)
+
+
 def test_without_a_hub_the_message_says_which_file_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*args: Any, **kwargs: Any) -> None:
         raise ConnectionError("Couldn't reach the hub")
@@ -162,12 +208,30 @@ def test_the_command_on_local_files(
     # The same file by its path: rows with a problem and an answer are judged as mathematics.
     assert main([*common, "--dataset_name", str(tmp_path / "aime24.jsonl"), "--limit", "2"]) == 0
     assert "prompts            2" in capsys.readouterr().out
+    # So are rows with a prompt and an answer; columns that a reward function is passed otherwise change nothing.
+    asked = tmp_path / "asked.jsonl"
+    write(asked, *({"prompt": f"{k} + 1 = ", "answer": k, "completion_ids": [1], "log_metric": 2} for k in range(2)))
+    assert main([*common, "--dataset_name", str(asked)]) == 0
+    assert "prompts            2" in capsys.readouterr().out
+    # A row without its question or answer is named before the model is loaded.
+    for name, row in (
+        ("null_answer", {"problem": "a", "answer": None}),
+        ("null_problem", {"problem": None, "answer": 1}),
+        ("null_given", {"prompt": "a", "answer": None}),
+    ):
+        write(tmp_path / f"{name}.jsonl", {key: value or 1 for key, value in row.items()}, row)
     for more, wanted in (
         (["--dataset_name", "benchmark:humaneval"], "`--allow_code_execution` permits it"),
         (["--dataset_name", "benchmark:aime25", "--data_dir", str(tmp_path)], "FOLDER/aime25.jsonl"),
         (["--dataset_name", "benchmark:aime24", "--pass_at", "5"], "`--pass_at` must be between 1 and"),
         (["--dataset_name", "benchmark:none"], "`name` must be a benchmark"),
         ([*aime, "--limit", "-2"], "`--limit` must be at least 1, got -2"),
+        ([*aime, "--output", str(tmp_path)], "`--output` must be a file, got the folder"),
+        ([*aime, "--output", str(tmp_path / "no" / "file")], "`--output` must be in a folder that exists"),
+        ([*aime, "--output", "/proc/version"], "`--output` must be a file that can be written, got '/proc/version'"),
+        (["--dataset_name", str(tmp_path / "null_answer.jsonl")], "row 2: `answer` must be text or a number, got None"),
+        (["--dataset_name", str(tmp_path / "null_problem.jsonl")], "row 2: `problem` must be text or a number, got No"),
+        (["--dataset_name", str(tmp_path / "null_given.jsonl")], "row 2: `answer` must be text or a number, got None"),
         ([*aime, "--device", "nonsense"], "`--device` nonsense does not work here"),
         ([*aime, "--temperature", "nan"], "`temperature` must be finite and at least 0, got nan"),
         ([*aime, "--temperature", "0"], "`num_samples` must be 1 at `temperature` 0"),

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,6 +105,7 @@ def test_train_help_has_the_options_of_trl_and_of_gcpo(capsys: pytest.CaptureFix
         (["train", "--config"], "`--config` must be a YAML file"),
         (["train", "--config=nowhere.yaml"], "`--config` must be a YAML file, got 'nowhere.yaml'"),
         (["plan", "--config"], "`--config` must be a YAML file, got 'nothing'"),
+        (["plan", "--output", "."], "`--output` must be a file, got the folder '.'"),
         (["train", "--loss_type", "ppo"], "`loss_type` must be one of 'grpo', 'bnpo'"),
         (["train", "--max_steps", "1"], "`--model_name_or_path` is missing"),
         (
@@ -196,6 +198,8 @@ def test_files_and_saved_datasets_are_read_and_their_splits_checked(tmp_path: Pa
         ('{"prompt": "a"}\n{"prompt": \n', "rows.jsonl' (JSON parse error"),
         ("", "rows.jsonl' (it holds no rows)"),
         ('{"question": "1 + 1", "answer": "2"}\n' * 8, "must have a column `prompt`, got question, answer"),
+        ('{"problem": "1 + 1", "answer": 2}\n{"problem": "1", "answer": null}\n', "row 2: `answer` must be text or"),
+        ('{"problem": "1 + 1", "answer": 2}\n{"answer": 3}\n', "row 2: `problem` must be text or a number, got None"),
     ],
 )
 def test_a_file_that_cannot_be_trained_on(
@@ -204,6 +208,45 @@ def test_a_file_that_cannot_be_trained_on(
     (tmp_path / "rows.jsonl").write_text(text)
     assert run("train", "--config", config, "--dataset_name", tmp_path / "rows.jsonl") == 2
     assert wanted in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [[], ["--dataset_streaming"]], ids=["whole", "stream"])
+def test_rows_of_problem_and_answer_are_trained_on_as_they_are_evaluated(
+    flags: list[str], config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gcpo.trainer
+    from gcpo.evaluation.benchmarks import MATH_PROMPT, math_reward
+
+    seen: dict[str, Any] = {}
+
+    def trainer(**kwargs: Any) -> None:
+        seen.update(kwargs)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(gcpo.trainer, "GCPOTrainer", trainer)
+    monkeypatch.setattr(training, "checked", lambda reward: reward)
+    rows, given = tmp_path / "rows.jsonl", tmp_path / "given.jsonl"
+    rows.write_text('{"problem": "1 + 1", "answer": 2, "level": 1}\n' * 8)
+    given.write_text('{"prompt": "1 + 1", "answer": 2}\n' * 8)
+    settings = yaml.safe_load(config.read_text())
+    del settings["reward_funcs"]
+    config.write_text(yaml.safe_dump(settings))
+    evaluate = [*flags, "--eval_strategy", "steps", "--eval_steps", "1", "--dataset_test_split", "train"]
+    assert run("train", "--config", config, "--dataset_name", rows, *evaluate) == 2
+    assert seen["reward_funcs"] == [math_reward]
+    for part in ("train_dataset", "eval_dataset"):
+        row = next(iter(seen[part]))
+        assert row["prompt"] == [{"role": "user", "content": f"1 + 1\n\n{MATH_PROMPT}"}]
+        assert (row["answer"], row["level"]) == ("2", 1)
+    assert run("train", "--config", config, "--dataset_name", rows, *flags, "--no_task_conversational") == 2
+    assert next(iter(seen["train_dataset"]))["prompt"] == f"1 + 1\n\n{MATH_PROMPT}"
+    # A prompt of one's own is kept, and judged the same way, unless by a model.
+    assert run("train", "--config", config, "--dataset_name", given, *flags) == 2
+    assert (seen["reward_funcs"], next(iter(seen["train_dataset"]))["prompt"]) == ([math_reward], "1 + 1")
+    assert (
+        run("train", "--config", config, "--dataset_name", given, *flags, "--reward_model_name_or_path", "judge") == 2
+    )
+    assert seen["reward_funcs"] == ["judge"]
 
 
 def test_nothing_is_saved_where_no_step_was_made(

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,16 @@ def test_another_run_in_the_same_folder_starts_over_and_a_resumed_one_goes_on(tm
     assert json.loads((tmp_path / "out" / CONFIG).read_text())["max_steps"] == 1
 
 
+def test_a_run_is_read_whatever_its_texts_hold(tmp_path: Path) -> None:
+    group = {"prompt": "a\u2028b\x85c", "candidates": []}
+    log = [json.dumps({"step": k, "reward": 0.5, "note": "\u2028"}, ensure_ascii=False) for k in (1, 2)]
+    (tmp_path / LOG).write_bytes("\ufeff".encode() + "\n".join([*log, '{"step": 3, "rew']).encode())
+    (tmp_path / SAMPLES).write_text(json.dumps({"step": 1, "groups": [group]}, ensure_ascii=False), encoding="utf-8")
+    run = read_run(tmp_path)
+    assert [row["step"] for row in run.log] == [1, 2]
+    assert run.samples == [{"step": 1, **group}]
+
+
 class Page(html.parser.HTMLParser):
     """What is in a page; `open` is not empty where tags do not match."""
 
@@ -139,6 +150,44 @@ def test_the_picture_of_the_demo_is_tolerant_of_missing_metrics(tmp_path: Path) 
     log = [{"step": 1, "reward": 0.5}, {"step": 2, "reward": 0.6}]
     plots.save_overview([Run("GRPO", log=log), Run("GCPO", log=log)], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 0
+
+
+def test_gcpo_has_its_color_and_grpo_is_gray_whatever_their_order(runs: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    grpo, gcpo = (read_run(runs / name) for name in ("grpo", "gcpo"))
+    for order in ([grpo, gcpo], [gcpo, grpo], [gcpo, replace(gcpo), grpo, replace(grpo)]):
+        axis = plt.figure().add_subplot()
+        plots.rewards(axis, order)
+        colors = [line.get_color() for line in axis.get_lines()[1::2]]  # the smoothed ones
+        assert len(set(colors)) == len(order)
+        assert colors[order.index(gcpo)] == "tab:blue"
+        assert colors[order.index(grpo)] == "tab:gray"
+    plt.close("all")
+
+
+@pytest.mark.parametrize(
+    ("draw", "key"),
+    [
+        (plots.reference_kls, "kl"),
+        (plots.causal_kls, "gcpo/kl_causal"),
+        (plots.both_kls, "gcpo/kl_causal"),
+        (plots.gradient_norms, "grad_norm"),
+        (plots.step_times, "step_time"),
+    ],
+)
+def test_an_axis_is_logarithmic_where_a_spike_flattens_the_rest(draw: plots.Draw, key: str) -> None:
+    import matplotlib.pyplot as plt
+
+    for spike, scale in ((0.3, "linear"), (17.8, "log")):
+        values = [0.0, 1e-15, *[0.08, 0.1, 0.12] * 5, spike]
+        axis = plt.figure().add_subplot()
+        draw(axis, [Run("GCPO", log=[{"step": step, key: value} for step, value in enumerate(values)])])
+        assert axis.get_yscale() == scale
+        low, high = axis.get_ylim()
+        assert low < 0.08 and high > spike
+        assert scale == "linear" or low > 1e-5  # zero but for rounding takes no room
+    plt.close("all")
 
 
 def test_the_command(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Tasks, their verifiers, and the measurement of pass@1."""
 
+import copy
 import json
 import math
 import random
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from transformers import WatermarkingConfig
 
 from gcpo.demo.tiny import tiny_model, tiny_tokenizer
 from gcpo.evaluation.evaluate import EvaluationError, evaluate_pass_at_k, mean_and_standard_error
@@ -188,3 +190,91 @@ def test_left_padding_does_not_change_what_is_generated(tiny):
         evaluate_pass_at_k(model, tokenizer, make_rows(False), record, **options)
         runs.append(texts)
     assert runs[0] == runs[1]
+
+
+# Fields of a model's generation config that change what `generate` returns, or make it raise, where a call leaves them
+# unset. The tiny model's end token is 2, its bytes begin at 3.
+CONFIGURED = {
+    "min_p": 0.5,
+    "top_h": 0.1,
+    "typical_p": 0.3,
+    "epsilon_cutoff": 0.0045,
+    "no_repeat_ngram_size": 1,
+    "repetition_penalty": 5.0,
+    "suppress_tokens": list(range(3, 150)),
+    "begin_suppress_tokens": list(range(3, 150)),
+    "bad_words_ids": [[k] for k in range(3, 150)],
+    "sequence_bias": [[[40], 20.0]],
+    "forced_eos_token_id": 2,
+    "exponential_decay_length_penalty": (1, 9.0),
+    "max_time": 1e-9,
+    "stop_strings": ["a"],
+    "num_beams": 3,
+    "penalty_alpha": 0.6,
+    "guidance_scale": 5.0,
+    "watermarking_config": WatermarkingConfig(greenlist_ratio=0.1, bias=20.0),
+    "token_healing": True,
+    "prompt_lookup_num_tokens": 3,
+    "num_return_sequences": 2,
+    "return_dict_in_generate": True,
+}
+
+
+def sampled(model, tokenizer, temperature):
+    texts = []
+
+    def record(completions, **kwargs):
+        texts.extend(completions)
+        return [0.0] * len(completions)
+
+    options = {"max_new_tokens": 8, "num_samples": 3 if temperature else 1, "progress": False}
+    evaluate_pass_at_k(model, tokenizer, make_rows(False), record, temperature=temperature, **options)
+    return texts
+
+
+@pytest.fixture(scope="module")
+def unconfigured(tiny):
+    return {temperature: sampled(*tiny, temperature) for temperature in (1.0, 0)}
+
+
+@pytest.mark.parametrize("name", CONFIGURED)
+def test_the_models_generation_config_does_not_change_what_is_sampled(name, tiny, unconfigured, monkeypatch):
+    model, tokenizer = tiny
+    config = copy.deepcopy(model.generation_config)
+    setattr(config, name, CONFIGURED[name])
+    monkeypatch.setattr(model, "generation_config", config)
+    assert {temperature: sampled(model, tokenizer, temperature) for temperature in (1.0, 0)} == unconfigured
+    assert model.generation_config is config
+
+
+def test_nor_does_that_of_a_model_with_an_adapter(tiny, unconfigured):
+    from peft import LoraConfig, get_peft_model
+
+    tokenizer = tiny[1]
+    model = get_peft_model(copy.deepcopy(tiny[0]), LoraConfig(target_modules=["q_proj"]))  # changes nothing yet
+    config = model.get_base_model().generation_config
+    config.min_p = 0.5
+    assert sampled(model, tokenizer, 1.0) == unconfigured[1.0]
+    assert model.generation_config is config and config.min_p == 0.5
+
+
+def test_a_reward_function_is_called_as_in_training(tiny):
+    seen = {}
+
+    def reward(prompts, completions, completion_ids, trainer_state, log_extra, log_metric, environments, good):
+        log_extra("column", completions)
+        log_metric("share", 0.5)
+        seen.update(steps=trainer_state.global_step, ids=completion_ids, environments=environments)
+        return [0.0] * len(completions)
+
+    rows = make_rows(False)
+    for name in ("completion", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"):
+        rows = rows.add_column(name, ["taken"] * 3)
+    evaluate_pass_at_k(*tiny, rows, reward, max_new_tokens=2, progress=False)
+    assert seen["steps"] == 0
+    assert all(isinstance(token, int) for ids in seen["ids"] for token in ids)
+    assert seen["environments"] == ["taken"] * 3  # a column like any other to a trainer without environments
+    for name in ("prompts", "completions"):
+        wanted = f"`dataset` must not have a column '{name}'"
+        with pytest.raises(EvaluationError, match=wanted):
+            evaluate_pass_at_k(*tiny, make_rows(False).add_column(name, ["a"] * 3), reward, max_new_tokens=2)

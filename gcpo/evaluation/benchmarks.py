@@ -2,7 +2,9 @@
 
 import difflib
 import json
+import math
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +15,19 @@ from math_verify import parse, verify
 
 from gcpo.evaluation.sandbox import run_python
 from gcpo.evaluation.tasks import Completion
+from gcpo.training.runs import read_lines
 
 MATH_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
 CODE_PROMPT = "Complete this Python function. Answer with the whole function, in one Python code block."
 
 _CODE_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+# A box, any other command or escaped character (which may be an escaped brace), or a brace.
+_LATEX_PART = re.compile(r"(?P<box>\\boxed\s*\{)|\\.|[{}]", re.DOTALL)
+# What says nothing between two boxes, and what is left between those that are one answer of several parts.
+_SPACING = re.compile(r"\\(?:text|q?quad|[^a-zA-Z])|[\s${}]")
+_JOINS = {",", "and", "or", ",and", ",or"}
+_CURRENCY = re.compile(r"(?<!\\)\\\$")
+_SECONDS_TO_PARSE, _SECONDS_TO_VERIFY = 5, 5  # math-verify's own limits
 # Where a base model goes on after the body of a function.
 _AFTER_BODY = re.compile(r"\n(?=\S)(?!\s*[)\]}#@])")
 
@@ -83,7 +93,7 @@ def load_benchmark(name: str, data_dir: str | Path | None = None, conversational
         path = Path(data_dir) / f"{name}.jsonl"
         if not path.is_file():
             raise FileNotFoundError(f"`data_dir` must hold {path.name}, got {str(data_dir)!r}. {_layout(name)}")
-        rows = [_read_line(path, k, line) for k, line in enumerate(path.read_text().splitlines(), 1) if line.strip()]
+        rows = [_read_line(path, k, line) for k, line in enumerate(read_lines(path), 1) if line.strip()]
         where = str(path)
     else:
         try:
@@ -118,18 +128,30 @@ def verifier(name: str, allow_code: bool = False) -> Callable[..., list[float]]:
     return code_reward
 
 
-def math_reward(completions: list[Completion], answer: list[str], **kwargs: Any) -> list[float]:
+def math_reward(completions: list[Completion], answer: list[str | float], **kwargs: Any) -> list[float]:
     """
     1.0 for completions whose final answer equals the right one as mathematics, else 0.0 (math-verify). A TRL reward.
 
+    A completion's answer is what stands in its last box, together with the boxes that a comma, "and" or "or" joins to
+    it; without a box, math-verify looks for one in the text. Outside the main thread nothing limits how long
+    math-verify may take: its limits are alarms, which only the main thread can set.
+
     Args:
         completions: B texts, or B lists of messages, of which the last one is judged.
-        answer: B right answers, as LaTeX or plain text, with or without a box around it.
+        answer: B right answers, as numbers, LaTeX or plain text, with or without a box around it.
+
+    Raises:
+        ValueError: a right answer that is neither text nor a number, such as None.
     """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    parse_limit, verify_limit = (_SECONDS_TO_PARSE, _SECONDS_TO_VERIFY) if in_main_thread else (None, None)
     scores = []
-    for completion, right in zip(completions, answer, strict=True):
-        gold = parse(right if "\\boxed" in right or "$" in right else f"${right}$") or [right.strip()]
-        scores.append(float(verify(gold, parse(_text(completion)))))
+    for k, (completion, right) in enumerate(zip(completions, answer, strict=True), 1):
+        gold_text = as_text(right, "answer", f"Row {k} of the batch")
+        bare = "\\boxed" not in gold_text and not re.search(r"(?<!\\)\$", gold_text)
+        gold = parse(_final_answer(f"${gold_text}$" if bare else gold_text), parsing_timeout=parse_limit)
+        given = parse(_final_answer(_text(completion)), parsing_timeout=parse_limit)
+        scores.append(float(verify(gold or [gold_text.strip()], given, timeout_seconds=verify_limit)))
     return scores
 
 
@@ -162,10 +184,27 @@ def complete_program(text: str, stub: str, entry_point: str) -> str:
     return stub + _AFTER_BODY.split(code, maxsplit=1)[0]
 
 
-def ask_math(row: dict[str, Any], conversational: bool = True) -> dict[str, Any]:
-    """A row with `problem` and `answer` as one with `prompt` and `answer`."""
-    text = f"{row['problem']}\n\n{MATH_PROMPT}"
-    return {"prompt": _as_prompt(text, conversational), "answer": str(row["answer"])}
+def ask_math(row: dict[str, Any], conversational: bool = True, where: str = "The row") -> dict[str, Any]:
+    """
+    A row with `problem` and `answer` as one with `prompt` and `answer`, the latter as text.
+
+    Args:
+        where: names the row in errors.
+
+    Raises:
+        ValueError: one of the two is neither text nor a number.
+    """
+    text = f"{as_text(row['problem'], 'problem', where)}\n\n{MATH_PROMPT}"
+    return {"prompt": _as_prompt(text, conversational), "answer": as_text(row["answer"], "answer", where)}
+
+
+def as_text(value: Any, column: str, where: str) -> str:
+    """A text as it is and a number as it is written; a ValueError that names row and column for anything else."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
+    raise ValueError(f"{where}: `{column}` must be text or a number, got {value!r:.200}.")
 
 
 def _ask_code(row: dict[str, Any], conversational: bool) -> dict[str, Any]:
@@ -181,10 +220,11 @@ def _as_prompt(text: str, conversational: bool) -> Any:
 def _take(row: dict[str, Any], benchmark: Benchmark, where: str, name: str) -> dict[str, Any]:
     taken = {}
     for column, names in benchmark.columns.items():
-        found = next((key for key in names if row.get(key) is not None), None)
-        if found is None:
+        there = [key for key in names if key in row]
+        if not there:
             raise ValueError(f"{where}: needs {' or '.join(map(repr, names))}, has {', '.join(row)}. {_layout(name)}")
-        taken[column] = row[found]
+        found = next((key for key in there if row[key] is not None), there[0])
+        taken[column] = as_text(row[found], found, where)
     return taken
 
 
@@ -196,6 +236,31 @@ def _read_line(path: Path, number: int, line: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f"{path}, line {number} must be a JSON object, got {type(row).__name__}.")
     return row
+
+
+def _final_answer(text: str) -> str:
+    """
+    The last box of a text, as a text of its own; the whole text where there is none that is closed and holds something.
+    Boxes that only a comma, "and" or "or" joins to it become one box with it. Dollar signs of amounts, `\\$`, are left
+    out: math-verify takes them for the start of a formula.
+    """
+    text = _CURRENCY.sub("", text)
+    opened: list[re.Match[str]] = []
+    boxes: list[tuple[int, int, str]] = []  # where each begins and ends, and what is in it, by their ends
+    for part in _LATEX_PART.finditer(text):
+        if part["box"] or part[0] == "{":
+            opened.append(part)
+        elif part[0] == "}" and opened and (start := opened.pop())["box"]:
+            content = text[start.end() : part.start()].strip()
+            if content:
+                boxes.append((start.start(), part.end(), content))
+    if not boxes:
+        return text
+    begin, _, answer = boxes.pop()
+    while boxes and _SPACING.sub("", text[boxes[-1][1] : begin]) in _JOINS:
+        begin, _, content = boxes.pop()
+        answer = f"{content}, {answer}"
+    return f"\\boxed{{{answer}}}"
 
 
 def _layout(name: str) -> str:

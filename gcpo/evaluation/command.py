@@ -12,8 +12,12 @@ from gcpo.training.inputs import (
     ArgumentsError,
     TaskArguments,
     argument_errors,
+    ask_problems,
+    check_answers,
     check_chat_template,
     check_model,
+    check_output,
+    check_prompts,
     is_task,
     load_named,
     load_rewards,
@@ -81,8 +85,8 @@ def run(flags: list[str]) -> int:
 
         from gcpo.evaluation.evaluate import EvaluationError, evaluate_pass_at_k
 
-        if args.output is not None and not args.output.parent.is_dir():
-            raise FileNotFoundError(f"`--output` must be in a folder that exists, got {str(args.output)!r}.")
+        if args.output is not None:
+            check_output(args.output)
         for k in args.pass_at:
             if not 1 <= k <= args.num_samples:
                 raise ValueError(f"`--pass_at` must be between 1 and --num_samples ({args.num_samples}), got {k}.")
@@ -156,17 +160,10 @@ def load_questions(args: argparse.Namespace) -> tuple[Any, Callable[..., list[fl
         splits = load_named(name, args.dataset_config)
         wanted = args.dataset_test_split or ("test" if "test" in splits or len(splits) > 1 else next(iter(splits)))
         dataset = take_split(splits, "dataset_test_split", wanted)
-        columns = set(dataset.column_names)
-        if "prompt" not in columns and {"problem", "answer"} <= columns:
-            from datasets import Dataset
-
-            from gcpo.evaluation.benchmarks import ask_math, math_reward
-
-            asked = Dataset.from_list([ask_math(row, args.task_conversational) for row in dataset])
-            if not args.reward_funcs:
-                return asked, math_reward
-            dataset = asked
+        dataset = ask_problems(dataset, args.task_conversational)
+        check_prompts(dataset)
     rewards = load_rewards([args.reward_funcs] if args.reward_funcs else None, args.dataset_name, dataset.column_names)
     if not rewards:
         raise ValueError("`--reward_funcs` is missing.")
+    check_answers(dataset, rewards)
     return dataset, rewards[0]

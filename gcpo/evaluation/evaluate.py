@@ -11,7 +11,12 @@ import numpy as np
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+
+# What a trainer passes to reward functions beside the columns, under names that no column can then have ...
+_TAKEN_COLUMNS = ("prompts", "completions")
+# ... and the columns that it keeps to itself or replaces by its own.
+_UNSEEN_COLUMNS = ("prompt", "completion", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
 class EvaluationError(ValueError):
@@ -67,14 +72,16 @@ def evaluate_pass_at_k(
     """
     Sample completions of every prompt of a dataset and score them.
 
-    The whole distribution is sampled (no top-k or top-p). The model's train/eval mode and the states of the random
+    The whole distribution is sampled (no top-k or top-p), whatever the model's `generation_config` says: of it,
+    only the end tokens count. The model's train/eval mode, its `generation_config` and the states of the random
     generators are those of before the call afterwards, also when it raises.
 
     Args:
         model: a causal language model.
         tokenizer: its tokenizer; needs an end token.
         dataset: N rows with a column `prompt` (text or messages); the other columns go to `reward_func`.
-        reward_func: a reward function as TRL calls it; must return a number for every completion.
+        reward_func: a reward function as TRL calls it; must return a number for every completion. `trainer_state` is
+            that of a trainer before its first step; what is passed to `log_extra` and `log_metric` is dropped.
         num_samples: completions per prompt; 1 where `temperature` is 0.
         ks: values of k for pass@k, each at most `num_samples`.
         max_new_tokens: most tokens of a completion.
@@ -85,9 +92,10 @@ def evaluate_pass_at_k(
         progress: whether to show a progress bar.
 
     Raises:
-        EvaluationError: an empty dataset, one without prompts, a count below 1, a k that needs more samples, a
-            temperature that is negative or not finite, several samples at temperature 0, no end token, or a reward
-            function that returns something else than a number per completion. What the function raises passes through.
+        EvaluationError: an empty dataset, one without prompts or with a column whose name a reward function is passed
+            something else under, a count below 1, a k that needs more samples, a temperature that is negative or not
+            finite, several samples at temperature 0, no end token, or a reward function that returns something else
+            than a number per completion. What the function raises passes through.
     """
     for name, value in (("num_samples", num_samples), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
@@ -104,6 +112,12 @@ def evaluate_pass_at_k(
     if "prompt" not in dataset.column_names or len(dataset) == 0:
         raise EvaluationError(f"`dataset` must have rows and a column `prompt`, got {len(dataset)} rows of "
                               f"{', '.join(dataset.column_names) or 'no column'}.")  # fmt: skip
+    for name in _TAKEN_COLUMNS:
+        if name in dataset.column_names:
+            raise EvaluationError(
+                f"`dataset` must not have a column {name!r}, under which reward functions are passed the {name} "
+                "themselves: rename it."
+            )
     rows = [row for row in dataset for _ in range(num_samples)]
     scores: list[float] = []
     lengths: list[int] = []
@@ -195,7 +209,7 @@ def _generate(
     config = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=pad_id, eos_token_id=end_ids, do_sample=False)
     if temperature > 0:
         config.update(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
-    with torch.inference_mode():
+    with torch.inference_mode(), _without_generation_config(model):
         output = model.generate(
             input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
         )
@@ -204,6 +218,21 @@ def _generate(
         length = next((position + 1 for position, token in enumerate(ids) if token in end_ids), len(ids))
         completions.append(ids[:length])
     return completions
+
+
+@contextmanager
+def _without_generation_config(model: Any) -> Iterator[None]:
+    """
+    Take the model's `generation_config` away inside the block: `generate` fills from it whatever a call leaves unset,
+    and most of its fields change what is sampled.
+    """
+    owner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of an adapter, what generates
+    before = owner.generation_config
+    owner.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        owner.generation_config = before
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -226,9 +255,15 @@ def _score(
     completions: list[Any] = texts
     if not isinstance(batch[0]["prompt"], str):
         completions = [[{"role": "assistant", "content": text}] for text in texts]
-    columns = {key: [row[key] for row in batch] for key in batch[0] if key not in ("prompt", "completion")}
+    columns = {key: [row[key] for row in batch] for key in batch[0] if key not in _UNSEEN_COLUMNS}
     returned = reward_func(
-        prompts=[row["prompt"] for row in batch], completions=completions, completion_ids=completion_ids, **columns
+        prompts=[row["prompt"] for row in batch],
+        completions=completions,
+        completion_ids=completion_ids,
+        trainer_state=TrainerState(),
+        log_extra=_drop,
+        log_metric=_drop,
+        **columns,
     )
     try:
         scores = [float(score) for score in returned]
@@ -241,6 +276,10 @@ def _score(
             f"{returned!r:.200}."
         )
     return scores
+
+
+def _drop(name: str, value: Any) -> None:
+    """For `log_extra` and `log_metric`: there is no log."""
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from gcpo.planning.architecture import SIZES, Architecture, load_config
 from gcpo.planning.plan import BYTES, DEVICES, Cost, Device, StepPlan, compute_bytes, plan_step
 from gcpo.planning.workload import Lengths, Savings, gcpo_passes, grpo_passes, longest_context
 from gcpo.training.command import GCPOScriptArguments, TrainParser, int_or_none
-from gcpo.training.inputs import argument_errors, check_model
+from gcpo.training.inputs import argument_errors, check_model, check_output
 
 _CHARACTERS_PER_TOKEN = 4  # of English templates, where no count is given
 
@@ -182,8 +182,8 @@ def _check(args: PlanArguments, model_args: ModelConfig) -> None:
             raise ValueError(f"`--{item.name}` must be above 0, got {value}.")
     if model_args.dtype not in ("auto", *BYTES):
         raise ValueError(f"`--dtype` must be one of auto, {', '.join(BYTES)}, got {model_args.dtype!r}.")
-    if args.output is not None and not Path(args.output).parent.is_dir():
-        raise FileNotFoundError(f"`--output` must be in a folder that exists, got {args.output!r}.")
+    if args.output is not None:
+        check_output(args.output)
 
 
 def _device(args: PlanArguments, config: GCPOConfig, dtype: str) -> Device | None:

@@ -1,12 +1,14 @@
 """Plots of runs, each drawn into an axis: what `gcpo demo` saves as a picture and `gcpo report` puts on a page."""
 
 import io
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -16,7 +18,10 @@ from matplotlib.figure import Figure
 from gcpo.training.accounting import SECONDS
 from gcpo.training.runs import Run
 
-COLORS = ("tab:blue", "tab:gray", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink")
+COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink")
+BASELINE = "tab:gray"  # of GRPO, as in the plots of `gcpo study`
+# How many times its median a metric must reach for its axis to be logarithmic.
+_SPIKE = 10
 
 Draw = Callable[[Axes, Sequence[Run]], None]
 
@@ -33,12 +38,14 @@ def reference_kls(axis: Axes, runs: Sequence[Run]) -> None:
     """k3 towards the reference."""
     for run, color in _colored(runs):
         _line(axis, run, "kl", color, run.name)
+    _log_if_spiked(axis)
 
 
 def causal_kls(axis: Axes, runs: Sequence[Run]) -> None:
     """k3 towards the causal reference."""
     for run, color in _colored(runs):
         _line(axis, run, "gcpo/kl_causal", color, run.name)
+    _log_if_spiked(axis)
 
 
 def both_kls(axis: Axes, runs: Sequence[Run]) -> None:
@@ -46,13 +53,15 @@ def both_kls(axis: Axes, runs: Sequence[Run]) -> None:
     for run, color in _colored(runs):
         _line(axis, run, "kl", color, f"{run.name}, to the reference")
         _line(axis, run, "gcpo/kl_causal", color, f"{run.name}, to the causal reference", linestyle="--")
+    _log_if_spiked(axis)
 
 
 def step_times(axis: Axes, runs: Sequence[Run]) -> None:
     """Seconds of each step."""
     for run, color in _colored(runs):
         _line(axis, run, "step_time", color, run.name)
-    axis.set_ylim(bottom=0)
+    if not _log_if_spiked(axis):
+        axis.set_ylim(bottom=0)
 
 
 def weights(axis: Axes, runs: Sequence[Run]) -> None:
@@ -110,7 +119,7 @@ def phases(axis: Axes, runs: Sequence[Run]) -> None:
     """Where a step's time goes: medians of each phase, a bar for each run; the rest is the optimizer and the loop."""
     for place, run in enumerate(runs):
         left = 0.0
-        for phase, color in zip((*SECONDS, "rest"), (*COLORS[1:], "lightgray"), strict=False):
+        for phase, color in zip((*SECONDS, "rest"), (*COLORS[1:], "lightgray"), strict=True):
             seconds = phase_seconds(run).get(phase, 0.0)
             axis.barh(place, seconds, left=left, color=color, label=phase if place == 0 else None)
             left += seconds
@@ -136,6 +145,7 @@ def gradient_norms(axis: Axes, runs: Sequence[Run]) -> None:
     """Gradient norm before clipping."""
     for run, color in _colored(runs):
         _line(axis, run, "grad_norm", color, run.name)
+    _log_if_spiked(axis)
 
 
 def lengths(axis: Axes, runs: Sequence[Run]) -> None:
@@ -205,5 +215,26 @@ def _line(axis: Axes, run: Run, key: str, color: str, label: str | None, **style
         axis.plot(steps, values, color=color, label=label, linewidth=1.2, **style)
 
 
+def _log_if_spiked(axis: Axes) -> bool:
+    """
+    Make the axis of a metric that is never negative logarithmic where its largest value would flatten the rest, and say
+    whether it was. Zeros are then at the bottom edge.
+    """
+    values = [np.asarray(line.get_ydata(), dtype=float) for line in axis.get_lines()]
+    positive = [value for value in np.concatenate(values or [np.empty(0)]).tolist() if value > 0]
+    median = statistics.median(positive) if positive else 0.0
+    if not positive or max(positive) <= _SPIKE * median:
+        return False
+    axis.set_yscale("log", nonpositive="clip")
+    axis.set_ylim(
+        bottom=max(min(positive), median / 1000) / 1.5
+    )  # a KL that is zero but for rounding is no decade more
+    return True
+
+
 def _colored(runs: Sequence[Run]) -> list[tuple[Run, str]]:
-    return [(run, COLORS[k % len(COLORS)]) for k, run in enumerate(runs)]
+    """Every run with its color: the first without the causal terms, GRPO's, is gray, and no other."""
+    causal = ("gcpo/upsilon/mean", "gcpo/kl_causal")
+    baseline = next((run for run in runs if not any(map(run.values, causal))), None)
+    others = itertools.cycle(COLORS)
+    return [(run, BASELINE if run is baseline else next(others)) for run in runs]

@@ -95,7 +95,7 @@ def make_scale(args: argparse.Namespace) -> Scale:
     if scale.model is not None and scale.dataset is None:
         raise ValueError("`--dataset_name` is missing: with a model of yours, a study needs its prompts.")
     if args.config is not None:
-        options = yaml.safe_load(args.config.read_text())
+        options = yaml.safe_load(args.config.read_text(encoding="utf-8"))
         if not isinstance(options, dict):
             raise ValueError(f"`--config` must be a YAML file of options, got {type(options).__name__}.")
         scale = replace(scale, options=options)

@@ -25,10 +25,13 @@ from gcpo.training.inputs import (
     ArgumentsError,
     TaskArguments,
     argument_errors,
+    ask_problems,
+    check_answers,
     check_chat_template,
     check_model,
     check_prompts,
     checked,
+    column_names,
     is_task,
     load_named,
     load_rewards,
@@ -49,7 +52,8 @@ class GCPOScriptArguments(TaskArguments, GRPOScriptArguments):
         default=None,
         metadata={
             "help": f"Reward functions: {', '.join(TRL_REWARDS)} (TRL's), {TASK_REWARD} (the task's own scorer; the "
-            "default for reasoning_gym:NAME), or a dotted path such as my_package.rewards.my_reward."
+            "default for reasoning_gym:NAME), or a dotted path such as my_package.rewards.my_reward. Default for rows "
+            "with an answer, without a reward model: math-verify, as in `gcpo eval`."
         },
     )
     task_eval_size: int = field(
@@ -165,7 +169,11 @@ def load_splits(args: GCPOScriptArguments, mixture: DatasetMixtureConfig, with_e
     else:
         splits = load_named(args.dataset_name, args.dataset_config, args.dataset_streaming)
     train = take_split(splits, "dataset_train_split", args.dataset_train_split)
-    return train, take_split(splits, "dataset_test_split", args.dataset_test_split) if with_eval else None
+    held_out = take_split(splits, "dataset_test_split", args.dataset_test_split) if with_eval else None
+    return (
+        ask_problems(train, args.task_conversational),
+        None if held_out is None else ask_problems(held_out, args.task_conversational),
+    )
 
 
 def resolve_checkpoint(config: GCPOConfig, resume: bool = False) -> str | None:
@@ -312,8 +320,14 @@ def prepare(argv: list[str]) -> int | tuple[Any, str | None, str]:
         num_prompts = len(train_dataset) if hasattr(train_dataset, "__len__") else None
         check_size(config, num_prompts)
         rewards: list[Any] = load_rewards(
-            script_args.reward_funcs, script_args.dataset_name, train_dataset.column_names
+            script_args.reward_funcs,
+            script_args.dataset_name,
+            column_names(train_dataset),
+            with_model=bool(script_args.reward_model_name_or_path),
         )
+        for dataset in (train_dataset, eval_dataset):
+            if dataset is not None:
+                check_answers(dataset, rewards)
         limit = script_args.reward_timeout
         if limit is not None:
             if not 0 < limit < math.inf:

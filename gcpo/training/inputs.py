@@ -14,6 +14,7 @@ from typing import Any
 
 TASK_PREFIX = "reasoning_gym:"
 TASK_REWARD = "reasoning_gym"
+MATH_REWARD = "gcpo.evaluation.benchmarks.math_reward"
 TRL_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
 # What a trainer passes to every reward function, and the columns that it keeps to itself.
 _TRAINER_ARGS = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
@@ -55,7 +56,10 @@ class TaskArguments:
         metadata={"help": "reasoning_gym: text before every question. Default: asks for <answer> tags; '' for none."},
     )
     task_conversational: bool = field(
-        default=True, metadata={"help": "reasoning_gym: prompts for the chat template; off: plain text."}
+        default=True,
+        metadata={
+            "help": "reasoning_gym and rows of `problem` and `answer`: prompts for the chat template; off: plain text."
+        },
     )
 
     def options(self) -> dict[str, Any]:
@@ -147,6 +151,59 @@ def check_prompts(dataset: Any) -> None:
         raise ValueError(f"The dataset must have a column `prompt`, got {', '.join(columns) or 'no column'}.")
 
 
+def column_names(dataset: Any) -> list[str]:
+    """The columns of a dataset; those of its first row where a stream does not know them before."""
+    return list(dataset.column_names or next(iter(dataset), {}))
+
+
+def ask_problems(dataset: Any, conversational: bool) -> Any:
+    """
+    Rows of `problem` and `answer` with the prompt that asks for it, and the answer as text; any other dataset as it is.
+
+    Raises:
+        ValueError: a row whose problem or answer is neither text nor a number; of a stream, when it comes up.
+    """
+    columns = set(column_names(dataset))
+    if "prompt" in columns or not {"problem", "answer"} <= columns:
+        return dataset
+    from gcpo.evaluation.benchmarks import ask_math
+
+    # Under another name first: a column of numbers would turn the text put into it back into numbers.
+    given = "__given_answer"
+    return dataset.rename_column("answer", given).map(
+        lambda row, index: ask_math(
+            {"problem": row["problem"], "answer": row[given]}, conversational, f"The dataset's row {index + 1}"
+        ),
+        with_indices=True,
+        remove_columns=[given],
+    )
+
+
+def check_answers(dataset: Any, rewards: Iterable[Callable[..., Any]]) -> None:
+    """Refuse a row without an answer where answers are compared as mathematics, before a completion is."""
+    from gcpo.evaluation.benchmarks import as_text, math_reward
+
+    if math_reward in rewards and hasattr(dataset, "__len__"):
+        for number, answer in enumerate(dataset["answer"], 1):
+            as_text(answer, "answer", f"The dataset's row {number}")
+
+
+def check_output(path: str | Path) -> None:
+    """Refuse a file that could not be written, before what is to be written to it has been worked out."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"`--output` must be a file, got the folder {str(path)!r}.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"`--output` must be in a folder that exists, got {str(path)!r}.")
+    existed = path.exists()
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise ValueError(f"`--output` must be a file that can be written, got {str(path)!r} ({error}).") from error
+    if not existed:  # nothing is left behind where what follows fails
+        path.unlink()
+
+
 def check_model(name: str | None) -> str:
     """The model's name, unless it is missing or a path to nothing (which the hub would be asked for)."""
     if name is None:
@@ -162,7 +219,7 @@ def check_chat_template(tokenizer: Any, dataset: Any, model: str) -> None:
     if isinstance(first.get("prompt"), list) and tokenizer.chat_template is None:
         raise ValueError(
             f"{model!r} has no chat template and the prompts are messages: choose an instruct model, or plain text "
-            f"(for {TASK_PREFIX}NAME: --no_task_conversational)."
+            f"(for {TASK_PREFIX}NAME and for rows of problem and answer: --no_task_conversational)."
         )
 
 
@@ -196,19 +253,22 @@ def load_reward(name: str) -> Callable[..., list[float]]:
 
 
 def load_rewards(
-    names: list[str] | None, dataset_name: str | None, columns: Iterable[str] | None
+    names: list[str] | None, dataset_name: str | None, columns: Iterable[str] | None, with_model: bool = False
 ) -> list[Callable[..., list[float]]]:
     """
-    The reward functions of `--reward_funcs`; a generated task's own scorer where none is named.
+    The reward functions of `--reward_funcs`. Where none is named: a generated task's own scorer, and math-verify for
+    rows with an answer, unless they are judged `with_model`.
 
     Raises:
         ValueError: an unknown name, a function that asks for a column that the dataset does not have, or one that does
             not take all that it is passed.
         TypeError: a path to something that cannot be called.
     """
-    names = names or ([TASK_REWARD] if is_task(dataset_name) else [])
-    rewards = [load_reward(name) for name in names]
     given = set(columns) if columns is not None else None
+    if not names:
+        answers = "answer" in (given or ()) and not with_model
+        names = [TASK_REWARD] if is_task(dataset_name) else [MATH_REWARD] if answers else []
+    rewards = [load_reward(name) for name in names]
     passed = (_TRAINER_ARGS - {"environments"}) | ((given or set()) - _UNSEEN_COLUMNS)
     for name, reward in zip(names, rewards, strict=True):
         try:

@@ -65,12 +65,11 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
             f"`RUN` must be the output folder of a run, with {LOG}, trainer_state.json or a checkpoint in it, "
             f"got {str(path)!r}."
         )
-    text = log_file.read_text()
     if log_file.suffix == ".jsonl":
-        rows = list(_lines(log_file, text))
+        rows = list(_rows(log_file))
     else:
         try:
-            rows = json.loads(text)["log_history"]
+            rows = json.loads(log_file.read_text(encoding="utf-8-sig"))["log_history"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{log_file} must be JSON with a `log_history` ({error!r}).") from error
     # Evaluations and the summary at the end are no training steps.
@@ -78,10 +77,10 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
     if not steps:
         raise ValueError(f"{log_file} holds no training step that was logged.")
     config_file, samples_file = folder / CONFIG, folder / SAMPLES
-    config = json.loads(config_file.read_text()) if config_file.is_file() else {}
+    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
     samples: dict[int, list[dict[str, Any]]] = {}
     if samples_file.is_file():
-        for row in _lines(samples_file, samples_file.read_text()):
+        for row in _rows(samples_file):
             samples[row["step"]] = row["groups"]
     return Run(
         name or folder.resolve().name,
@@ -122,6 +121,21 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(_clean(row), default=str) + "\n")
 
 
+def read_lines(path: Path) -> list[str]:
+    """
+    The lines of a file of JSON lines in UTF-8, with a byte order mark or without. Only a line break ends a line:
+    `str.splitlines` would also split at U+2028 and others that may stand inside a JSON string.
+
+    Raises:
+        ValueError: the file is not UTF-8.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be text in UTF-8 ({error}).") from error
+    return lines if lines[-1] else lines[:-1]  # a line break ends the last line, it begins no other
+
+
 def _find_log(folder: Path) -> Path | None:
     if not folder.is_dir():
         return None
@@ -130,8 +144,8 @@ def _find_log(folder: Path) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
-def _lines(path: Path, text: str) -> Iterator[dict[str, Any]]:
-    lines = text.splitlines()
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    lines = read_lines(path)
     for number, line in enumerate(lines, 1):
         try:
             yield json.loads(line)
