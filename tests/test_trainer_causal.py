@@ -210,7 +210,7 @@ def test_second_kl_term_is_added_to_trls_loss(loss_type, policy, tmp_path):
 
 
 def test_kl_clip_bounds_both_terms(policy, tmp_path):
-    """Beyond it a term is a constant, k3(kl_clip) or k3(-kl_clip), in TRL's reference KL and in the second one alike."""
+    """Beyond it a term is a constant, k3(kl_clip) or k3(-kl_clip), in TRL's KL and in the second one alike."""
     clip, settings = 0.3, {"loss_type": "grpo", "beta": 0.2, "kappa": 0.5, "use_bias_correction_kl": False}
     trainer = make_trainer(policy, tmp_path, kl_clip=clip, **settings)
     output, _ = first_batch(trainer)
