@@ -1,4 +1,4 @@
-"""Small tokenizers of the kinds that put a space before a text, or merge across the seams of one: trained on the spot."""
+"""Small tokenizers, trained on the spot, of the kinds that put a space before a text or merge across its seams."""
 
 from functools import cache
 
@@ -12,7 +12,7 @@ CORPUS = [
 ] * 3
 SPECIAL = ["<unk>", "<s>", "</s>", "<turn>", "<end>"]
 LLAMA2 = "{{ bos_token }}[INST] {{ messages[-1].content | trim }} [/INST]"  # turns are plain text
-MARKED = "{{ bos_token }}{% for m in messages %}<turn>{{ m.content | trim }}<end>{% endfor %}"  # they are special tokens
+MARKED = "{{ bos_token }}{% for m in messages %}<turn>{{ m.content | trim }}<end>{% endfor %}"  # special tokens
 KINDS = ["first", "always", "never", "legacy", "unigram", "bytes", "spaced bytes", "merging bytes"]
 
 

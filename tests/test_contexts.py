@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 from spaced_tokenizers import KINDS, LLAMA2, MARKED, make_spaced_tokenizer
-from tiny_policy import SHORT_TEMPLATES, TEMPLATE, TURNS, make_tokenizer, options
+from tiny_policy import SHORT_TEMPLATES, TEMPLATE, TURNS, make_plain_text_tokenizer, make_tokenizer, options
 
 from gcpo import GCPOConfig
 from gcpo.causal.contexts import PromptBuilder, check_length, longest_prompt
@@ -72,6 +72,15 @@ def test_special_tokens_in_data_cannot_change_the_structure(where, named, tmp_pa
     assert [t for t in hostile if t in special] == [t for t in harmless if t in special]
 
 
+def test_a_special_token_is_not_put_together_out_of_question_and_template(tokenizer, tmp_path):
+    builder = build(tokenizer, tmp_path, fusion_prompt_template="<{question}|user|>{candidates}")
+    for question, text in (("eos>", "<eos>|user|>"), ("a<", "<a<|user|>")):
+        for prompt in (question, [{"role": "user", "content": question}]):
+            got = builder.fusion(prompt, [ids(tokenizer, "2")])
+            assert f"{text}1:2" in tokenizer.decode(got)
+            assert len(builder.content(got)) == len(f"{text}1:2")
+
+
 def test_plain_prompts_that_went_through_a_template_are_warned_of_once(tokenizer, tmp_path):
     builder = build(tokenizer, tmp_path)
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "1+1="}], tokenize=False)
@@ -82,6 +91,7 @@ def test_plain_prompts_that_went_through_a_template_are_warned_of_once(tokenizer
         warnings.simplefilter("error")
         builder.fusion(prompt, [ids(tokenizer, "2")])
         other.fusion("1+1=", [ids(tokenizer, "2")])
+        other.fusion("\u00e9", [ids(tokenizer, "2")])  # unknown to the tokenizer, no special token
 
 
 def test_marker_characters_in_a_question_are_taken_out(tokenizer, tmp_path):
@@ -168,6 +178,7 @@ def test_text_blocks_are_read_as_text(tokenizer, tmp_path):
     builder = build(tokenizer, tmp_path)
     assert builder.fusion(blocks, [[7]]) == builder.fusion(plain, [[7]])
 
+
 def within(tokenizer, text):
     """Ids of a text behind a line break, as a policy generates them: without the space that some put before a text."""
     before = ids(tokenizer, "2\n")
@@ -219,6 +230,23 @@ def test_empty_pieces_leave_one_text(tmp_path):
     builder = build(tokenizer, tmp_path, candidate_template="So?{candidate}")
     text = "q|So?\n\nSo?||"
     assert builder.context("q", [[], [tokenizer.eos_token_id]], []) == ids(tokenizer, text)
+
+
+@pytest.mark.parametrize("template", ["{question}|{candidates}|?", "{candidates}|{question}"])
+def test_a_tokenizer_that_takes_every_text_as_plain_text(template, tmp_path):
+    """Its conversations become ids without a text in between, and special tokens that are spelled out stay as text."""
+    tokenizer = make_plain_text_tokenizer()
+    builder = build(tokenizer, tmp_path, fusion_prompt_template=template, candidate_template="{candidate}")
+    before = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "<eos>"}]
+    for candidates in (["one", "<eos>"], ["", "2"], []):
+        text = template.format(question=HOSTILE, candidates="\n\n".join(candidates))
+        got = builder.fusion(HOSTILE, [ids(tokenizer, candidate) for candidate in candidates])
+        assert got == tokenizer(text)["input_ids"]
+        got = builder.fusion(
+            [*before, {"role": "user", "content": HOSTILE}], [ids(tokenizer, candidate) for candidate in candidates]
+        )
+        whole = [*before, {"role": "user", "content": text}]
+        assert got == tokenizer.apply_chat_template(whole, return_dict=True)["input_ids"]
 
 
 def test_length_check_says_how_many_tokens_and_what_shortens_them(tmp_path):

@@ -91,7 +91,7 @@ class PromptBuilder:
         question = _MARKER_PATTERN.sub("", _text_of(content))
         if not self.encoder.reads_special:  # nor would it read those of a rendered conversation
             return self._build_as_ids(messages, last, *_fill(template.format(**_MARKERS), pieces), question)
-        # White space around a question is the chat template's to keep or to take away, and that beside an empty one too.
+        # White space around a question, or beside an empty one, is the chat template's to keep or to take away.
         stripped = question.strip()
         around = question.replace(stripped, QUESTION, 1) if stripped else question
         content = template.format(**{**_MARKERS, "question": around})
