@@ -146,14 +146,17 @@ def test_a_tokenizer_of_mistral_common_trains(folder: Path, tmp_path: Path) -> N
 def test_prompts_without_a_user_message_train(folder: Path, tmp_path: Path) -> None:
     """Among others, as GRPOTrainer trains with them: a system message alone, and content that is missing."""
     messages = [[{"role": "system", "content": "1+1="}], [{"role": "user", "content": None}]]
-    dataset = datasets.Dataset.from_dict({"prompt": messages * 2})
-    args = GCPOConfig(**options(tmp_path, **{"max_steps": 2, "gradient_accumulation_steps": 1, **SHORT}))
+    dataset = datasets.Dataset.from_dict({"prompt": messages})
+    args = GCPOConfig(
+        **options(
+            tmp_path, **{"max_steps": 1, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, **SHORT}
+        )
+    )
     trainer = GCPOTrainer(save_family("llama", folder), count_low, args, dataset)
     seen = []
     generate = trainer._generate_single_turn
-    trainer._generate_single_turn = lambda ids, *others: seen.append(ids[0]) or generate(ids, *others)
+    trainer._generate_single_turn = lambda ids, *others: seen.extend(ids) or generate(ids, *others)
     trainer.train()
-    assert trainer.state.global_step == 2
     texts = trainer._tokenizer.batch_decode(seen)
     assert {text.partition("|1:")[0] for text in texts if "|1:" in text} == {
         "<|system|>1+1=<eos><|user|>1+1=",
