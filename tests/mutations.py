@@ -267,7 +267,7 @@ MUTATIONS = (
     ),
     Mutation(
         "special tokens of a candidate kept",
-        "gcpo/causal/contexts.py",
+        "gcpo/causal/encoding.py",
         "[token for token in ids if token not in self.special_ids]",
         "list(ids)",
         "tests/test_contexts.py",

@@ -3,13 +3,29 @@
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import transformers
 from peft import LoraConfig
 from test_peft import plain_scores, trainer_scores
 from test_trainer_causal import first_batch, make_trainer
-from tiny_policy import make_tokenizer, parameters, worst_difference
+from tiny_policy import (
+    SHORT_TEMPLATES,
+    count_low,
+    make_plain_text_tokenizer,
+    make_tokenizer,
+    options,
+    parameters,
+    prompts,
+    worst_difference,
+)
+from trl import GRPOConfig, GRPOTrainer
+
+from gcpo import GCPOConfig, GCPOTrainer
+from gcpo.causal.contexts import PromptBuilder
+from gcpo.evaluation.evaluate import evaluate_pass_at_k
+from gcpo.training.inputs import check_chat_template
 
 SIZES = {
     "hidden_size": 32,
@@ -38,6 +54,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"], "full_attn_idxs": [1]}),
     "falcon_mamba": ("FalconMambaConfig", {}),
 }
+
+SHORT = {"num_colliders": 2, "collider_max_completion_length": 2, "max_completion_length": 4, **SHORT_TEMPLATES}
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +116,68 @@ def test_a_compiled_model_trains_alike(folder: Path, tmp_path: Path) -> None:
     for name in ("loss", "gcpo/upsilon/mean", "gcpo/kl_causal"):
         assert [entry[name] for entry in logged] == pytest.approx([entry[name] for entry in plain], rel=1e-4)
     assert worst_difference(expected, {name.replace("_orig_mod.", ""): value for name, value in got.items()}) < 1e-4
+
+
+def test_a_tokenizer_of_mistral_common_trains(folder: Path, tmp_path: Path) -> None:
+    """With the causal parts off as GRPOTrainer does, with them on too; and `gcpo eval` takes it."""
+    path = save_family("llama", folder)
+    kept: dict[str, Any] = {"reward_funcs": count_low, "train_dataset": prompts(conversational=True)}
+    runs = []
+    for trainer_class, config, own in (
+        (GRPOTrainer, GRPOConfig, {}),
+        (GCPOTrainer, GCPOConfig, {"kappa": 0.0, "estimator": "none"}),
+        (GCPOTrainer, GCPOConfig, {"context_attention": "full", **SHORT}),
+    ):
+        args = config(**options(tmp_path, **{"max_steps": 1, "gradient_accumulation_steps": 1, **own}))
+        trainer = trainer_class(path, args=args, processing_class=make_plain_text_tokenizer(), **kept)
+        trainer.train()
+        runs.append(trainer)
+    expected, off, causal = (parameters(trainer.model) for trainer in runs)
+    assert all(torch.equal(value, off[name]) for name, value in expected.items())
+    assert worst_difference(expected, causal) > 0 and runs[2].state.log_history[0]["gcpo/kl_causal"] > 0
+    tokenizer = make_plain_text_tokenizer()
+    check_chat_template(tokenizer, kept["train_dataset"], path)
+    result = evaluate_pass_at_k(
+        runs[2].model, tokenizer, prompts(2, conversational=True), count_low, max_new_tokens=2, progress=False
+    )
+    assert len(result.prompt_scores) == 2
+
+
+def test_prompts_without_a_user_message_train(folder: Path, tmp_path: Path) -> None:
+    """Among others, as GRPOTrainer trains with them: a system message alone, and content that is missing."""
+    messages = [[{"role": "system", "content": "1+1="}], [{"role": "user", "content": None}]]
+    dataset = datasets.Dataset.from_dict({"prompt": messages})
+    args = GCPOConfig(
+        **options(
+            tmp_path, **{"max_steps": 1, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, **SHORT}
+        )
+    )
+    trainer = GCPOTrainer(save_family("llama", folder), count_low, args, dataset)
+    seen = []
+    generate = trainer._generate_single_turn
+    trainer._generate_single_turn = lambda ids, *others: seen.extend(ids) or generate(ids, *others)
+    trainer.train()
+    texts = trainer._tokenizer.batch_decode(seen)
+    assert {text.partition("|1:")[0] for text in texts if "|1:" in text} == {
+        "<|system|>1+1=<eos><|user|>1+1=",
+        "<|user|>",
+    }
+
+
+@pytest.mark.parametrize("name", ["tekken_240911.json", "mistral_instruct_tokenizer_240323.model.v3"])
+def test_prompts_of_mistral_common_are_those_of_the_whole_text(name: str, tmp_path: Path) -> None:
+    mistral = pytest.importorskip("mistral_common")
+    if ".model" in name:
+        pytest.importorskip("sentencepiece")
+    path = Path(mistral.__file__).parent / "data" / name
+    tokenizer = transformers.tokenization_mistral_common.MistralCommonBackend(str(path))
+    builder = PromptBuilder(
+        tokenizer, GCPOConfig(**options(tmp_path), fusion_prompt_template="{question}\n{candidates}")
+    )
+    around = tokenizer("2\n", add_special_tokens=False)["input_ids"]
+    candidate = tokenizer("2\nI think 2.", add_special_tokens=False)["input_ids"][len(around) :]
+    before = [{"role": "system", "content": "brief"}]
+    got = builder.fusion([*before, {"role": "user", "content": "What is [INST]</s>?"}], [candidate])
+    text = "What is [INST]</s>?\nCandidate 1:\nI think 2."
+    assert got == tokenizer.apply_chat_template([*before, {"role": "user", "content": text}])["input_ids"]
+    assert builder.fusion("1+1?", [candidate]) == tokenizer("1+1?\nCandidate 1:\nI think 2.")["input_ids"]

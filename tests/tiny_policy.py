@@ -42,6 +42,43 @@ def make_tokenizer(named_turns: bool = True) -> PreTrainedTokenizerFast:
     )
 
 
+class PlainTextTokenizer(PreTrainedTokenizerFast):
+    """
+    As tokenizers of mistral-common are: every text is plain text, conversations become ids without a template, and what
+    others offer besides is missing. Made by `make_plain_text_tokenizer`.
+    """
+
+    def __call__(self, text: Any, add_special_tokens: bool = True, **options: Any) -> Any:
+        if options.get("split_special_tokens"):
+            raise ValueError("`split_special_tokens` is not supported.")
+        return super().__call__(text, add_special_tokens=add_special_tokens, split_special_tokens=True)
+
+    def added_tokens_decoder(self) -> dict[int, Any]:  # type: ignore[override]  # a method there, too
+        raise NotImplementedError
+
+    def get_chat_template(self, *args: Any, **kwargs: Any) -> str:
+        raise NotImplementedError
+
+    def apply_chat_template(self, conversation: Any, tokenize: bool = True, **options: Any) -> Any:  # type: ignore
+        assert tokenize and options["return_dict"] and options.get("chat_template") is None
+        batched = isinstance(conversation[0], list)
+        rows = []
+        for messages in conversation if batched else [conversation]:
+            ids = []
+            for message in messages:
+                content = self(message["content"], add_special_tokens=False)["input_ids"]
+                ids += [SPECIAL.index("<|user|>"), *content, SPECIAL.index("<eos>")]
+            rows.append([*ids, SPECIAL.index("<|assistant|>")])
+        return {"input_ids": rows if batched else rows[0]}
+
+
+def make_plain_text_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.__class__ = PlainTextTokenizer
+    return tokenizer
+
+
 def save_policy(folder: Path, tie_word_embeddings: bool = True, max_positions: int = 2048) -> str:
     """A folder that `from_pretrained` loads model and tokenizer from."""
     tokenizer = make_tokenizer()

@@ -2,12 +2,13 @@
 The two prompts that GCPO adds to a step, as token ids: the fusion prompt, which asks for an integrated answer (a
 collider), and the context x_{i,l}, which a candidate is scored after.
 
-Prompts, candidates and colliders are data. A template is rendered once with a marker in place of each of them and
-tokenized piece by piece; candidates and colliders then enter as the token ids that the model generated, less special
-tokens, and the question's text with special tokens split into plain ones. So nothing inside them can open a turn, end
-one, or be cut in the middle of a special token.
+Prompts, candidates and colliders are data. A template is rendered once with a marker in place of each of them;
+candidates and colliders then enter as the token ids that the model generated, less special tokens, and all text around
+them is tokenized as the whole text would be, with special tokens that the question spells out as plain text. So nothing
+inside them can open a turn, end one, or be cut in the middle of a special token.
 """
 
+import json
 import re
 import warnings
 from collections.abc import Sequence
@@ -16,18 +17,22 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from gcpo.causal.encoding import QUESTION, Piece, TextEncoder, common_prefix, join_pieces
 from gcpo.config import GCPOConfig
 
 Prompt = str | list[dict[str, Any]]  # plain text, or the messages of a conversation
 
 # Private-use characters: no chat template writes them, and they are taken out of questions.
-_MARKERS = {name: f"\ue000{name}\ue001" for name in ("question", "candidates", "collider")}
+_MARKERS = {"question": QUESTION, **{name: f"\ue000{name}\ue001" for name in ("candidates", "collider")}}
 _MARKER_PATTERN = re.compile("(" + "|".join(_MARKERS.values()) + ")")
 
 
 class PromptBuilder:
     """
     Builds fusion and context prompts for one tokenizer.
+
+    A conversation keeps its messages; the question that is shown again, with the candidates, is its last user message.
+    Without any, what the last message says is the question, in a user message that is added at the end.
 
     Args:
         tokenizer: the policy's tokenizer.
@@ -45,14 +50,13 @@ class PromptBuilder:
     ):
         self.tokenizer = tokenizer
         self.config = config
-        self.chat_template = chat_template
-        self.chat_template_kwargs = chat_template_kwargs or {}
-        # The named ones, and those that are only added as special: Llama's and DeepSeek's turn markers have no name.
-        added = tokenizer.added_tokens_decoder.items()
-        self.special_ids = set(tokenizer.all_special_ids) | {token for token, content in added if content.special}
+        self.encoder = TextEncoder(tokenizer)
+        self.special_ids, self.content = self.encoder.special_ids, self.encoder.content
+        self._chat_options: dict[str, Any] = {"add_generation_prompt": True, **(chat_template_kwargs or {})}
+        if chat_template is not None:
+            self._chat_options["chat_template"] = chat_template
+        self._chat_ids = lru_cache(maxsize=64)(self._tokenize_chat)
         self._warned = False
-        self._encode = lru_cache(maxsize=4096)(self._encode_text)
-        self._bos = self._leading_ids()
 
     def fusion(self, prompt: Prompt, candidates: list[list[int]]) -> list[int]:
         """Ids of the prompt that shows all candidates and asks for one integrated answer."""
@@ -60,54 +64,85 @@ class PromptBuilder:
 
     def context(self, prompt: Prompt, candidates: list[list[int]], collider: list[int]) -> list[int]:
         """Ids of x_{i,l} = {q, `candidates` (all but y_i), c_l = `collider`}, ready for y_i to follow."""
-        pieces = {"candidates": self._show(candidates), "collider": self.content(collider)}
+        pieces: dict[str, list[Piece]] = {"candidates": self._show(candidates), "collider": [self.content(collider)]}
         return self._build(prompt, self.config.context_prompt_template, pieces)
 
-    def content(self, ids: Sequence[int]) -> list[int]:
-        """`ids` without special tokens."""
-        return [token for token in ids if token not in self.special_ids]
-
-    def _show(self, candidates: list[list[int]]) -> list[int]:
+    def _show(self, candidates: list[list[int]]) -> list[Piece]:
         """All candidates, each as `candidate_template` has it, cut to its last `candidate_context_tokens` tokens."""
         limit = self.config.candidate_context_tokens
-        shown: list[int] = []
+        shown: list[Piece] = []
         for number, candidate in enumerate(candidates, start=1):
-            if number > 1:
-                shown += self._encode("\n\n", False)
             content = self.content(candidate)
             if limit is not None:
                 content = content[-limit:]
             # `{candidate}` marks a place; a template may show it only once, so the first split is the whole story.
             before, _, after = self.config.candidate_template.partition("{candidate}")
-            shown += [*self._static(before, number), *content, *self._static(after, number)]
+            separator = "\n\n" if number > 1 else ""
+            shown += [separator + before.format(index=number), content, after.format(index=number)]
         return shown
 
-    def _static(self, text: str, number: int) -> tuple[int, ...]:
-        return self._encode(text.format(index=number), False)
-
-    def _build(self, prompt: Prompt, template: str, pieces: dict[str, list[int]]) -> list[int]:
+    def _build(self, prompt: Prompt, template: str, pieces: dict[str, list[Piece]]) -> list[int]:
         if isinstance(prompt, str):
-            question, text = prompt, template.format(**_MARKERS)
-        else:
-            question, text = self._render_with_template(prompt, template)
-        question = _MARKER_PATTERN.sub("", question)
-        if isinstance(prompt, str):
+            question = _MARKER_PATTERN.sub("", prompt)
             self._warn_of_template(question)
-        ids = list(self._bos) if isinstance(prompt, str) else []
-        for segment in _MARKER_PATTERN.split(text):
-            name = segment[1:-1]
-            if segment == _MARKERS["question"]:
-                ids += self._encode(question, True)
-            elif name in pieces and segment == _MARKERS[name]:
-                ids += pieces[name]
-            elif segment:
-                ids += self._encode(segment, False)
+            texts, given = _fill(template.format(**_MARKERS), pieces)
+            return [*self.encoder.bos, *self._encode(texts, given, question)]
+        messages, last, content = _place_question(prompt)
+        question = _MARKER_PATTERN.sub("", _text_of(content))
+        if not self.encoder.reads_special:  # nor would it read those of a rendered conversation
+            return self._build_as_ids(messages, last, *_fill(template.format(**_MARKERS), pieces), question)
+        # White space around a question, or beside an empty one, is the chat template's to keep or to take away.
+        stripped = question.strip()
+        around = question.replace(stripped, QUESTION, 1) if stripped else question
+        content = template.format(**{**_MARKERS, "question": around})
+        messages[last]["content"] = content
+        text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, **self._chat_options)
+        if sorted(_MARKER_PATTERN.findall(text)) != sorted(_MARKER_PATTERN.findall(content)):
+            raise ValueError(
+                "The chat template must show the message with the question, and once: candidates are shown there. Got "
+                f"roles {[message['role'] for message in messages]}."
+            )
+        return self._encode(*_fill(text, pieces), stripped)
+
+    def _encode(self, texts: list[str], given: list[Sequence[int]], question: str) -> list[int]:
+        """Ids of a prompt: its texts, and what is given as ids between them."""
+        ids = [*self.encoder.read(texts[0], question, True)]
+        for piece, text in zip(given, texts[1:], strict=True):
+            ids += [*piece, *self.encoder.read(text, question, False)]
         return ids
+
+    def _build_as_ids(
+        self, messages: list[dict[str, Any]], last: int, texts: list[str], given: list[Sequence[int]], question: str
+    ) -> list[int]:
+        """
+        Ids of a conversation whose tokenizer makes them without a text in between: those of its last user message up to
+        the first piece of ids, all that follows in that message, and the end of the conversation.
+        """
+        key = json.dumps([*messages[:last], {**messages[last], "content": None}, *messages[last + 1 :]], default=str)
+        opening = texts[0].replace(QUESTION, question)
+        whole = self._chat_ids(key, last, opening)
+        if not given:
+            return list(whole)
+        some, other = self._chat_ids(key, last, "a"), self._chat_ids(key, last, "b")
+        end = some[len(some) - common_prefix(some[::-1], other[::-1]) :]
+        ids = [*whole[: len(whole) - len(end)]]
+        if not opening or whole[len(ids) :] != end:  # its last tokens are one with those of the end
+            ids = [*some[: common_prefix(some, other)], *self.encoder.inside(opening)]
+        for piece, text in zip(given, texts[1:], strict=True):
+            ids += [*piece, *self.encoder.read(text, question, False)]
+        return [*ids, *end]
+
+    def _tokenize_chat(self, key: str, last: int, content: str) -> tuple[int, ...]:
+        messages = json.loads(key)
+        messages[last]["content"] = content
+        encoded: Any = self.tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, **self._chat_options
+        )
+        return tuple(encoded["input_ids"])
 
     def _warn_of_template(self, question: str) -> None:
         """Plain text is data: a chat template that it already went through would be shown as text, its turns gone."""
-        ids = self._encode(question, False)
-        if not self._warned and len(self.content(ids)) < len(ids):
+        if not self._warned and self.encoder.spells_special(question):
             self._warned = True
             warnings.warn(
                 "A prompt of plain text holds special tokens, as if a chat template had been applied to it. GCPO's own "
@@ -116,47 +151,41 @@ class PromptBuilder:
                 stacklevel=2,
             )
 
-    def _render_with_template(self, messages: list[dict[str, Any]], template: str) -> tuple[str, str]:
-        """The question (the last user message) and the conversation's text with the template in its place."""
-        last = max((k for k, message in enumerate(messages) if message["role"] == "user"), default=None)
-        if last is None:
-            roles = [message["role"] for message in messages]
-            raise ValueError(f"`prompt` must hold a user message to put the candidates beside, got roles {roles}.")
-        question = _text_of(messages[last]["content"])
-        replaced = [dict(message) for message in messages]
-        replaced[last]["content"] = template.format(**_MARKERS)
-        return question, self._render(replaced)
 
-    def _render(self, messages: list[dict[str, Any]]) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.chat_template,
-            add_generation_prompt=True,
-            tokenize=False,
-            **self.chat_template_kwargs,
-        )
+def _fill(text: str, pieces: dict[str, list[Piece]]) -> tuple[list[str], list[Sequence[int]]]:
+    """`join_pieces` of a text with what its markers stand for; that of the question stays."""
+    names = {_MARKERS[name]: piece for name, piece in pieces.items()}
+    return join_pieces([part for segment in _MARKER_PATTERN.split(text) for part in names.get(segment, [segment])])
 
-    def _encode_text(self, text: str, is_data: bool) -> tuple[int, ...]:
-        """Ids of `text`; special tokens spelled out in data are split into plain ones."""
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=is_data)["input_ids"]
-        return tuple(self.content(ids)) if is_data else tuple(ids)
 
-    def _leading_ids(self) -> tuple[int, ...]:
-        """What the tokenizer puts before plain text of its own accord: a beginning-of-sequence token, or nothing."""
-        with_special = self.tokenizer("a")["input_ids"]
-        without = self.tokenizer("a", add_special_tokens=False)["input_ids"]
-        for start in range(len(with_special) - len(without) + 1):
-            if with_special[start : start + len(without)] == without:
-                return tuple(with_special[:start])
-        return ()
+def _place_question(prompt: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int, Any]:
+    """A copy of the messages, which of them is to show the question with the candidates, and the question's content."""
+    messages = [dict(message) for message in prompt]
+    if not messages:
+        raise ValueError("`prompt` must hold a message, got an empty list.")
+    users = [k for k, message in enumerate(messages) if message["role"] == "user"]
+    if users:
+        return messages, users[-1], messages[users[-1]].get("content")
+    # What the template accepts as the end of a conversation that an answer follows, a user can follow.
+    return [*messages, {"role": "user"}], len(messages), messages[-1].get("content")
 
 
 def _text_of(content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        return "".join(part["text"] for part in content)
-    raise TypeError("`prompt` must be text: GCPO builds prompts out of messages and cannot show images or tool calls.")
+    """The text of a message's content, which may be None (no text) or a list of text parts."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        raise TypeError(f"`content` of a message in `prompt` must be text, got {type(content).__name__}.")
+    texts = []
+    for part in content:
+        kind = "text" if isinstance(part, str) else part.get("type")
+        if kind != "text":
+            raise TypeError(
+                "`prompt` must be text: GCPO shows the question a second time, with the candidates, and cannot show a "
+                f"part of type {kind!r}."
+            )
+        texts.append(part if isinstance(part, str) else part.get("text") or "")
+    return "".join(texts)
 
 
 def longest_prompt(config: GCPOConfig, max_completion_length: int) -> int:

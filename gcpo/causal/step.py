@@ -39,9 +39,10 @@ class CausalStep:
         self.config = trainer.args
         self.accelerator = trainer.accelerator
         self.groups: list[Group] = []  # of the last rollout, for whoever logs it
-        self.builder = PromptBuilder(
-            trainer._tokenizer, trainer.args, trainer.chat_template, trainer.chat_template_kwargs
-        )
+        if trainer.args.is_causal:  # without, it builds no prompts, and asks no more of the tokenizer than GRPOTrainer
+            self.builder = PromptBuilder(
+                trainer._tokenizer, trainer.args, trainer.chat_template, trainer.chat_template_kwargs
+            )
         self.scorer = Scorer(trainer)
         self.z_size: int = trainer.model.config.get_text_config().hidden_size
         config, kind = trainer.args, trainer.model.config.model_type

@@ -37,8 +37,9 @@ class Lengths:
         """The lengths of one prompt and of the templates around it, beside those of `completion` and `collider`."""
         one, other = _two_plain_tokens(builder)
         n, q = int(builder.config.num_generations or 1), len(prompt_ids)
-        fusion = len(builder.fusion(prompt, [[]] * n))
-        frame = (fusion - len(builder.fusion(prompt, [[]]))) / max(n - 1, 1)
+        # With a token in each: texts that nothing stands between are tokenized together.
+        fusion = len(builder.fusion(prompt, [[one]] * n)) - n
+        frame = (fusion - len(builder.fusion(prompt, [[one]])) + 1) / max(n - 1, 1)
 
         def context(candidate: int, collider: int) -> list[int]:
             return builder.context(prompt, [[candidate]] * (n - 1), [collider])

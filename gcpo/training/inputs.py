@@ -216,11 +216,15 @@ def check_model(name: str | None) -> str:
 def check_chat_template(tokenizer: Any, dataset: Any, model: str) -> None:
     """Refuse messages for a model that has no template to write them with, before the first step does."""
     first: dict[str, Any] = next(iter(dataset), {})
-    if isinstance(first.get("prompt"), list) and tokenizer.chat_template is None:
+    if not isinstance(first.get("prompt"), list) or getattr(tokenizer, "chat_template", None) is not None:
+        return
+    try:  # tokenizers of mistral-common need no template
+        tokenizer.apply_chat_template(first["prompt"], add_generation_prompt=True, tokenize=True, return_dict=True)
+    except ValueError as error:
         raise ValueError(
             f"{model!r} has no chat template and the prompts are messages: choose an instruct model, or plain text "
             f"(for {TASK_PREFIX}NAME and for rows of problem and answer: --no_task_conversational)."
-        )
+        ) from error
 
 
 def load_reward(name: str) -> Callable[..., list[float]]:
