@@ -113,6 +113,7 @@ def test_a_trainer_without_init_generates(policy, tmp_path):
     trainer.state = SimpleNamespace(global_step=2, num_input_tokens_seen=0)
     trainer.use_vllm = trainer.use_transformers_continuous_batching = False
     trainer.tools, trainer.eos_token_ids = None, [2]
+    trainer.processing_class = SimpleNamespace(batch_decode=lambda rows, **kwargs: ["decoded" for _ in rows])
     trainer._tokenizer = SimpleNamespace(eos_token_id=2, pad_token_id=0)
     trainer._metrics = {"train": defaultdict(list)}
     trainer.rollout_func = lambda prompts, trainer: {"prompt_ids": [[1]], "completion_ids": [[2]], "logprobs": [[0.0]]}
