@@ -165,7 +165,7 @@ class AccountedGRPOTrainer(ResumableGRPOTrainer):
     def _state_of_cycle(self) -> dict[str, Any]:
         state = super()._state_of_cycle()
         if self.log_completions and state["rollout"] is not None:  # which is in the completions tables to come
-            columns = {name: list(self._logs[name]) for name in _COLUMNS}
+            columns: dict[str, Any] = {name: list(self._logs[name]) for name in _COLUMNS}
             columns |= {name: {key: list(rows) for key, rows in self._logs[name].items()} for name in _GROUPED_COLUMNS}
             state["completions"] = json.dumps(
                 [columns, self._logs_are_of_training, self._collider_texts()], default=str

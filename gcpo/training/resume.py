@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import is_peft_model, send_to_device
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers.trainer import TRAINER_STATE_NAME
@@ -220,9 +220,11 @@ class ResumableGRPOTrainer(GRPOTrainer):
             return
         self._load_reference(Path(checkpoint) / REFERENCE)
         path = self._own_state(checkpoint)
-        state = torch.load(path, weights_only=True, map_location=self.accelerator.device) if path.is_file() else None
-        if self._continues_cycle(checkpoint, state):
-            self._load_state_of_cycle(state)
+        state = torch.load(path, weights_only=True, map_location="cpu") if path.is_file() else None
+        continues = self._continues_cycle(checkpoint, state)
+        if state is not None and continues:
+            # Here, for torch.load knows no device "cpu:0", which accelerate names the CPUs of several processes.
+            self._load_state_of_cycle(send_to_device(state, self.accelerator.device))
         else:
             self._step, self._buffered_inputs = 0, None
 
