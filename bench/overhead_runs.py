@@ -67,6 +67,8 @@ class Variant:
 class GRPOReadingPromptsOnce(GCPOTrainer):
     """GRPO (`kappa=0`, `estimator="none"`), but its rollout reads a prompt once for all completions, as GCPO's does."""
 
+    keeps_account = True
+
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple:
         with read_repeated_prompts_once(self._backbone()):
             return super()._generate_single_turn(*args, **kwargs)

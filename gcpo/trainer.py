@@ -60,9 +60,12 @@ class GCPOTrainer(AccountedGRPOTrainer):
     4. scores of the candidates under the contexts x_{i,l}, from which `gcpo_kernels.gcpo_loss` forms the causal
        reference and a second KL term, kappa * k3 (eqs. 10, 12, 13), added to TRL's own loss.
 
-    With `kappa=0` and `estimator="none"` it is GRPOTrainer. All that concerns a group is computed on gathered rows,
-    before TRL shuffles and splits them. Evaluation reports GRPO's metrics; the causal parts run in training only.
+    With `kappa=0` and `estimator="none"` it is GRPOTrainer, and logs and writes what that does, unless `keeps_account`
+    is set to True. All that concerns a group is computed on gathered rows, before TRL shuffles and splits them.
+    Evaluation reports GRPO's metrics; the causal parts run in training only.
     """
+
+    keeps_account = False
 
     _tag_names = ["trl", "gcpo"]
     _name = "GCPO"
@@ -76,6 +79,17 @@ class GCPOTrainer(AccountedGRPOTrainer):
                 eprint = {arXiv:2508.05428},
             }"""),
     }
+
+    # Defaults of what a step sets, for those who make a trainer without `__init__` to call one of its methods.
+    max_positions: int | None = None
+    _recorder: HiddenRecorder | None = None
+    _rollout: Rollout | None = None
+    _generated: RolloutStates | None = None  # what the last generation left, where it is watched
+    _scoring = ("scoring", "scored_query")  # phase and kind of tokens of the scoring passes that follow
+    _loss_inputs: dict[str, Any] | None = None  # of TRL's loss, from its call to its forward
+    _policy_logps: torch.Tensor | None = None  # of that forward
+    _has_causal_kl = False  # whether the loss being computed holds the second KL term
+    _warned_of_causal_kl = False
 
     def __init__(
         self, model: Any, reward_funcs: Any = None, args: GCPOConfig | None = None, *others: Any, **kwargs: Any
@@ -91,6 +105,8 @@ class GCPOTrainer(AccountedGRPOTrainer):
             raise TypeError(
                 f"`args` must be a GCPOConfig, which takes every option of GRPOConfig, got {type(args).__name__}."
             )
+        if args.is_causal or args.kl_clip is not None:
+            self.keeps_account = True
         if args.is_causal:
             _refuse_unsupported(kwargs)
         size = len(kwargs["train_dataset"]) if hasattr(kwargs.get("train_dataset"), "__len__") else None
@@ -104,7 +120,7 @@ class GCPOTrainer(AccountedGRPOTrainer):
             raise ValueError("`processing_class` must have an `eos_token`: without one, no completion ever ends.")
         self.add_callback(SkipNonFiniteSteps(self._log))
         config = self.model.config.get_text_config()
-        self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
+        self.max_positions = getattr(config, "max_position_embeddings", None)
         if args.is_causal:
             longest = longest_prompt(args, self.max_completion_length)
             check_length(longest, self.max_positions, "Showing the candidates and colliders of one prompt")
@@ -118,14 +134,6 @@ class GCPOTrainer(AccountedGRPOTrainer):
             # Gradients reach a layer through the keys and values it leaves, which neither watches: its parameters
             # would not be gathered for them.
             raise ValueError("`share_prompt` must be False where parameters are sharded (FSDP, DeepSpeed ZeRO-3).")
-        self._recorder: HiddenRecorder | None = None
-        self._rollout: Rollout | None = None
-        self._generated: RolloutStates | None = None  # what the last generation left, where it is watched
-        self._scoring = super()._scored()  # phase and kind of tokens of the scoring passes that follow
-        self._loss_inputs: dict[str, Any] | None = None  # of TRL's loss, from its call to its forward
-        self._policy_logps: torch.Tensor | None = None  # of that forward
-        self._has_causal_kl = False  # whether the loss being computed holds the second KL term
-        self._warned_of_causal_kl = False
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         with explained_loss_of_process(self.args.ddp_timeout):
@@ -191,12 +199,13 @@ class GCPOTrainer(AccountedGRPOTrainer):
         mode = "train" if self.model.training else "eval"
         n = self.num_generations if mode == "train" else self.num_generations_eval
         lost = rewards.isnan().all(dim=1).view(-1, n).all(dim=1)
-        self._metrics[mode]["gcpo/groups_without_reward"].append(lost.float().mean().item())
+        self._log("groups_without_reward", lost.float().mean(), mode)
         return rewards
 
     def _collider_texts(self) -> list[list[str]] | None:
         groups = self._causal.groups
-        return [self._tokenizer.batch_decode(g.colliders, skip_special_tokens=True) for g in groups] or None
+        texts = [self._tokenizer.batch_decode(g.colliders, skip_special_tokens=True) for g in groups]
+        return texts or super()._collider_texts()
 
     def _scored(self) -> tuple[str, str]:
         return self._scoring
@@ -405,10 +414,11 @@ class GCPOTrainer(AccountedGRPOTrainer):
         *sums, count = rows[~rows.isnan().any(dim=1)].sum(dim=0).tolist()
         return [value / count if count else math.nan for value in sums]
 
-    def _log(self, name: str, value: torch.Tensor | float) -> None:
-        """Log a mean, unless there was nothing to take it over."""
-        if not math.isnan(value := float(value)):
-            self._metrics["train"][f"gcpo/{name}"].append(value)
+    def _log(self, name: str, value: torch.Tensor | float, mode: str = "train") -> None:
+        """Log a metric of GCPO's own. NaN is the mean of no values: such a metric is left out."""
+        value = float(value)
+        if self.keeps_account and not math.isnan(value):
+            self._metrics[mode].setdefault(f"gcpo/{name}", []).append(value)
 
 
 def _refuse_unsupported(arguments: dict[str, Any]) -> None:

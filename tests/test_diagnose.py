@@ -147,7 +147,9 @@ def train(folder: Path, reward: Any = count_low, **overrides: Any) -> Run:
         **SHORT_TEMPLATES,
     )
     config = GCPOConfig(**{**settings, **overrides})
-    GCPOTrainer(save_policy(folder / "policy"), reward, args=config, train_dataset=prompts()).train()
+    trainer = GCPOTrainer(save_policy(folder / "policy"), reward, args=config, train_dataset=prompts())
+    trainer.keeps_account = True  # of runs without causal parts too
+    trainer.train()
     return read_run(folder / "out")
 
 

@@ -77,6 +77,7 @@ def test_tokens_are_those_that_a_run_logs(
 ) -> None:
     config = GCPOConfig(**settings(tmp_path, **changed))
     trainer = GCPOTrainer(policy, count_low, args=config, train_dataset=prompts())
+    trainer.keeps_account = True  # without causal parts too
     trainer.train()
     steps = trainer.state.log_history[: config.max_steps]
     expected = planned(config, policy)

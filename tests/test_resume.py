@@ -8,21 +8,35 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from test_trainer_causal import make_trainer
 from tiny_policy import SHORT_TEMPLATES, count_low, options, parameters, prompts, save_policy
-from transformers import TrainerCallback
-from trl import GRPOConfig
+from transformers import AutoModelForCausalLM, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
 
+from gcpo import GCPOConfig, GCPOTrainer
 from gcpo.cli import main
 from gcpo.training.accounting import AccountedGRPOTrainer
-from gcpo.training.resume import check_same_model, last_complete_checkpoint, why_incomplete
+from gcpo.training.cycle import LAYOUT, ROLLOUT, OTHERS
+from gcpo.training.resume import (
+    REFERENCE,
+    check_same_model,
+    last_complete_checkpoint,
+    load_reference,
+    save_reference,
+    why_incomplete,
+)
+from gcpo.training.runs import read_run
 
+OFF = {"kappa": 0.0, "estimator": "none"}
 MOMENTS = ("first rollout", "rollout", "weights", "optimizer", "state", "saved")
 
 
@@ -70,12 +84,14 @@ def lora() -> Any:
     [
         {},
         {"num_iterations": 2},  # step 3 is in the middle of the updates that share a rollout
-        {"steps_per_generation": 4, "logging_steps": 2},  # likewise; and of what one log entry sums up
+        # Likewise; and of what one log entry sums up, and one table shows.
+        {"steps_per_generation": 4, "logging_steps": 2, "log_completions": True, "num_completions_to_print": 0},
         {"estimator": "sampled", "kl_fraction": 0.5, "num_kl_contexts": 1, "shuffle_candidates": True},
         {"num_iterations": 2, "peft_config": lora, "beta": 0.1, "causal_policy_context": "context"},
         {"generation_batch_size": 32, "steps_per_generation": None, "per_device_train_batch_size": 16},  # 2 epochs
+        {**OFF, "beta": 0.5, "sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.6},
     ],
-    ids=["plain", "iterations", "steps_per_generation", "sampled", "adapter", "epochs"],
+    ids=["plain", "iterations", "steps_per_generation", "sampled", "adapter", "epochs", "synced_reference"],
 )
 def test_six_steps_are_three_and_three_more(changed: dict[str, Any], policy: str, tmp_path: Path) -> None:
     def run(folder: str, stop: int | None = None, resume: bool = False) -> Any:
@@ -105,6 +121,9 @@ def test_six_steps_are_three_and_three_more(changed: dict[str, Any], policy: str
     assert losses(resumed.state.log_history) == losses(whole.state.log_history)
     expected, got = parameters(whole.model), parameters(resumed.model)
     assert all(torch.equal(expected[name], got[name]) for name in expected)
+    if changed.get("log_completions"):
+        samples = [read_run(tmp_path / folder / "out").samples for folder in ("whole", "parts")]
+        assert samples[0] == samples[1] and samples[0][0]["colliders"]
 
 
 @pytest.fixture(scope="module")
@@ -254,22 +273,108 @@ def test_without_any_whole_checkpoint(policy: str, tmp_path: Path) -> None:
         trainer.train(resume_from_checkpoint=True)
 
 
-def test_a_checkpoint_of_another_trainer_stays_in_step(policy: str, tmp_path: Path) -> None:
-    """TRL's own checkpoints lack what ours add: the rollout is drawn anew, and its cycle keeps the sampler's."""
-    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 4, "num_iterations": 2}
-    trainer = make_trainer(policy, tmp_path, **settings)
-    trainer.train()
-    (tmp_path / "out" / "checkpoint-3" / "gcpo_state_0.pt").unlink()
-    resumed = make_trainer(policy, tmp_path, **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
-    assert resumed.state.global_step == 4 and resumed._step == 4
+# A step of 8 completions each time. After the first step, two updates per rollout leave one to be made.
+TWO_UPDATES = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_iterations": 2}
+ONE_UPDATE = {**TWO_UPDATES, "num_iterations": 1}
+HALVES = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        (ONE_UPDATE, HALVES, ("`per_device_train_batch_size` was 8 and is 4", "`gradient_accumulation_steps` was 1")),
+        (TWO_UPDATES, HALVES, ("`steps_per_generation` was 1 and is 2",)),
+        (TWO_UPDATES, {"beta": 0.1}, ("settings: `beta` was 0.0 and is 0.1. The",)),
+        (TWO_UPDATES, {}, ("does not say with which",)),
+        (TWO_UPDATES, {}, ()),
+    ],
+    ids=["accumulation", "accumulation with a rollout", "beta with a rollout", "settings not kept", "of TRL's own"],
+)
+def test_with_other_settings_a_run_goes_on_as_grpo(
+    before: dict[str, Any], after: dict[str, Any], named: tuple[str, ...], policy: str, tmp_path: Path
+) -> None:
+    def trainer(kind: str, **settings: Any) -> Any:
+        build, configure = (GRPOTrainer, GRPOConfig) if kind == "grpo" else (GCPOTrainer, GCPOConfig)
+        saved = {"save_strategy": "steps", "save_steps": 1, "max_completion_length": 4}
+        shared = options(tmp_path, **{**saved, **settings})
+        args = configure(**shared, **(OFF if kind == "gcpo" else {}))
+        return build(policy, count_low, args, prompts())
+
+    trainer("gcpo", **before, max_steps=1).train()
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    own = checkpoint / "gcpo_state_0.pt"
+    if not after:
+        state = torch.load(own, weights_only=True)
+        del state["settings"]
+        torch.save(state, own) if named else own.unlink()
+    found = {}
+    for kind in ("grpo", "gcpo"):
+        resumed = trainer(kind, **{**before, **after, "max_steps": 3, "save_strategy": "no"})
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            resumed.train(resume_from_checkpoint=str(checkpoint))
+        found[kind] = losses(resumed.state.log_history), parameters(resumed.model)
+    told = [str(warning.message) for warning in caught if str(checkpoint) in str(warning.message)]
+    assert len(told) == bool(named) and all(text in told[0] for text in named)
+    assert len(found["grpo"][0]) == 3 and found["gcpo"][0] == found["grpo"][0]
+    assert all(torch.equal(found["grpo"][1][name], got) for name, got in found["gcpo"][1].items())
+
+
+def test_a_rollout_without_causal_parts_is_not_gone_on_with(policy: str, tmp_path: Path) -> None:
+    """It lacks the weights and the context scores that are asked for now."""
+    settings = {"save_strategy": "steps", "save_steps": 1, "num_iterations": 2, "num_colliders": 2}
+    make_trainer(policy, tmp_path, **settings, **OFF, max_steps=1).train()
+    resumed = make_trainer(policy, tmp_path, **settings, max_steps=2)
+    with pytest.warns(UserWarning, match=r"`kappa` was 0.0 and is 0.06; .*`estimator` was 'none' and is 'loo'"):
+        resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.log_history[1]["gcpo/kl_causal"] > 0
+
+
+def test_settings_of_a_cycle_are_options() -> None:
+    known = {item.name for item in fields(GCPOConfig)}
+    assert {*LAYOUT, *ROLLOUT, *OTHERS} <= known
+    assert len({*LAYOUT, *ROLLOUT, *OTHERS}) == len(LAYOUT) + len(ROLLOUT) + len(OTHERS)
+
+
+def test_a_reference_model_that_is_kept(policy: str, tmp_path: Path) -> None:
+    """Tied weights are kept once; a checkpoint with a torn reference is not whole, one without is warned of."""
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text("{}")
+    save_file({"a": torch.zeros(2)}, folder / "model.safetensors")
+    model, other = (AutoModelForCausalLM.from_pretrained(policy) for _ in range(2))
+    save_reference(model, folder / REFERENCE)
+    for parameter in other.parameters():
+        parameter.data.zero_()
+    load_reference(other, folder / REFERENCE)
+    assert all(torch.equal(value, parameters(model)[name]) for name, value in parameters(other).items())
+    assert other.lm_head.weight is other.model.embed_tokens.weight and why_incomplete(folder) is None
+    with pytest.raises(ValueError, match=r"must have the parameters that .* holds"):
+        load_reference(torch.nn.Linear(2, 2), folder / REFERENCE)
+    trainer = make_trainer(policy, tmp_path, **OFF, beta=0.1, sync_ref_model=True)
+    before = parameters(trainer.ref_model)
+    with pytest.warns(UserWarning, match="does not hold the reference model that `sync_ref_model` moves"):
+        trainer._load_reference(tmp_path / REFERENCE)
+    assert all(torch.equal(value, before[name]) for name, value in parameters(trainer.ref_model).items())
+    os.truncate(folder / REFERENCE, 100)
+    assert f"{REFERENCE} is damaged" in str(why_incomplete(folder))
+
+
+def test_sharded_reference_models_are_warned_of(policy: str, tmp_path: Path) -> None:
+    trainer = make_trainer(policy, tmp_path, **OFF, beta=0.1, sync_ref_model=True)
+    trainer._dist = SimpleNamespace(is_fsdp=True, is_zero3=False)
+    with pytest.warns(UserWarning, match="checkpoints do not hold the reference model"):
+        trainer._save_reference(tmp_path / REFERENCE)
+    assert not (tmp_path / REFERENCE).exists()
 
 
 def test_the_plain_trainer_resumes_too(policy: str, tmp_path: Path) -> None:
     """What GCPO is compared with has the same checkpoints."""
 
     def run(folder: str, resume: bool = False) -> Any:
-        arguments = options(tmp_path / folder, max_steps=4, save_strategy="steps", save_steps=1, num_iterations=2)
+        adaptive = {"use_adaptive_entropy": True, "entropy_target": 10.0, "entropy_coef_delta": 0.1}
+        saved = {"save_strategy": "steps", "save_steps": 1}
+        arguments = options(tmp_path / folder, max_steps=4, num_iterations=2, **adaptive, **saved)
         trainer = AccountedGRPOTrainer(
             model=policy,
             reward_funcs=count_low,
@@ -281,6 +386,8 @@ def test_the_plain_trainer_resumes_too(policy: str, tmp_path: Path) -> None:
 
     whole = run("whole")
     shutil.rmtree(tmp_path / "whole" / "out" / "checkpoint-4")
+    # TRL writes this one last, when all else says that the checkpoint is whole.
+    (tmp_path / "whole" / "out" / "checkpoint-3" / "entropy_ctrl_state.json").unlink()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         resumed = run("whole", resume=True)

@@ -150,7 +150,8 @@ def test_the_command_line_sets_a_limit(tmp_path, monkeypatch):
     argv += ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false", "--reward_timeout"]
     with pytest.raises(ArgumentsError, match="`--reward_timeout`"):
         prepare([*argv, "0"])
-    prepare([*argv, "2.5"])
+    trainer, *_ = prepare([*argv, "2.5"])
+    assert trainer.keeps_account  # for `gcpo report`, whatever the other options
     (reward,) = given["reward_funcs"]
     assert reward.__name__ == "count_low"
     assert reward.__wrapped__.__wrapped__ is count_low  # inside what checks what it returns, and the limit

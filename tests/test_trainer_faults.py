@@ -1,6 +1,8 @@
 """What happens when something in a training step is wrong: a clear stop, or that sample counted and left out."""
 
 import math
+from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,6 +89,36 @@ def test_identical_candidates(estimator, policy, tmp_path):
     output, captured = first_batch(trainer)
     assert captured["upsilon"].isfinite().all() and captured["upsilon"].max() > 1.5
     assert output["advantages"].abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(("last", "empty"), [(EOS, "truncated_mean"), (31, "ended_mean")])
+def test_a_mean_of_nothing_is_not_logged(last, empty, policy, tmp_path):
+    """Loggers warn of None: a metric that has no values is left out."""
+    candidates = [[20, 21, last], [22, 23, last], [24, last], [25, 26, 27, last]]
+    trainer = make_trainer(policy, tmp_path, fixed(candidates, [[30, EOS], [31, EOS], [32, 33, EOS]]))
+    first_batch(trainer)
+    metrics = trainer._metrics["train"]
+    assert f"gcpo/upsilon/{empty}" not in metrics and len(metrics["gcpo/upsilon/mean"]) == 1
+    trainer._log("nothing", math.nan)
+    trainer.log(logs := {})
+    assert None not in logs.values() and "gcpo/upsilon/mean" in logs and "gcpo/nothing" not in logs
+
+
+def test_a_trainer_without_init_generates(policy, tmp_path):
+    """Tests of TRL's own make one and set what `_generate` reads."""
+    trainer = object.__new__(GCPOTrainer)
+    trainer.accelerator = SimpleNamespace(device=torch.device("cpu"), is_main_process=True, gather=lambda x: x)
+    trainer.args = SimpleNamespace(report_to=[])
+    trainer.model = SimpleNamespace(training=True)
+    trainer.state = SimpleNamespace(global_step=2, num_input_tokens_seen=0)
+    trainer.use_vllm = trainer.use_transformers_continuous_batching = False
+    trainer.tools, trainer.eos_token_ids = None, [2]
+    trainer.processing_class = SimpleNamespace(batch_decode=lambda rows, **kwargs: ["decoded" for _ in rows])
+    trainer._tokenizer = SimpleNamespace(eos_token_id=2, pad_token_id=0)
+    trainer._metrics = {"train": defaultdict(list)}
+    trainer.rollout_func = lambda prompts, trainer: {"prompt_ids": [[1]], "completion_ids": [[2]], "logprobs": [[0.0]]}
+    assert trainer._generate(["prompt"])[:2] == ([[1]], [[2]])
+    assert trainer._account.tokens["generated"] == 1 and trainer._rollout.completion_ids == [[2]]
 
 
 def test_empty_colliders_are_masked(policy, tmp_path):

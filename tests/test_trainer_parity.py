@@ -38,6 +38,37 @@ def test_three_steps_equal_grpo(loss_type, beta, policy, tmp_path):
     assert worst_difference(parameters(grpo.model), parameters(gcpo.model)) <= 1e-5
 
 
+def leaves(trainer_class, config_class, policy, folder, keeps_account=None, **more):
+    """Keys of each log entry, and the files of the output folder."""
+    evaluated = {"per_device_eval_batch_size": 4, "eval_strategy": "steps", "eval_steps": 1}
+    shown = {"log_completions": True, "num_completions_to_print": 0}
+    config = config_class(**options(folder, **evaluated, **shown, max_steps=1, save_strategy="steps"), **more)
+    trainer = trainer_class(policy, count_low, config, prompts(), prompts(1))
+    if keeps_account is not None:
+        trainer.keeps_account = keeps_account
+    trainer.train()
+    out = folder / "out"
+    files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    return [set(entry) for entry in trainer.state.log_history], files
+
+
+def test_logs_and_files_are_grpos(policy, tmp_path):
+    """With the causal parts off nothing is logged or written unasked; what resuming needs is in its checkpoint."""
+    logs, files = leaves(GRPOTrainer, GRPOConfig, policy, tmp_path / "grpo")
+    assert leaves(GCPOTrainer, GCPOConfig, policy, tmp_path / "gcpo", **OFF) == (
+        logs,
+        files | {"checkpoint-1/gcpo_state_0.pt"},
+    )
+    asked_logs, asked_files = leaves(GCPOTrainer, GCPOConfig, policy, tmp_path / "asked", True, **OFF)
+    assert asked_files - files == {
+        "checkpoint-1/gcpo_state_0.pt",
+        "gcpo_run.json",
+        "gcpo_log.jsonl",
+        "gcpo_samples.jsonl",
+    }
+    assert {"gcpo/seconds/loss", "gcpo/tokens/generated", "gcpo/skipped_steps"} <= asked_logs[0] - logs[0]
+
+
 @pytest.mark.hazard(1)
 @pytest.mark.parametrize(
     "changed",

@@ -1,9 +1,11 @@
 """Where a step's time and tokens go: counters, and a trainer that adds to them and logs them per optimizer step."""
 
+import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,10 @@ TOKENS = (
     "scored_colliders",
     "scored_contexts",
 )
+
+# TRL's table of completions, but for images: columns, and those that there are several of.
+_COLUMNS = ("prompt", "completion", "advantages")
+_GROUPED_COLUMNS = ("rewards", "extra")
 
 
 class StepAccount:
@@ -74,15 +80,26 @@ def _synchronize() -> None:
 class AccountedGRPOTrainer(ResumableGRPOTrainer):
     """
     TRL's GRPOTrainer, which also logs where its time and tokens go: `gcpo/seconds/PHASE` of the main process and
-    `gcpo/tokens/KIND` of all processes, per optimizer step. GCPOTrainer builds on it; to compare the two, use it as is.
+    `gcpo/tokens/KIND` of all processes, per optimizer step, and leaves a record of the run in its output folder
+    (`gcpo.training.runs`). GCPOTrainer builds on it; to compare the two, use it as is.
+
+    Attributes:
+        keeps_account: whether to do so. GCPOTrainer does with its causal parts on; with them off, only if this is set
+            to True before training.
     """
 
+    keeps_account = True
+    _logs_are_of_training = False  # what TRL keeps for its completions table
+    _resumed_colliders: list[list[str]] | None = None  # of a rollout that a checkpoint held
+
     def __init__(self, *args: Any, **kwargs: Any):
-        # Evaluation has counters of its own, which nothing reads: the two must not mix.
-        self._accounts = {True: StepAccount(), False: StepAccount()}
-        self._logs_are_of_training = False  # what TRL keeps for its completions table
         super().__init__(*args, **kwargs)
         self.add_callback(RunRecorder(self))
+
+    @cached_property
+    def _accounts(self) -> dict[bool, StepAccount]:
+        """By whether the model is training: evaluation has counters of its own, which nothing reads."""
+        return {True: StepAccount(), False: StepAccount()}
 
     @property
     def _account(self) -> StepAccount:
@@ -90,13 +107,14 @@ class AccountedGRPOTrainer(ResumableGRPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
-        if self.log_completions and self._logs_are_of_training and self.accelerator.is_main_process:
+        shows = self.log_completions and self._logs_are_of_training and self.keeps_account
+        if shows and self.accelerator.is_main_process:
             groups = groups_of_last_rollout(self._logs, self.num_generations, self._collider_texts())
             append_line(Path(self.args.output_dir) / SAMPLES, {"step": self.state.global_step, "groups": groups})
 
     def _collider_texts(self) -> list[list[str]] | None:
         """The colliders of each prompt of the last rollout; None where there are none."""
-        return None
+        return self._resumed_colliders
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._logs_are_of_training = self.model.training
@@ -134,6 +152,8 @@ class AccountedGRPOTrainer(ResumableGRPOTrainer):
             output = super().training_step(model, inputs, num_items_in_batch)
         if self._step % self.current_gradient_accumulation_steps == 0:
             seconds, tokens = account.flush()
+            if not self.keeps_account:
+                return output
             total = torch.tensor(list(tokens.values()), dtype=torch.float32, device=self.accelerator.device)
             total = self.accelerator.reduce(total, reduction="sum").tolist()
             for name, value in seconds.items():
@@ -141,3 +161,24 @@ class AccountedGRPOTrainer(ResumableGRPOTrainer):
             for name, value in zip(tokens, total, strict=True):
                 self._metrics["train"][f"gcpo/tokens/{name}"].append(value)
         return output
+
+    def _state_of_cycle(self) -> dict[str, Any]:
+        state = super()._state_of_cycle()
+        if self.log_completions and state["rollout"] is not None:  # which is in the completions tables to come
+            columns: dict[str, Any] = {name: list(self._logs[name]) for name in _COLUMNS}
+            columns |= {name: {key: list(rows) for key, rows in self._logs[name].items()} for name in _GROUPED_COLUMNS}
+            state["completions"] = json.dumps(
+                [columns, self._logs_are_of_training, self._collider_texts()], default=str
+            )
+        return state
+
+    def _load_state_of_cycle(self, state: dict[str, Any]) -> None:
+        super()._load_state_of_cycle(state)
+        if "completions" not in state:
+            return
+        columns, self._logs_are_of_training, self._resumed_colliders = json.loads(state["completions"])
+        for name in _COLUMNS:
+            self._logs[name].extend(columns[name])
+        for name in _GROUPED_COLUMNS:
+            for key, rows in columns[name].items():
+                self._logs[name][key].extend(rows)

@@ -357,6 +357,7 @@ def prepare(argv: list[str]) -> int | tuple[Any, str | None, str]:
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
         )
+        trainer.keeps_account = True  # `gcpo report` and `gcpo diagnose` read it, with the causal parts off too
         check_chat_template(trainer.processing_class, train_dataset, model)
         if checkpoint is not None:
             check_same_model(checkpoint, trainer.model)

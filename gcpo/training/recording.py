@@ -14,13 +14,18 @@ if TYPE_CHECKING:
 
 
 class RunRecorder(TrainerCallback):
-    """Writes what `gcpo report` and `gcpo diagnose` read, on the main process, while a run goes on."""
+    """
+    Writes what `gcpo report` and `gcpo diagnose` read, on the main process, while a run goes on, if its trainer keeps
+    an account.
+    """
 
     def __init__(self, trainer: "AccountedGRPOTrainer"):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or state.global_step >= state.max_steps:  # nothing left to do or to record
+        if not (state.is_world_process_zero and self.trainer.keeps_account):
+            return
+        if state.global_step >= state.max_steps:  # nothing left to do or to record
             return
         folder = Path(args.output_dir)
         if state.global_step == 0:  # another run in the same folder starts over; a resumed one goes on
@@ -30,7 +35,7 @@ class RunRecorder(TrainerCallback):
         runs.write_config(folder, {"trainer": type(self.trainer).__name__, "versions": versions, **args.to_dict()})
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero and state.log_history:
+        if state.is_world_process_zero and state.log_history and self.trainer.keeps_account:
             runs.append_line(Path(args.output_dir) / runs.LOG, state.log_history[-1])
 
 

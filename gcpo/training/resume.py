@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import is_peft_model, send_to_device
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import GRPOTrainer
 
+from gcpo.training.cycle import changed_settings, cycle_settings
+
+REFERENCE = "gcpo_reference.safetensors"  # of a checkpoint: the weights of a reference model that follows the policy
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 # What must be equal for one model's weights to fit another.
 _SHAPES = (
@@ -131,12 +135,36 @@ def _compare(wanted: str, name: str, saved: Any, current: Any) -> None:
         raise ValueError(f"{wanted}has {name} {saved}, the model {current}.")
 
 
+def save_reference(model: Any, path: Path) -> None:
+    """Write the parameters of a reference model; those that are tied, once."""
+    save_file({name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}, path)
+
+
+def load_reference(model: Any, path: Path) -> None:
+    """
+    Put into a reference model what `save_reference` wrote.
+
+    Raises:
+        ValueError: the file is of a model with other parameters.
+    """
+    saved, current = load_file(path), dict(model.named_parameters())
+    shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (saved, current)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"The reference model must have the parameters that {path} holds, and has others.")
+    with torch.no_grad():
+        for name, parameter in current.items():
+            parameter.copy_(saved[name])
+
+
 class ResumableGRPOTrainer(GRPOTrainer):
     """
     TRL's GRPOTrainer, whose checkpoints also hold what a run needs to go on as if it had not stopped: where it is in
     the cycle of `steps_per_generation * num_iterations` micro-batches that share a rollout, that rollout if the
-    cycle is not over, and what was to be logged next. `train(resume_from_checkpoint=True)` takes the newest whole
-    checkpoint in `output_dir`.
+    cycle is not over, what was to be logged next, and the reference model where `sync_ref_model` moves it.
+    `train(resume_from_checkpoint=True)` takes the newest whole checkpoint in `output_dir`.
+
+    Where a setting that the cycle depends on is another one now, a run goes on as GRPOTrainer would: with a fresh
+    rollout and a cycle that begins, after one warning that names the settings.
 
     vLLM keeps random states of its own, which no checkpoint holds: with it a resumed run is a valid one, not the same.
     """
@@ -181,15 +209,8 @@ class ResumableGRPOTrainer(GRPOTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        cycle = self.args.steps_per_generation * self.num_iterations
-        state = {
-            "step": self._step,
-            "rollout": self._buffered_inputs if self._step % cycle else None,
-            "metrics": dict(self._metrics["train"]),
-            "loss": self._tr_loss,
-            "last_logged": self._globalstep_last_logged,
-        }
-        torch.save(state, self._own_state(output_dir))
+        torch.save(self._state_of_cycle(), self._own_state(output_dir))
+        self._save_reference(Path(output_dir) / REFERENCE)
         # trainer_state.json comes next, and says that the checkpoint is whole: of all processes.
         self.accelerator.wait_for_everyone()
 
@@ -197,15 +218,83 @@ class ResumableGRPOTrainer(GRPOTrainer):
         super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
+        self._load_reference(Path(checkpoint) / REFERENCE)
         path = self._own_state(checkpoint)
-        if not path.is_file():
-            # Of another trainer, or of another number of processes: in step with the sampler, and a fresh rollout.
-            self._step = self.state.global_step * self.args.gradient_accumulation_steps
-            return
-        state = torch.load(path, weights_only=True, map_location=self.accelerator.device)
+        state = torch.load(path, weights_only=True, map_location="cpu") if path.is_file() else None
+        continues = self._continues_cycle(checkpoint, state)
+        if state is not None and continues:
+            # Here, for torch.load knows no device "cpu:0", which accelerate names the CPUs of several processes.
+            self._load_state_of_cycle(send_to_device(state, self.accelerator.device))
+        else:
+            self._step, self._buffered_inputs = 0, None
+
+    def _state_of_cycle(self) -> dict[str, Any]:
+        """What this process adds to a checkpoint."""
+        cycle = self.args.steps_per_generation * self.num_iterations
+        return {
+            "settings": cycle_settings(self.args, self.accelerator.num_processes),
+            "step": self._step,
+            "rollout": self._buffered_inputs if self._step % cycle else None,
+            "metrics": dict(self._metrics["train"]),
+            "loss": self._tr_loss,
+            "last_logged": self._globalstep_last_logged,
+            # TRL writes these after trainer_state.json, where a kill can come between.
+            "entropy": (self.entropy_coef, self._last_world_entropy),
+        }
+
+    def _load_state_of_cycle(self, state: dict[str, Any]) -> None:
         self._step, self._buffered_inputs = state["step"], state["rollout"]
         self._metrics["train"].update(state["metrics"])
         self._tr_loss, self._globalstep_last_logged = state["loss"], state["last_logged"]
+        if self.use_adaptive_entropy:
+            self.entropy_coef, self._last_world_entropy = state["entropy"]
+
+    def _continues_cycle(self, checkpoint: str, state: dict[str, Any] | None) -> bool:
+        """Whether the run goes on within the cycle of a checkpoint: on all processes or on none."""
+        changed = []
+        if state is not None:
+            saved, current = state.get("settings"), cycle_settings(self.args, self.accelerator.num_processes)
+            changed = (
+                ["it does not say with which"]  # of a release that did not keep them
+                if saved is None
+                else changed_settings(saved, current, keeps_rollout=state["rollout"] is not None)
+            )
+        stops = torch.tensor([state is None or bool(changed)], device=self.accelerator.device)
+        if not self.accelerator.gather(stops).any():
+            return True
+        # One of TRL's own lacks what ours add, and promises nothing.
+        if state is not None and self.accelerator.is_main_process:
+            reason = "; ".join(changed) or "the state of another process is missing"
+            warnings.warn(
+                f"{checkpoint} was made with other settings: {reason}. The run goes on with a fresh rollout, as "
+                "GRPOTrainer would, and not as if it had not stopped.",
+                stacklevel=2,
+            )
+        return False
+
+    def _save_reference(self, path: Path) -> None:
+        if not self.args.sync_ref_model or not self.args.should_save:
+            return
+        if self._dist.is_fsdp or self._dist.is_zero3:
+            warnings.warn(
+                "`sync_ref_model` with sharded parameters (FSDP, DeepSpeed ZeRO-3): checkpoints do not hold the "
+                "reference model. A resumed run would begin again with the one that training began with.",
+                stacklevel=2,
+            )
+        else:
+            save_reference(self.accelerator.unwrap_model(self.ref_model), path)
+
+    def _load_reference(self, path: Path) -> None:
+        if not self.args.sync_ref_model:
+            return
+        if path.is_file():
+            load_reference(self.accelerator.unwrap_model(self.ref_model), path)
+        elif self.accelerator.is_main_process:
+            warnings.warn(
+                f"{path.parent} does not hold the reference model that `sync_ref_model` moves: the run goes on with "
+                "the one that training began with, as GRPOTrainer would.",
+                stacklevel=2,
+            )
 
     def _own_state(self, folder: str) -> Path:
         return Path(folder) / f"gcpo_state_{self.accelerator.process_index}.pt"

@@ -1,0 +1,69 @@
+"""The settings that a rollout and its cycle of updates depend on, and in which of them a checkpoint differs."""
+
+from dataclasses import fields
+
+from trl import GRPOConfig
+
+# How long a cycle is, and how a rollout is split over processes and micro-batches.
+LAYOUT = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "steps_per_generation",
+    "num_iterations",
+    "num_generations",
+)
+# TRL's options that decide what a rollout holds: how it is sampled, rewarded and scored.
+ROLLOUT = (
+    "max_completion_length",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "generation_kwargs",
+    "chat_template_kwargs",
+    "max_tool_calling_iterations",
+    "pad_to_multiple_of",
+    "use_vllm",
+    "vllm_importance_sampling_correction",
+    "vllm_importance_sampling_mode",
+    "vllm_importance_sampling_cap",
+    "vllm_importance_sampling_clip_min",
+    "vllm_importance_sampling_clip_max",
+    "beta",
+    "loss_type",
+    "reward_weights",
+    "scale_rewards",
+    "multi_objective_aggregation",
+    "mask_truncated_completions",
+    "off_policy_mask_threshold",
+)
+# Options of GCPO that change how a rollout is computed, or its loss, and not what it holds.
+OTHERS = (
+    "proj_floor",
+    "kl_clip",
+    "context_batch_size",
+    "share_prefix",
+    "share_prompt",
+    "pack_tokens",
+    "reuse_rollout",
+    "log_collider_reward",
+)
+
+
+def cycle_settings(args: GRPOConfig, num_processes: int) -> dict[str, str]:
+    """The settings that must be equal for a run to go on within a cycle, each as its `repr`."""
+    trl = {item.name for item in fields(GRPOConfig)}
+    own = [item.name for item in fields(args) if item.name not in trl and item.name not in OTHERS]
+    settings = {"num_processes": repr(num_processes)}
+    return settings | {name: repr(getattr(args, name)) for name in (*LAYOUT, *ROLLOUT, *own)}
+
+
+def changed_settings(saved: dict[str, str], current: dict[str, str], keeps_rollout: bool) -> list[str]:
+    """What differs between two `cycle_settings`, in words. Without a rollout to go on with, the layout alone counts."""
+    names = dict.fromkeys([*current, *saved]) if keeps_rollout else ("num_processes", *LAYOUT)
+    return [
+        f"`{name}` was {saved.get(name, 'no option')} and is {current.get(name, 'no option')}"
+        for name in names
+        if saved.get(name) != current.get(name)
+    ]
