@@ -150,8 +150,6 @@ def _triton_loss(
     tensors: dict[str, torch.Tensor | None],
 ) -> tuple[torch.Tensor, Metrics]:
     check_no_tangents(logp=logp, causal_logp=tensors["causal_logp"])
-    if options.kl_clip is not None:
-        raise ValueError(f"`kl_clip` needs `backend='torch'`, got {options.kl_clip} on the Triton backend.")
     items = options.num_items_in_batch
     if items is not None and not isinstance(items, torch.Tensor) and torch.compiler.is_compiling():
         # A number would be a constant of the operator, and compile again for every value.
@@ -173,7 +171,8 @@ def _triton_loss(
         triton_ops.loss_numbers(options),
     )[0]
     metrics = out.detach()
-    return out[0], {name: metrics[1 + k] for k, name in enumerate(triton_ops.METRICS)}
+    places = triton_ops.metric_places(options.kl_clip is not None)
+    return out[0], {name: metrics[place] for name, place in places.items()}
 
 
 def linear_gcpo_loss(

@@ -118,7 +118,12 @@ def _token_loss() -> list[Specimen]:
         warps = token_loss.warps(block_t)
         for aligned in (False, True):
             contexts = {"L_INNERMOST": aligned, "BLOCK_L": 4 if aligned else 1}
-            flags = {**dict.fromkeys(_ALL_INPUTS, True), "ADV_BY_TOKEN": True, "ALIGNED_T": aligned}
+            flags = {
+                **dict.fromkeys(_ALL_INPUTS, True),
+                "HAS_KL_CLIP": False,
+                "ADV_BY_TOKEN": True,
+                "ALIGNED_T": aligned,
+            }
             found.append(
                 Specimen(
                     f"token_loss ({label}{', aligned' if aligned else ''})",
@@ -143,7 +148,7 @@ def _token_loss() -> list[Specimen]:
     for aligned, innermost, label in ((True, False, "aligned, by context"), (False, True, "any length")):
         constexprs: dict[str, Any] = {
             **dict.fromkeys(_ALL_INPUTS, True),
-            **{"ADV_BY_TOKEN": True, "BY_SEQUENCE": False, "BLOCK_T": 512},
+            **{"HAS_KL_CLIP": False, "ADV_BY_TOKEN": True, "BY_SEQUENCE": False, "BLOCK_T": 512},
             **{"ALIGNED_T": aligned, "L_INNERMOST": innermost, "BLOCK_L": 4},
         }
         kernel = token_loss.token_loss_kernel
@@ -152,7 +157,13 @@ def _token_loss() -> list[Specimen]:
         types = {"mask_ptr": "*u8"}
         found.append(Specimen(f"token_loss (token, 512, {label})", kernel, constexprs, types, 4, ones, divisible))
     for parts in (1, 2, 4, 8, 16, 32, 64):
-        constexprs = {"DIVIDE_BY": 0, "ITEMS_ON_DEVICE": False, "BLOCK_P": parts, "BLOCK_B": max(16, 1024 // parts)}
+        constexprs = {
+            "DIVIDE_BY": 0,
+            "ITEMS_ON_DEVICE": False,
+            "HAS_KL_CLIP": False,
+            "BLOCK_P": parts,
+            "BLOCK_B": max(16, 1024 // parts),
+        }
         found.append(Specimen(f"token_loss_finish ({parts})", token_loss.token_loss_finish_kernel, constexprs))
     return found
 

@@ -63,8 +63,8 @@ MUTATIONS = (
     Mutation(
         "the reference's KL the other way round",
         REFERENCE,
-        "loss + options.beta * k3(inputs.ref_logp - logp)",
-        "loss + options.beta * k3(logp - inputs.ref_logp)",
+        "loss + options.beta * k3(clip_kl_ratio(inputs.ref_logp - logp, options))",
+        "loss + options.beta * k3(clip_kl_ratio(logp - inputs.ref_logp, options))",
         EQUATION,
     ),
     Mutation(
@@ -75,6 +75,20 @@ MUTATIONS = (
         EQUATION,
         1,
         2,
+    ),
+    Mutation(
+        "the gradient does not stop at kl_clip",
+        REFERENCE,
+        "d.detach().sign() * options.kl_clip, d)",
+        "d - d.detach() + d.detach().sign() * options.kl_clip, d)",
+        EQUATION,
+    ),
+    Mutation(
+        "the gradient made in the forward does not stop at kl_clip",
+        REFERENCE,
+        "torch.where(beyond_kl_clip(d, options.kl_clip), 0.0, slope)",
+        "slope",
+        "tests/test_torch_backend.py -k test_linear_loss",
     ),
     Mutation("missing detach of the old policy", REFERENCE, "(logp.detach() if inputs", "(logp if inputs", EQUATION),
     Mutation(
@@ -167,6 +181,13 @@ MUTATIONS = (
         "tests/test_torch_backend.py",
     ),
     Mutation("Triton: clip side", TRITON + "common.py", "-tl.where((left < right)", "-tl.where((left > right)", BUDGET),
+    Mutation(
+        "Triton: the gradient does not stop at kl_clip",
+        TRITON + "common.py",
+        "tl.where(kl_beyond, 0.0, slope)",
+        "slope",
+        BUDGET + " -k test_loss",
+    ),
     Mutation(
         "Triton: wrong context as x_i",
         TRITON + "token_kernels.py",

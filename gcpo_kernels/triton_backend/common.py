@@ -92,13 +92,16 @@ def token_objective(
     epsilon_low,
     epsilon_high,
     delta,
+    kl_clip,
     HAS_DELTA: tl.constexpr,
     HAS_REF: tl.constexpr,
     HAS_CONTEXT: tl.constexpr,
+    HAS_KL_CLIP: tl.constexpr,
 ):
     """
-    Eq. 10 for one block of tokens: the loss, its derivatives in log R, in logp and in causal_logp, both k3 terms, and
-    the ratio as metrics count it. `reference.token_objective` and `token_objective_gradient`, in one pass.
+    Eq. 10 for one block of tokens: the loss, its derivatives in log R, in logp and in causal_logp, both k3 terms, the
+    ratio as metrics count it, and where the log-ratio of either k3 leaves [-kl_clip, kl_clip].
+    `reference.token_objective` and `token_objective_gradient`, in one pass.
     """
     # As `reference.bounded_log_ratio`: R may overflow only where the loss grows with it.
     bounded = at_most(log_ratio, LARGEST_LOG)
@@ -128,13 +131,29 @@ def token_objective(
     d_causal = tl.zeros_like(loss)
     kl = tl.zeros_like(loss)
     kl_causal = tl.zeros_like(loss)
+    kl_beyond = loss != loss  # only read where they are set below
+    causal_beyond = kl_beyond
     if HAS_REF:
-        kl = k3(ref_logp - logp)
+        d = ref_logp - logp
+        if HAS_KL_CLIP:
+            kl_beyond = tl.abs(d) > kl_clip
+            d = at_most(at_least(d, -kl_clip), kl_clip)
+        kl = k3(d)
         # A switched-off term must not turn an infinite k3 into NaN.
         loss += tl.where(beta != 0.0, beta * kl, 0.0)
-        d_logp -= tl.where(beta != 0.0, beta * expm1(ref_logp - logp), 0.0)
+        slope = expm1(d)
+        if HAS_KL_CLIP:
+            slope = tl.where(kl_beyond, 0.0, slope)
+        d_logp -= tl.where(beta != 0.0, beta * slope, 0.0)
     if HAS_CONTEXT:
-        kl_causal = k3(log_proj - causal_logp)
+        d = log_proj - causal_logp
+        if HAS_KL_CLIP:
+            causal_beyond = tl.abs(d) > kl_clip
+            d = at_most(at_least(d, -kl_clip), kl_clip)
+        kl_causal = k3(d)
         loss += tl.where(kappa != 0.0, kappa * kl_causal, 0.0)
-        d_causal = -tl.where(kappa != 0.0, kappa * expm1(log_proj - causal_logp), 0.0)
-    return loss, d_ratio, d_logp, d_causal, kl, kl_causal, capped
+        slope = expm1(d)
+        if HAS_KL_CLIP:
+            slope = tl.where(causal_beyond, 0.0, slope)
+        d_causal = -tl.where(kappa != 0.0, kappa * slope, 0.0)
+    return loss, d_ratio, d_logp, d_causal, kl, kl_causal, capped, kl_beyond, causal_beyond

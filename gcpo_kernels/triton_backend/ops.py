@@ -11,7 +11,7 @@ from torch import Tensor
 from gcpo_kernels.ops import on_device_of
 from gcpo_kernels.options import LOSS_TYPES, LossOptions
 from gcpo_kernels.triton_backend import causal, token_loss
-from gcpo_kernels.triton_backend.token_loss import METRICS as METRICS
+from gcpo_kernels.triton_backend.token_loss import metric_places as metric_places
 
 
 def loss_numbers(options: LossOptions) -> list[float]:
@@ -28,6 +28,7 @@ def loss_numbers(options: LossOptions) -> list[float]:
         float(options.importance_sampling_level == "sequence"),
         float(options.max_completion_length or 0),
         -1.0 if items is None or isinstance(items, Tensor) else float(items),
+        0.0 if options.kl_clip is None else options.kl_clip,
     ]
 
 
@@ -43,6 +44,7 @@ def _options(numbers: list[float], items: Tensor | None) -> LossOptions:
         importance_sampling_level="sequence" if numbers[7] else "token",
         max_completion_length=int(numbers[8]) or None,
         num_items_in_batch=items if items is not None else (None if numbers[9] < 0 else numbers[9]),
+        kl_clip=numbers[10] or None,
     )
 
 
@@ -85,22 +87,23 @@ def _(
     b, t = logp.shape
     by_sequence = bool(numbers[7])
     blocks, _ = token_loss.blocking(b, t, by_sequence)
+    n_out, n_sums = token_loss.result_sizes(numbers[10] > 0)
 
     def empty(*shape: Any) -> Tensor:
         return logp.new_empty(shape, dtype=torch.float32)
 
     return (
-        empty(token_loss.N_OUT),
+        empty(n_out),
         empty(b, t),
         empty(b, t) if causal_logp is not None else empty(0),
         empty(b) if by_sequence else empty(0),
-        empty(token_loss.N_SUMS.value, b, blocks),
+        empty(n_sums, b, blocks),
     )
 
 
 @torch.library.custom_op("gcpo::triton_token_loss_backward", mutates_args=())
 def triton_token_loss_backward(
-    grad: Tensor,  # (N_OUT,): only the loss's counts
+    grad: Tensor,  # as `out`: only the loss's counts
     out: Tensor,
     d_logp: Tensor,
     d_causal: Tensor,

@@ -6,7 +6,7 @@ import triton.language as tl
 from gcpo_kernels.triton_backend.common import token_objective
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# What the pass leaves for each block of tokens.
+# What the pass leaves for each block of tokens; with a kl_clip kl_clipped and kl_causal_clipped too.
 N_SUMS = tl.constexpr(7)  # count, loss, kl, kl_causal, proj_clamped, clip_low, clip_high
 MOST_BLOCKS = tl.constexpr(64)  # programs per sequence
 
@@ -99,7 +99,7 @@ def token_loss_kernel(
     d_logp_ptr,  # (B, T) float32, contiguous
     d_causal_ptr,  # (B, T) float32, contiguous
     sequence_ptr,  # (B,) float32: with a ratio per sequence, what each of its tokens adds to d_logp
-    sums_ptr,  # (N_SUMS, B, BLOCKS) float32
+    sums_ptr,  # (N_SUMS, or two more with a kl_clip, B, BLOCKS) float32
     stride_logp_b,
     stride_logp_t,
     stride_mask_b,
@@ -131,6 +131,7 @@ def token_loss_kernel(
     epsilon_high,
     delta,
     log_floor,
+    kl_clip,
     HAS_OLD: tl.constexpr,
     HAS_REF: tl.constexpr,
     HAS_QUERY: tl.constexpr,
@@ -139,6 +140,7 @@ def token_loss_kernel(
     HAS_CONTEXT: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     HAS_DELTA: tl.constexpr,
+    HAS_KL_CLIP: tl.constexpr,
     ADV_BY_TOKEN: tl.constexpr,
     BY_SEQUENCE: tl.constexpr,
     ALIGNED_T: tl.constexpr,  # 16 divides T
@@ -183,6 +185,9 @@ def token_loss_kernel(
     sum_low = tl.zeros([LANES], tl.float32)
     sum_high = tl.zeros([LANES], tl.float32)
     sum_ratio = tl.zeros([LANES], tl.float32)
+    if HAS_KL_CLIP:
+        sum_kl_clipped = tl.zeros([LANES], tl.float32)
+        sum_causal_clipped = tl.zeros([LANES], tl.float32)
     for t0 in range(start, end, BLOCK_T):
         t = t0 + block  # [BLOCK_T]
         inside = t < end
@@ -233,7 +238,7 @@ def token_loss_kernel(
         is_ratio = tl.full([BLOCK_T], 1.0, tl.float32)
         if HAS_IS:
             is_ratio = tl.load(is_ptr + row * stride_is_b + t * stride_is_t, mask=inside, other=0.0).to(tl.float32)
-        loss, d_ratio, d_logp, d_causal, kl, kl_causal, ratio = token_objective(
+        loss, d_ratio, d_logp, d_causal, kl, kl_causal, ratio, kl_beyond, causal_beyond = token_objective(
             logp,
             log_ratio,
             adv,
@@ -246,9 +251,11 @@ def token_loss_kernel(
             epsilon_low,
             epsilon_high,
             delta,
+            kl_clip,
             HAS_DELTA,
             HAS_REF,
             HAS_CONTEXT,
+            HAS_KL_CLIP,
         )
         if not HAS_CAUSAL:
             d_logp += d_causal
@@ -263,9 +270,13 @@ def token_loss_kernel(
         sum_loss += _fold(tl.where(keep, loss, 0.0), LANES, ALIGNED_T)
         if HAS_REF:
             sum_kl += _fold(tl.where(keep, kl, 0.0), LANES, ALIGNED_T)
+            if HAS_KL_CLIP:
+                sum_kl_clipped += _fold((keep & kl_beyond).to(tl.float32), LANES, ALIGNED_T)
         if HAS_CONTEXT:
             sum_causal += _fold(tl.where(keep, kl_causal, 0.0), LANES, ALIGNED_T)
             sum_clamped += _fold((keep & clamped).to(tl.float32), LANES, ALIGNED_T)
+            if HAS_KL_CLIP:
+                sum_causal_clipped += _fold((keep & causal_beyond).to(tl.float32), LANES, ALIGNED_T)
         sum_low += _fold((keep & (ratio < 1.0 - epsilon_low) & (adv < 0)).to(tl.float32), LANES, ALIGNED_T)
         sum_high += _fold((keep & (ratio > 1.0 + epsilon_high) & (adv > 0)).to(tl.float32), LANES, ALIGNED_T)
         if BY_SEQUENCE:
@@ -278,20 +289,25 @@ def token_loss_kernel(
     sums = tl.reshape(tl.sum(tl.join(even, odd), axis=0), [8])
     which = tl.arange(0, 8)
     tl.store(sums_ptr + which * (B.to(tl.int64) * BLOCKS) + pid, sums, mask=which < N_SUMS)
+    if HAS_KL_CLIP:
+        clipped = tl.sum(tl.join(sum_kl_clipped, sum_causal_clipped), axis=0)  # [2]
+        more = N_SUMS + tl.arange(0, 2)
+        tl.store(sums_ptr + more * (B.to(tl.int64) * BLOCKS) + pid, clipped)
     if BY_SEQUENCE:
         tl.store(sequence_ptr + row, tl.sum(sum_ratio) / count)
 
 
 @triton.jit(do_not_specialize=["B", "BLOCKS"])
 def token_loss_finish_kernel(
-    sums_ptr,  # (N_SUMS, B, BLOCKS)
+    sums_ptr,  # (N_SUMS, or two more with a kl_clip, B, BLOCKS)
     items_ptr,  # (1,): num_items_in_batch, where it is a tensor
-    out_ptr,  # (N_OUT,)
+    out_ptr,  # (N_OUT,), or two more
     B,
     BLOCKS,
     divisor,
     DIVIDE_BY: tl.constexpr,
     ITEMS_ON_DEVICE: tl.constexpr,
+    HAS_KL_CLIP: tl.constexpr,
     BLOCK_P: tl.constexpr,  # at least BLOCKS
     BLOCK_B: tl.constexpr,
 ):
@@ -305,6 +321,9 @@ def token_loss_finish_kernel(
     clamped = tl.zeros([BLOCK_B], tl.float32)
     low = tl.zeros([BLOCK_B], tl.float32)
     high = tl.zeros([BLOCK_B], tl.float32)
+    if HAS_KL_CLIP:
+        kl_clipped = tl.zeros([BLOCK_B], tl.float32)
+        causal_clipped = tl.zeros([BLOCK_B], tl.float32)
     for b0 in range(0, B, BLOCK_B):
         b = (b0 + rows).to(tl.int64)
         inside = (b < B)[:, None] & (parts[None, :] < BLOCKS)
@@ -320,6 +339,9 @@ def token_loss_finish_kernel(
         clamped += tl.sum(tl.load(at + 4 * step, mask=inside, other=0.0), axis=1)
         low += tl.sum(tl.load(at + 5 * step, mask=inside, other=0.0), axis=1)
         high += tl.sum(tl.load(at + 6 * step, mask=inside, other=0.0), axis=1)
+        if HAS_KL_CLIP:
+            kl_clipped += tl.sum(tl.load(at + 7 * step, mask=inside, other=0.0), axis=1)
+            causal_clipped += tl.sum(tl.load(at + 8 * step, mask=inside, other=0.0), axis=1)
     count = tl.maximum(tl.sum(total), 1.0)
     denominator = count
     if DIVIDE_BY == 0:
@@ -336,6 +358,9 @@ def token_loss_finish_kernel(
     tl.store(out_ptr + 4, tl.sum(low) / count)
     tl.store(out_ptr + 5, tl.sum(high) / count)
     tl.store(out_ptr + 6, 1.0 / denominator)
+    if HAS_KL_CLIP:
+        tl.store(out_ptr + 7, tl.sum(kl_clipped) / count)
+        tl.store(out_ptr + 8, tl.sum(causal_clipped) / count)
 
 
 @triton.jit(do_not_specialize=["T", "BLOCKS"])
@@ -344,8 +369,8 @@ def token_loss_backward_kernel(
     d_logp_ptr,  # (B, T) float32
     d_causal_ptr,  # (B, T) float32
     sequence_ptr,  # (B,) float32
-    sums_ptr,  # (N_SUMS, B, BLOCKS): the counts come first
-    out_ptr,  # (N_OUT,)
+    sums_ptr,  # (N_SUMS, or two more, B, BLOCKS): the counts come first
+    out_ptr,  # (N_OUT,), or two more
     mask_ptr,  # (B, T)
     stride_mask_b,
     stride_mask_t,

@@ -22,9 +22,11 @@ from gcpo_kernels.triton_backend.token_kernels import (
     token_loss_kernel,
 )
 
-# What the finishing kernel writes.
+# What the finishing kernel writes: the loss, these, 1 / denominator of the loss types that have one for all sequences,
 METRICS = ("kl", "kl_causal", "proj_clamped", "clip_low", "clip_high")
-N_OUT = 7  # loss, the five metrics, 1 / denominator of the loss types that have one for all sequences
+N_OUT = 7
+# and with a kl_clip these, which the pass over the tokens then sums too.
+KL_CLIP_METRICS = ("kl_clipped", "kl_causal_clipped")
 
 GRPO, PER_TOKEN, GIVEN = 0, 1, 2  # what the loss is divided by: each sequence's count, all tokens, a given number
 
@@ -45,11 +47,23 @@ class TokenTensors(NamedTuple):
 
 
 class TokenResult(NamedTuple):
-    out: torch.Tensor  # (N_OUT,): loss, metrics, 1 / denominator
+    out: torch.Tensor  # (N_OUT,) or two more: loss, METRICS, 1 / denominator, KL_CLIP_METRICS
     d_logp: torch.Tensor  # (B, T) float32, before the reduction's weights
     d_causal: torch.Tensor  # (B, T) float32, or empty
     sequence: torch.Tensor  # (B,) float32, or empty
-    sums: torch.Tensor  # (N_SUMS, B, BLOCKS) float32
+    sums: torch.Tensor  # (N_SUMS, or two more, B, BLOCKS) float32
+
+
+def metric_places(kl_clip: bool) -> dict[str, int]:
+    """Where in `TokenResult.out` each metric is."""
+    found = {name: 1 + k for k, name in enumerate(METRICS)}
+    return found | ({name: N_OUT + k for k, name in enumerate(KL_CLIP_METRICS)} if kl_clip else {})
+
+
+def result_sizes(kl_clip: bool) -> tuple[int, int]:
+    """Entries of `TokenResult.out`, and sums of `TokenResult.sums`."""
+    more = len(KL_CLIP_METRICS) if kl_clip else 0
+    return N_OUT + more, N_SUMS.value + more
 
 
 def blocking(b: int, t: int, by_sequence: bool) -> tuple[int, int]:
@@ -118,16 +132,17 @@ def _launch(x: TokenTensors, options: LossOptions) -> TokenResult:
     by_sequence = options.importance_sampling_level == "sequence"
     blocks, block_t = blocking(b, t, by_sequence)
     has_causal = x.causal_logp is not None
+    n_out, n_sums = result_sizes(options.kl_clip is not None)
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
 
     result = TokenResult(
-        out=empty(N_OUT),
+        out=empty(n_out),
         d_logp=empty(b, t),
         d_causal=empty(b, t) if has_causal else empty(0),
         sequence=empty(b) if by_sequence else empty(0),
-        sums=empty(N_SUMS.value, b, blocks),
+        sums=empty(n_sums, b, blocks),
     )
     if b * t == 0:
         result.sums.zero_()
@@ -166,6 +181,7 @@ def _launch(x: TokenTensors, options: LossOptions) -> TokenResult:
         options.epsilon_high,
         options.delta or 0.0,
         math.log(options.proj_floor),
+        options.kl_clip or 0.0,
         HAS_OLD=x.old_logp is not None,
         HAS_REF=x.ref_logp is not None,
         HAS_QUERY=x.query_logp is not None,
@@ -174,6 +190,7 @@ def _launch(x: TokenTensors, options: LossOptions) -> TokenResult:
         HAS_CONTEXT=contexts is not None,
         HAS_WEIGHTS=x.context_weights is not None,
         HAS_DELTA=options.delta is not None,
+        HAS_KL_CLIP=options.kl_clip is not None,
         ADV_BY_TOKEN=strides[2][1] != 0,
         BY_SEQUENCE=by_sequence,
         ALIGNED_T=_aligned(t),
@@ -200,6 +217,7 @@ def token_loss_forward(x: TokenTensors, options: LossOptions) -> TokenResult:
         divisor,
         DIVIDE_BY=divide_by,
         ITEMS_ON_DEVICE=items is not None,
+        HAS_KL_CLIP=options.kl_clip is not None,
         BLOCK_P=block_p,
         BLOCK_B=max(16, 1024 // block_p),
         num_warps=4,

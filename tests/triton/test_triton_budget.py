@@ -64,7 +64,7 @@ def test_lengths_around_blocks(level: str, tokens: int, name: str) -> None:
 @pytest.mark.parametrize(("batch", "tokens"), [(2, 8 * 512 + 3), (1, 16 * 512 + 1)])
 def test_long_sequences(batch: int, tokens: int, level: str) -> None:
     """Several programs to a sequence, more than one block to a program, and 64 programs."""
-    options = {"importance_sampling_level": level, "beta": 0.04, "kappa": 0.06}
+    options = {"importance_sampling_level": level, "beta": 0.04, "kappa": 0.06, "kl_clip": 0.3}
     budget.compare("gcpo_loss", make_token_inputs(batch, tokens, 2, masked="none"), **options)
 
 

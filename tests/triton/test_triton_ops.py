@@ -31,7 +31,7 @@ def operator_calls() -> dict[str, tuple[Any, tuple]]:
     for key in ("logp", "causal_logp"):
         inputs[key].requires_grad_()
     tensors = [inputs[key] for key in LOSS_KEYS]
-    full = triton_ops.loss_numbers(LossOptions(beta=0.1, kappa=0.1, delta=1.5, loss_type="dapo"))
+    full = triton_ops.loss_numbers(LossOptions(beta=0.1, kappa=0.1, delta=1.5, loss_type="dapo", kl_clip=0.3))
     plain = triton_ops.loss_numbers(LossOptions(importance_sampling_level="sequence"))
     calls["token_loss"] = (triton_ops.triton_token_loss, (*tensors, torch.tensor(11), full))
     calls["token_loss, few"] = (triton_ops.triton_token_loss, (*tensors[:3], *[None] * 7, None, plain))
