@@ -25,7 +25,7 @@ from trl import GRPOConfig, GRPOTrainer
 from gcpo import GCPOConfig, GCPOTrainer
 from gcpo.cli import main
 from gcpo.training.accounting import AccountedGRPOTrainer
-from gcpo.training.cycle import LAYOUT, ROLLOUT, OTHERS
+from gcpo.training.cycle import LAYOUT, OTHERS, ROLLOUT
 from gcpo.training.resume import (
     REFERENCE,
     check_same_model,
