@@ -20,6 +20,7 @@ from gcpo.training.inputs import (
     load_task,
     take_split,
 )
+from gcpo.training.redaction import redacted
 
 BENCHMARK_PREFIX = "benchmark:"
 
@@ -130,7 +131,7 @@ def run(flags: list[str]) -> int:
     print(f"{'tokens per sample':<18} {result.mean_completion_length:.1f}")
     if args.output is not None:
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-        args.output.write_text(json.dumps({"result": asdict(result), "settings": settings}, indent=2) + "\n")
+        args.output.write_text(json.dumps({"result": asdict(result), "settings": redacted(settings)}, indent=2) + "\n")
         print(f"written to {args.output}")
     return 0
 

@@ -26,6 +26,7 @@ from gcpo.study import budget, tables
 from gcpo.study.definitions import NAMES, STUDIES
 from gcpo.study.workbench import Scale, Workbench
 from gcpo.training.inputs import argument_errors, check_model
+from gcpo.training.redaction import redacted
 
 DEMO = Scale(steps=32, seeds=(0, 1, 2, 3), num_held_out=256)
 QUICK = Scale(steps=20, seeds=(0, 1, 2), warm_target=0.25)
@@ -152,9 +153,10 @@ def run_study(name: str, bench: Workbench, folder: Path, quick: bool, command: s
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
     }
-    note += f"\n\n`{command}`, torch {environment['torch']}, {environment['threads']} CPU threads."
+    note += f"\n\n`{redacted(command)}`, torch {environment['torch']}, {environment['threads']} CPU threads."
     tables.write(folder, name, title, cells, note)
-    summary = {"command": command, "scale": asdict(bench.scale), "environment": environment, "results": raw}
+    scale = redacted(asdict(bench.scale))
+    summary = {"command": redacted(command), "scale": scale, "environment": environment, "results": raw}
     (folder / f"{name}.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(f"{folder / name}.csv, .md, .png, .json   {time.perf_counter() - began:.0f} s\n")
 
