@@ -1,6 +1,5 @@
 """`gcpo train`: GCPO with the flags and YAML files of `trl grpo`, and those of GCPOConfig."""
 
-import difflib
 import math
 import os
 import subprocess
@@ -8,16 +7,15 @@ import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
-import yaml
-from trl import DatasetMixtureConfig, ModelConfig, TrlParser, get_dataset, get_peft_config, get_quantization_config
+from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_peft_config, get_quantization_config
 from trl.scripts.grpo import GRPOScriptArguments
 
 from gcpo.config import GCPOConfig
+from gcpo.training.flags import TrainParser, check_installed
 from gcpo.training.inputs import (
     TASK_PREFIX,
     TASK_REWARD,
@@ -71,47 +69,6 @@ class GCPOScriptArguments(TaskArguments, GRPOScriptArguments):
     )
 
 
-class TrainParser(TrlParser):
-    """TRL's parser: one line per error instead of all the flags, and no flag that nobody reads."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {message}\n`{self.prog} --help` lists every flag.", file=sys.stderr)
-        raise SystemExit(2)
-
-    def parse_args_and_config(self, args: Any = None, *rest: Any, **kwargs: Any) -> tuple[Any, ...]:
-        given = sys.argv[1:] if args is None else args
-        argv = [part for arg in given for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
-        if "--config" in argv:
-            value = argv[argv.index("--config") + 1 :][:1]
-            if not value or not Path(value[0]).is_file():
-                raise FileNotFoundError(f"`--config` must be a YAML file, got {value[0] if value else 'nothing'!r}.")
-        try:
-            return super().parse_args_and_config(argv, *rest, **kwargs)
-        except yaml.YAMLError as error:
-            raise ValueError(f"`--config` must be a YAML file: {' '.join(str(error).split())}.") from error
-
-    def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
-        return self._for_accelerate(super().set_defaults_with_config(**kwargs))
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        namespace, rest = super().parse_known_args(args, namespace)
-        return namespace, self._for_accelerate(rest)
-
-    def _for_accelerate(self, rest: list[str]) -> list[str]:
-        if not rest:
-            return rest
-        from accelerate.commands.launch import launch_command_parser
-
-        known = {"--accelerate_config", *launch_command_parser()._option_string_actions}
-        if not rest[0].startswith("-"):
-            self.error(f"unexpected argument {rest[0]!r}")
-        for name in (arg.split("=", 1)[0] for arg in rest if arg.startswith("--")):
-            if name not in known:
-                close = difflib.get_close_matches(name, [*self._option_string_actions, *known], n=1)
-                self.error(f"unknown flag {name}" + (f" (did you mean {close[0]}?)" if close else ""))
-        return rest
-
-
 def make_parser(prog: str = "gcpo train") -> TrainParser:
     """The flags of `trl grpo`, with GCPOConfig in place of GRPOConfig."""
     groups: Any = (GCPOScriptArguments, GCPOConfig, ModelConfig, DatasetMixtureConfig)
@@ -121,20 +78,10 @@ def make_parser(prog: str = "gcpo train") -> TrainParser:
         epilog="To start several processes: --accelerate_config FILE (or the name of one of TRL's), and any flag of "
         "`accelerate launch`, such as --num_processes.",
     )
-    # TRL's parser cannot write None for an optional integer, and None is a value here (all of it).
-    optional = {name for name, hint in GCPOConfig.__annotations__.items() if hint == int | None}
-    for action in parser._actions:
-        if action.dest in optional:
-            action.type = int_or_none
     # TRL's defaults ask for bfloat16 on an accelerator; without one, a run needs no flag to start on the CPU.
     if not torch.accelerator.is_available():
         parser.set_defaults(use_cpu=True, bf16=False)
     return parser
-
-
-def int_or_none(value: str) -> int | None:
-    """An integer, or None written `none`."""
-    return None if value.lower() in ("none", "null") else int(value)
 
 
 def parse(argv: list[str]) -> tuple[GCPOScriptArguments, GCPOConfig, ModelConfig, DatasetMixtureConfig, list[str]]:
@@ -148,8 +95,6 @@ def parse(argv: list[str]) -> tuple[GCPOScriptArguments, GCPOConfig, ModelConfig
     script_args, config, model_args, mixture, launch_args = make_parser().parse_args_and_config(
         argv, return_remaining_strings=True
     )
-    if isinstance(script_args.reward_funcs, str):  # a YAML file may name one without a list
-        script_args.reward_funcs = [script_args.reward_funcs]
     return script_args, config, model_args, mixture, launch_args
 
 
@@ -222,18 +167,6 @@ def check_size(config: GCPOConfig, num_prompts: int | None) -> None:
             f"The dataset has {num_prompts} prompts, one rollout takes {wanted}: lower `per_device_train_batch_size`, "
             "`gradient_accumulation_steps` or `steps_per_generation`."
         )
-
-
-def check_installed(config: GCPOConfig, model_args: ModelConfig) -> None:
-    """Refuse flags whose package is missing, before a model is loaded."""
-    if config.use_vllm and find_spec("vllm") is None:
-        raise ValueError(
-            '`--use_vllm` needs vLLM, which is not installed: `pip install ".[vllm]"` from a checkout, in an '
-            "environment of its own."
-        )
-    if (model_args.load_in_4bit or model_args.load_in_8bit) and find_spec("bitsandbytes") is None:
-        flag = "load_in_4bit" if model_args.load_in_4bit else "load_in_8bit"
-        raise ValueError(f"`--{flag}` needs bitsandbytes, which is not installed: `pip install bitsandbytes`.")
 
 
 def count_steps(config: GCPOConfig, num_prompts: int | None) -> int | None:
@@ -330,7 +263,10 @@ def prepare(argv: list[str]) -> int | tuple[Any, str | None, str]:
             "attn_implementation": model_args.attn_implementation,
             "dtype": model_args.dtype,
         }
-        config.model_init_kwargs = init_kwargs | cast(dict[str, Any], config.model_init_kwargs or {})
+        given = dict(cast(dict[str, Any], config.model_init_kwargs or {}))
+        if "torch_dtype" in given:  # its former name, which the present one would win over
+            given["dtype"] = given.pop("torch_dtype")
+        config.model_init_kwargs = init_kwargs | given
 
         from gcpo.trainer import GCPOTrainer
 
