@@ -453,9 +453,12 @@ def test_evaluation_while_training_a_base_model_with_an_adapter(
     config: Path, models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--no_task_conversational", "--use_peft", "--eval_strategy", "steps", "--eval_steps", "2"]
-    flags += ["--task_eval_size", "2", "--per_device_eval_batch_size", "2"]
+    flags += ["--task_eval_size", "2", "--per_device_eval_batch_size", "2", "--disable_tqdm", "false"]
     assert run("train", "--config", config, "--model_name_or_path", models["plain"], *flags) == 0
-    assert "eval_reward" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "eval_reward" in shown.out
+    for name in ("training", "evaluation"):  # where there is no terminal: lines of their own, no bar
+        assert re.search(rf"^{name}: 2 of 2 steps, \d+ s$", shown.err, re.MULTILINE)
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 

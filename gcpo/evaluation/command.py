@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -118,7 +117,6 @@ def run(flags: list[str]) -> int:
             temperature=args.temperature,
             batch_size=args.batch_size,
             seed=args.seed,
-            progress=sys.stderr.isatty(),
         )
     except EvaluationError as error:
         raise ArgumentsError(str(error)) from error

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from transformers import ProgressCallback
 from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_peft_config, get_quantization_config
 from trl.scripts.grpo import GRPOScriptArguments
 
@@ -33,6 +34,7 @@ from gcpo.training.inputs import (
     load_task,
     take_split,
 )
+from gcpo.training.progress import StepProgress
 from gcpo.training.resume import check_same_model, checkpoints, last_complete_checkpoint, step_of, why_incomplete
 from gcpo.training.reward_timeout import with_timeout
 
@@ -290,6 +292,9 @@ def train(trainer: Any, checkpoint: str | None, announcement: str) -> int:
     """Train, save, and return the exit code."""
     say, config = trainer.accelerator.print, trainer.args
     say(announcement, flush=True)
+    if not config.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(StepProgress())
     begun = 0
     if checkpoint is not None:
         begun = step_of(checkpoint)  # now: `save_total_limit` may remove it
