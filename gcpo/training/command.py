@@ -26,7 +26,6 @@ from gcpo.training.inputs import (
     argument_errors,
     check_chat_template,
     check_model,
-    check_prompts,
     checked,
     is_task,
     load_named,
@@ -35,6 +34,7 @@ from gcpo.training.inputs import (
     take_split,
 )
 from gcpo.training.progress import StepProgress
+from gcpo.training.prompts import PromptError, check_prompts
 from gcpo.training.resume import check_same_model, checkpoints, last_complete_checkpoint, step_of, why_incomplete
 from gcpo.training.reward_timeout import with_timeout
 
@@ -241,9 +241,9 @@ def prepare(argv: list[str]) -> int | tuple[Any, str | None, str]:
             print("gcpo train: warning: `datasets` is given, so --dataset_name is not read", file=sys.stderr)
             script_args.dataset_name = None
         train_dataset, eval_dataset = load_splits(script_args, mixture, config.eval_strategy != "no")
-        for dataset in (train_dataset, eval_dataset):
-            if dataset is not None:
-                check_prompts(dataset)
+        train_dataset = check_prompts(train_dataset)
+        if eval_dataset is not None:
+            eval_dataset = check_prompts(eval_dataset, "The dataset to evaluate on")
         num_prompts = len(train_dataset) if hasattr(train_dataset, "__len__") else None
         check_size(config, num_prompts)
         rewards: list[Any] = load_rewards(
@@ -306,6 +306,8 @@ def train(trainer: Any, checkpoint: str | None, announcement: str) -> int:
         where = f"continue with --resume_from_checkpoint {kept}" if kept else "no checkpoint was saved"
         print(f"gcpo train: interrupted at step {trainer.state.global_step}; {where}", file=sys.stderr)
         return 130
+    except PromptError as error:  # a row of a stream
+        raise ArgumentsError(str(error)) from error
     state = trainer.state
     if state.global_step == 0:  # a stream's length is not known before
         wanted = prompts_per_rollout(config)
