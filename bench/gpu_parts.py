@@ -105,7 +105,7 @@ def _kernels(name: str, limit: float, options: Options, *words: str) -> Part:
 def _step_overhead(options: Options) -> Part:
     """Without a save and a load of weights: they are drawn where they are used."""
     sizes = "--model 0.5b --dtype bfloat16 --steps 2 --completion_tokens 128 --collider_tokens 32"
-    rows = ["GCPO, defaults", "full contexts"]
+    rows = ["GCPO, defaults", 'context_attention="full"']
     if options.dry:
         sizes = "--model tiny --steps 1 --prompts 1 --num_generations 4 --batch_size 4 --completion_tokens 4"
         sizes += " --collider_tokens 2 --no_memory"

@@ -40,59 +40,62 @@ from bench.overhead_runs import MODELS, Run, Variant, Weights, cpu_memory, devic
 from bench.revision import revision
 from gcpo import GCPOConfig
 
-# Savings switched off, and savings beyond the defaults. Rows that are the defaults are left out.
-_OFF: dict[str, dict[str, Any]] = {
-    "shared beginnings off": {"share_prefix": False},
-    "rollout's states off": {"reuse_rollout": False},
-    "packing off": {"pack_tokens": 1},
-    "full contexts": {"context_attention": "full"},
-    "full contexts, all, of all candidates": {
-        "context_attention": "full",
-        "num_kl_contexts": None,
-        "kl_fraction": 1.0,
-    },
-    "all contexts": {"num_kl_contexts": None},
-    "all candidates": {"kl_fraction": 1.0},
-    "whole candidates shown": {"candidate_context_tokens": None},
-    "estimator scored": {"estimator": "scored", "num_kl_contexts": None, "kl_fraction": 1.0},
-    "all of these off": {
+# Savings switched off, each and all, and savings beyond the defaults. Rows that are the defaults are left out.
+_CHANGES: list[dict[str, Any]] = [
+    {"share_prefix": False},
+    {"reuse_rollout": False},
+    {"pack_tokens": 1},
+    {"context_attention": "full"},
+    {"context_attention": "full", "num_kl_contexts": None, "kl_fraction": 1.0},
+    {"num_kl_contexts": None},
+    {"kl_fraction": 1.0},
+    {"candidate_context_tokens": None},
+    {"estimator": "scored"},  # which takes all contexts of all candidates
+    {
         "share_prefix": False,
         "reuse_rollout": False,
         "context_attention": "full",
-        "num_kl_contexts": None,
-        "kl_fraction": 1.0,
         "candidate_context_tokens": None,
         "estimator": "scored",
     },
-}
-_ON: dict[str, dict[str, Any]] = {
-    "prompts shared in training": {"share_prompt": True},
-    "prompts shared in training, 1/8 of candidates": {"share_prompt": True, "kl_fraction": 0.125},
-    "without the second KL": {"kappa": 0.0},
-}
+    {"share_prompt": True},
+    {"share_prompt": True, "kl_fraction": 0.125},
+    {"kappa": 0.0},
+]
 _DEFAULTS = {item.name: item.default for item in fields(GCPOConfig)}
+
+
+def named(options: dict[str, Any]) -> str:
+    """A row's name, in tables and for `--only`: the options as one writes them."""
+    texts = {key: f'"{value}"' if isinstance(value, str) else str(value) for key, value in options.items()}
+    return ", ".join(f"{key}={text}" for key, text in texts.items())
+
+
+_NAIVE = {"share_prefix": False, "reuse_rollout": False}
 VARIANTS: dict[str, Variant] = {
     "GCPO, defaults": Variant({}),
     **{
-        name: Variant(options)
-        for name, options in {**_OFF, **_ON}.items()
+        named(options): Variant(options)
+        for options in _CHANGES
         if any(_DEFAULTS[key] != value for key, value in options.items())
     },
-    "paper's settings": Variant({}, paper=True),
-    "paper's settings, naive": Variant({"share_prefix": False, "reuse_rollout": False}, paper=True),
+    "GCPOConfig.paper()": Variant({}, paper=True),
+    f"GCPOConfig.paper({named(_NAIVE)})": Variant(_NAIVE, paper=True),
 }
 # What rows with `share_prompt` are held against; measured wherever there is such a row.
 SHARED = "GRPO, prompts shared"
 GRPO_SHARED = Variant({"kappa": 0.0, "estimator": "none", "share_prompt": True})
+# All that a table shows. GRPO, which ratios are to, is always measured.
+ROWS: dict[str, Variant | None] = {"GRPO": None, SHARED: GRPO_SHARED, **VARIANTS}
 SCORED = ("scored_query", "scored_colliders", "scored_contexts")
 
 
 def choose(args: argparse.Namespace) -> dict[str, Variant | None]:
     """The rows to measure, TRL's GRPO (None) first. Gradient checkpointing excludes sharing prompts in training."""
-    chosen = {name: VARIANTS[name] for name in args.only or VARIANTS}
+    chosen = {name: ROWS[name] for name in args.only or VARIANTS}
     if args.gradient_checkpointing:
-        chosen = {name: variant for name, variant in chosen.items() if not variant.shares_prompts}
-    shared = {SHARED: GRPO_SHARED} if any(variant.shares_prompts for variant in chosen.values()) else {}
+        chosen = {name: variant for name, variant in chosen.items() if not (variant and variant.shares_prompts)}
+    shared = {SHARED: GRPO_SHARED} if any(variant and variant.shares_prompts for variant in chosen.values()) else {}
     return {"GRPO": None, **shared, **chosen}
 
 
@@ -215,7 +218,13 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--no_memory", dest="memory", action="store_false", help="leave out peak memory, which on a CPU takes runs anew"
     )
-    add("--only", nargs="+", choices=list(VARIANTS), help="these variants instead of all")
+    add(
+        "--only",
+        nargs="+",
+        choices=list(ROWS),
+        metavar="ROW",
+        help="these rows of the table, beside GRPO's: %(choices)s",
+    )
     add("--out", type=Path, help="JSON file to write; the table goes beside it as Markdown")
     return parser
 

@@ -21,6 +21,8 @@ from packaging.version import Version
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_callable, pad
 
+from gcpo.training.redaction import redacted
+
 TESTED_VERSION = "1.16"
 
 __all__ = [
@@ -58,8 +60,8 @@ def explained_server(args: Any, model: Any) -> Iterator[None]:
         url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
         name = model if isinstance(model, str) else get_config_model_id(model.config)
         raise ConnectionError(
-            f"No vLLM server answers at {url} (`vllm_server_timeout`: {args.vllm_server_timeout} s). Start one on GPUs "
-            f"that the trainer does not use:\n"
+            f"No vLLM server answers at {redacted(url)} (`vllm_server_timeout`: {args.vllm_server_timeout} s). "
+            f"Start one on GPUs that the trainer does not use:\n"
             f"    VLLM_SERVER_DEV_MODE=1 vllm serve {name} --port {urlsplit(url).port or 80} "
             '--weight-transfer-config \'{"backend": "nccl"}\' --logprobs-mode processed_logprobs --max-logprobs -1\n'
             "or share the trainer's with `vllm_mode='colocate'`."

@@ -17,6 +17,15 @@ POLICY_CONTEXTS = ("query", "context")
 CONTEXT_ATTENTIONS = ("full", "parallel")
 # Those of TRL that the second KL has a reduction for.
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
+# Options of TRL's whose whole numbers must not be floats.
+_COUNTS = (
+    "num_generations",
+    "num_iterations",
+    "steps_per_generation",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_steps",
+)
 
 FUSION_PROMPT_TEMPLATE = (
     "{question}\n\n"
@@ -213,6 +222,7 @@ class GCPOConfig(GRPOConfig):
     def __post_init__(self) -> None:
         with explained_groups(self):
             super().__post_init__()
+        self._check_late_refusals()
         self._check_causal_options()
         if self.baseline is None:
             self.baseline = "loo" if self.estimator == "loo" else "mean"
@@ -302,6 +312,19 @@ class GCPOConfig(GRPOConfig):
         if "num_colliders" not in overrides:
             config.num_colliders = config.num_generations
         return config
+
+    def _check_late_refusals(self) -> None:
+        """What TRL fails on as well, but only once a model is loaded and a step has begun."""
+        for name in _COUNTS:
+            if isinstance(getattr(self, name), float):
+                raise TypeError(f"`{name}` must be an integer, got {getattr(self, name)}.")
+        _check_number("temperature", self.temperature, low=0.0, open_low=True)
+        _check_number("repetition_penalty", self.repetition_penalty, low=0.0, open_low=True)
+        _check_number("top_p", self.top_p, low=0.0)
+        if self.min_p is not None:
+            _check_number("min_p", self.min_p, low=0.0, high=1.0)
+        if self.max_completion_length is not None and self.max_completion_length < 1:
+            raise ValueError(f"`max_completion_length` must be at least 1, got {self.max_completion_length}.")
 
     def _check_causal_options(self) -> None:
         _check_number("alpha", self.alpha)

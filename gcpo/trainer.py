@@ -22,6 +22,7 @@ from gcpo._trl import (
     refuse_wrapped_head,
 )
 from gcpo.causal.contexts import Prompt, check_length, longest_prompt
+from gcpo.causal.lengths import check_prompt_lengths
 from gcpo.causal.step import WEIGHT_COLUMNS, CausalStep
 from gcpo.config import GCPOConfig
 from gcpo.forward.representations import HiddenRecorder
@@ -31,6 +32,7 @@ from gcpo.forward.shared_prompt import logps_sharing_prompts, repeats_prompts
 from gcpo.training.accounting import AccountedGRPOTrainer
 from gcpo.training.guard import SkipNonFiniteSteps
 from gcpo.training.processes import check_processes_agree, explained_loss_of_process
+from gcpo.training.prompts import check_prompts
 from gcpo_kernels import gcpo_loss
 
 _OWN_ARGUMENTS = ("self", "model", "reward_funcs", "args")
@@ -109,6 +111,7 @@ class GCPOTrainer(AccountedGRPOTrainer):
             self.keeps_account = True
         if args.is_causal:
             _refuse_unsupported(kwargs)
+            kwargs |= _checked_datasets(kwargs)
         size = len(kwargs["train_dataset"]) if hasattr(kwargs.get("train_dataset"), "__len__") else None
         check_processes_agree(args, train_dataset_size=size)
         with explained_server(args, model):
@@ -125,6 +128,8 @@ class GCPOTrainer(AccountedGRPOTrainer):
             longest = longest_prompt(args, self.max_completion_length)
             check_length(longest, self.max_positions, "Showing the candidates and colliders of one prompt")
         self._causal = CausalStep(self)
+        if args.is_causal:
+            check_prompt_lengths(self)
         if args.share_prompt and (not self._causal.scorer.can_continue or self._is_vlm or self.aux_loss_enabled):
             raise ValueError(
                 "`share_prompt` needs a text model whose every layer keeps the keys and values of all tokens, without "
@@ -419,6 +424,16 @@ class GCPOTrainer(AccountedGRPOTrainer):
         value = float(value)
         if self.keeps_account and not math.isnan(value):
             self._metrics[mode].setdefault(f"gcpo/{name}", []).append(value)
+
+
+def _checked_datasets(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The datasets among the trainer's arguments, with every prompt looked at, or to be when its row comes up."""
+    train, held_out = arguments.get("train_dataset"), arguments.get("eval_dataset")
+    checked = {"train_dataset": check_prompts(train, "`train_dataset`")}
+    if isinstance(held_out, dict):
+        named = {name: check_prompts(part, f"`eval_dataset[{name!r}]`") for name, part in held_out.items()}
+        return checked | {"eval_dataset": named}
+    return checked | {"eval_dataset": check_prompts(held_out, "`eval_dataset`")}
 
 
 def _refuse_unsupported(arguments: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ def test_step_overhead(tmp_path, capsys, monkeypatch):
     write = step_overhead.write
     monkeypatch.setattr(step_overhead, "write", lambda *given: (write(*given), written.append(out.read_text())))
     flags = "--model tiny --steps 2 --prompts 2 --num_generations 4 --batch_size 4 --completion_tokens 6".split()
-    rows = ["GCPO, defaults", "prompts shared in training"]
+    rows = ["GCPO, defaults", "share_prompt=True"]
     step_overhead.main([*flags, "--collider_tokens", "4", "--only", *rows, "--out", str(out)])
     content = json.loads(out.read_text())
     assert [json.loads(text)["results"]["GRPO"]["ratio"]["all"] for text in written] == [[1.0], [1.0, 1.0]]
@@ -27,7 +28,7 @@ def test_step_overhead(tmp_path, capsys, monkeypatch):
     results = content["results"]
     assert list(results) == ["GRPO", "GRPO, prompts shared", *rows]
     shared = [name for name in results if "ratio_shared" in results[name]]
-    assert shared == ["GRPO, prompts shared", "prompts shared in training"]
+    assert shared == ["GRPO, prompts shared", "share_prompt=True"]
     assert results[shared[0]]["ratio_shared"]["all"] == [1.0, 1.0]
     seconds = [results[name]["step_seconds"]["all"] for name in shared]
     assert results[shared[1]]["ratio_shared"]["all"] == [b / a for a, b in zip(*seconds, strict=True)]
@@ -57,7 +58,7 @@ def test_step_overhead(tmp_path, capsys, monkeypatch):
 def test_rollouts_read_prompts_as_the_benchmark_says(tmp_path):
     """TRL's GRPO once per completion; GCPO, and GRPO with prompts shared, once for all."""
     flags = ["--prompts", "1", "--num_generations", "4", "--batch_size", "4", "--completion_tokens", "2"]
-    only = ["--only", "GCPO, defaults", "prompts shared in training"]
+    only = ["--only", "GCPO, defaults", "share_prompt=True"]
     args = step_overhead.make_parser().parse_args([*flags, "--collider_tokens", "2", *only])
     args.folder = str(tmp_path)
     prepare_model("tiny", tmp_path)
@@ -85,7 +86,8 @@ def test_gradient_checkpointing_leaves_out_what_it_excludes():
     assert step_overhead.SHARED in step_overhead.choose(parser.parse_args([]))
     rows = step_overhead.choose(parser.parse_args(["--gradient_checkpointing"]))
     assert len(rows) > 8 and not any(variant is not None and variant.shares_prompts for variant in rows.values())
-    assert list(step_overhead.choose(parser.parse_args(["--only", "all contexts"]))) == ["GRPO", "all contexts"]
+    only = "num_kl_contexts=None"
+    assert list(step_overhead.choose(parser.parse_args(["--only", only]))) == ["GRPO", only]
 
 
 def test_a_result_says_whether_files_had_changed(tmp_path, monkeypatch):
@@ -126,12 +128,22 @@ def test_memory_is_charged_to_the_phase_that_holds_it():
 
 
 def test_rows_that_are_the_defaults_are_left_out():
-    named = step_overhead.VARIANTS
-    assert all(variant.options or variant.paper for name, variant in named.items() if name != "GCPO, defaults")
-    assert "shared beginnings off" in named and "paper's settings" in named
-    for name, options in {**step_overhead._OFF, **step_overhead._ON}.items():
+    rows = step_overhead.VARIANTS
+    assert all(variant.options or variant.paper for name, variant in rows.items() if name != "GCPO, defaults")
+    assert "share_prefix=False" in rows and "GCPOConfig.paper()" in rows
+    for options in step_overhead._CHANGES:
         changes = {key for key, value in options.items() if step_overhead._DEFAULTS[key] != value}
-        assert (name in named) == bool(changes)
+        assert (step_overhead.named(options) in rows) == bool(changes)
+
+
+def test_only_takes_every_row_of_a_table_by_its_name():
+    parser = step_overhead.make_parser()
+    for row in step_overhead.choose(parser.parse_args([])):
+        assert row in step_overhead.choose(parser.parse_args(["--only", row]))
+    for name, variant in step_overhead.VARIANTS.items():
+        if variant.options:  # a name is what one writes to have the row's options
+            call = eval(name if variant.paper else f"dict({name})", {"GCPOConfig": SimpleNamespace(paper=dict)})
+            assert call == variant.options
 
 
 @pytest.mark.parametrize("flags", [["--batch_size", "5"], ["--model", "none"], ["--only", "none"]])

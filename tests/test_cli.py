@@ -6,16 +6,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
+import trl
 import yaml
 
 from gcpo import cli, doctor
 from gcpo.cli import main
 from gcpo.training import command as training
-from gcpo.training import inputs
+from gcpo.training import flags, inputs
 
 TASK = "reasoning_gym:chain_sum"
 
@@ -115,6 +116,19 @@ def test_train_help_has_the_options_of_trl_and_of_gcpo(capsys: pytest.CaptureFix
         (["eval", "--dataset_name", TASK], "--model_name_or_path"),
         (["eval", "--dataset_name", TASK, "--model_name_or_path", "m", "--batch_size", "two"], "--batch_size"),
         (["doctor", "--fast"], "--fast"),
+        (["train", "--torch_dtype", "float32"], "unknown flag --torch_dtype: it is called --dtype now"),
+        (
+            ["train", "--max-prompt-length", "9"],
+            "unknown flag --max-prompt-length, which there is no more: prompts",
+        ),
+        (["train", "--config", "a.yaml", "--config=b.yaml"], "`--config` must be given once"),
+        (["train", "--num_iterations", "2.0"], "--num_iterations/--num-iterations: invalid int value: '2.0'"),
+        (["train", "--candidate_context_tokens", "few"], "invalid int value: 'few'"),
+        (["train", "--temperature", "0"], "`temperature` must be finite and in (0.0, inf], got 0.0"),
+        (["train", "--min_p", "2"], "`min_p` must be finite and in [0.0, 1.0], got 2.0"),
+        (["train", "--report_to", "wandb"], "`--report_to wandb`: WandbCallback requires wandb to be installed"),
+        (["train", "--report_to", "flyte"], "`--report_to flyte`: FlyteCallback requires flytekit to be installed"),
+        (["train", "--report_to", "wandbb"], "`--report_to` must be none, all, or some of azure_ml"),
     ],
 )
 def test_wrong_arguments_name_what_is_wrong(argv: list[str], wanted: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,11 +169,71 @@ def test_wrong_dataset_reward_or_checkpoint(
     assert wanted in capsys.readouterr().err
 
 
-def test_a_yaml_file_with_an_unknown_key_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_that_take_json(capsys: pytest.CaptureFixture[str]) -> None:
+    """All of them; the text itself is not shown, as it may hold a token."""
+    parser = training.make_parser()
+    names = [name for name, hint in get_type_hints(trl.GRPOConfig).items() if "dict" in str(hint)]
+    assert {"generation_kwargs", "model_init_kwargs", "liger_kernel_config", "deepspeed"} <= set(names)
+    for name in names:
+        for text, wanted in (("{top_k: s3cret}", "got what is no JSON (Expecting"), ("[1]", "")):
+            with pytest.raises(SystemExit):
+                parser.parse_known_args([f"--{name}", text])
+            error = capsys.readouterr().err
+            assert f"argument --{name}" in error and "must be a JSON object" in error and wanted in error
+            assert "s3cret" not in error
+        for text, value in ((' {"a": "1"}', {"a": "1"}), ("none", None)):
+            found = getattr(parser.parse_known_args([f"--{name}={text}"])[0], name)
+            assert (json.loads(found) if isinstance(found, str) else found) == value
+
+
+def test_what_was_renamed_or_dropped_is_no_flag_now() -> None:
+    known = set(training.make_parser()._option_string_actions)
+    assert {f"--{name}" for name in flags.RENAMED.values()} <= known
+    assert not {f"--{name}" for name in (*flags.RENAMED, *flags.GONE)} & known
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("kapa: 1", "`--config`: unknown key kapa (did you mean kappa?)"),
+        ("torch_dtype: float32", "`--config`: unknown key torch_dtype: it is called dtype now"),
+        ("no_share_prefix: true", "`--config`: unknown key no_share_prefix: write share_prefix: false"),
+        ("learning-rate: 1\nlearning_rate: 2", "`learning_rate` must be given once, got it as `learning_rate` too"),
+        ("num_iterations: 2.0", "`num_iterations` must be an integer, got 2.0"),
+        ("num_iterations: '2.0'", "invalid int value: '2.0'"),
+        ("max-steps: true", "`max_steps` must be an integer, got True"),
+        ("kappa: [1]", "`kappa` must be a number, got [1]"),
+        ("use_cpu: 3", "`use_cpu` must be true or false, got 3"),
+        ("generation_kwargs: [1]", "`generation_kwargs` must be a mapping, got [1]"),
+        ("dtype: fp16", "`dtype` must be one of auto, bfloat16, float16, float32, got 'fp16'"),
+    ],
+)
+def test_wrong_keys_and_values_of_a_yaml_file(
+    text: str, wanted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "config.yaml"
-    path.write_text("kapa: 1\n")
+    path.write_text(text + "\n")
     assert run("train", "--config", path) == 2
-    assert "unknown flag --kapa" in capsys.readouterr().err
+    assert wanted in capsys.readouterr().err
+
+
+def test_a_yaml_file_is_read_as_flags_are(tmp_path: Path) -> None:
+    """Either spelling of a name; what YAML makes of `no` and of a single entry; a dict as one or as JSON."""
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "learning-rate: 1e-3\nsave_strategy: no\nreward-funcs: think_format_reward\nreward_weights: 2\nuse_cpu: 1\n"
+        "bf16: false\ngeneration_kwargs: {top_k: 3}\nlr_scheduler_kwargs: '{\"num_cycles\": 2}'\nmax_steps: 3\n"
+        f"output_dir: {tmp_path}\n"
+    )
+    script_args, config, *_ = training.parse(["--config", str(path), "--max_steps", "4"])
+    assert script_args.reward_funcs == ["think_format_reward"]
+    found = {"learning_rate": 1e-3, "reward_weights": [2], "use_cpu": True, "generation_kwargs": {"top_k": 3}}
+    found |= {"lr_scheduler_kwargs": {"num_cycles": 2}, "max_steps": 4, "save_strategy": "no"}
+    assert {name: getattr(config, name) for name in found} == found
+
+
+def test_a_yaml_file_that_is_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.yaml"
     path.write_text("kappa: 1\n  alpha: 1\n")
     for command in ("train", "plan"):
         assert run(command, "--config", path) == 2
@@ -261,11 +335,19 @@ def test_nothing_is_saved_where_no_step_was_made(
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
-@pytest.mark.parametrize(("flag", "package"), [("use_vllm", "vLLM"), ("load_in_4bit", "bitsandbytes")])
+@pytest.mark.parametrize(
+    ("flag", "package"),
+    [
+        ("use_vllm", "vLLM"),
+        ("load_in_4bit", "bitsandbytes"),
+        ("use_peft", "peft"),
+        ("use_liger_kernel", "liger-kernel"),
+    ],
+)
 def test_a_flag_whose_package_is_missing(
     flag: str, package: str, config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(training, "find_spec", lambda name: None)
+    monkeypatch.setattr(flags, "find_spec", lambda name: None)
     assert run("train", "--config", config, f"--{flag}") == 2
     assert f"`--{flag}` needs {package}, which is not installed: `pip install " in capsys.readouterr().err
 
@@ -413,9 +495,12 @@ def test_evaluation_while_training_a_base_model_with_an_adapter(
     config: Path, models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--no_task_conversational", "--use_peft", "--eval_strategy", "steps", "--eval_steps", "2"]
-    flags += ["--task_eval_size", "2", "--per_device_eval_batch_size", "2"]
+    flags += ["--task_eval_size", "2", "--per_device_eval_batch_size", "2", "--disable_tqdm", "false"]
     assert run("train", "--config", config, "--model_name_or_path", models["plain"], *flags) == 0
-    assert "eval_reward" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "eval_reward" in shown.out
+    for name in ("training", "evaluation"):  # where there is no terminal: lines of their own, no bar
+        assert re.search(rf"^{name}: 2 of 2 steps, \d+ s$", shown.err, re.MULTILINE)
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 

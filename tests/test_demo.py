@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from gcpo.demo import command as demo
 from gcpo.demo import table as demo_report
 from gcpo.demo.tiny import TINY_TEMPLATES, save_smollm2, save_tiny, tiny_model, tiny_tokenizer, warm_start
 from gcpo.evaluation.tasks import reasoning_gym_dataset
+from gcpo.training import progress
 
 QUESTIONS = ["Spell this word: sun", "Spell this word: moon"]
 
@@ -141,9 +143,37 @@ def test_demo_end_to_end(monkeypatch, tmp_path, capsys):
     assert first[0]["gcpo/tokens/generated"] == first[1]["gcpo/tokens/generated"]
     assert json.loads((tmp_path / "demo.json").read_text()) == result
     assert (tmp_path / "demo.png").exists()
-    shown = capsys.readouterr().out
+    shown, errors = capsys.readouterr()
     assert f"{result['evaluations']['GCPO']['pass_at_1']:.3f}" in shown
     assert "grad_norm" not in shown
+    # Here is no terminal: a line for every tenth of a phase, and no bar.
+    lines = errors.splitlines()
+    assert sum(line.startswith("warm start: ") for line in lines) <= 10
+    for part in ("evaluating: 16 of 16 samples, ", "GRPO: 1 of 2 steps, ", "GCPO: 2 of 2 steps, "):
+        assert any(line.startswith(part) for line in lines), part
+    assert "\r" not in errors and "it/s" not in errors and len(lines) < 40
+
+
+@pytest.mark.parametrize(("total", "given", "wanted"), [(3, [1] * 3, [1, 2, 3]), (400, [1] * 400, range(40, 401, 40)),
+    (64, [25, 25, 14], [25, 50, 64]), (1000, [1] * 150, [100, 150]), (0, [], [])])  # fmt: skip
+def test_progress_without_a_terminal(total, given, wanted, capsys):
+    with progress.progress_bar(total, "phase", "step") as bar:
+        for count in given:
+            bar.update(count)
+            bar.set_postfix(reward=0.5)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(", ")[0] for line in lines] == [f"phase: {n} of {total} steps" for n in wanted]
+    assert all(line.endswith(", reward 0.5") for line in lines[1:])
+
+
+def test_progress_on_a_terminal_is_a_bar(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with progress.progress_bar(5, "phase", "step") as bar:
+        bar.update(5)
+    assert "phase: 100%|" in capsys.readouterr().err
+    with progress.progress_bar(5, "phase", "step", disable=True) as bar:
+        bar.update(5)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("flags", [["--steps", "0"], ["--steps", "-1"], ["--task", "no_such_task"]])

@@ -190,11 +190,22 @@ def test_an_axis_is_logarithmic_where_a_spike_flattens_the_rest(draw: plots.Draw
     plt.close("all")
 
 
-def test_the_command(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "report.html"
     assert main(["report", str(runs), "--output", str(output), "--title", "Both"]) == 0
     assert "<title>Both</title>" in output.read_text()
     assert "2 runs" in capsys.readouterr().out
+    one, *more = sorted(path for path in runs.iterdir() if path.is_dir())
+    monkeypatch.chdir(tmp_path)
+    output.unlink()
+    # Without --output into the run's folder, or the folder of runs; of several runs, here.
+    for given, wanted in (([runs], runs), ([one], one), ([one / LOG], one), ([one, *more], tmp_path)):
+        assert main(["report", *map(str, given)]) == 0
+        assert (wanted / "report.html").read_text().startswith("<!DOCTYPE html>")
+        assert output.exists() == (wanted == tmp_path)
+        (wanted / "report.html").unlink()
     append_line(tmp_path / "empty" / LOG, {"step": 1, "train_runtime": 1.0})
     for wrong, wanted in (
         (tmp_path / "nowhere", "must be the output folder of a run"),

@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 
 from gcpo import GCPOConfig, GCPOTrainer
 from gcpo.cli import main
-from gcpo.study import budget, command
+from gcpo.study import budget, command, workbench
 from gcpo.study.definitions import GCPO, GRPO, NAMES, STUDIES, Arm
 from gcpo.study.intervals import elbow, interval
 from gcpo.study.rewards import open_ended_reward
@@ -217,3 +218,24 @@ def test_the_study_of_estimator_budgets(
 def test_wrong_flags(flags: list[str], wanted: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["study", "alpha", "--output_dir", str(tmp_path), "--work_dir", str(tmp_path), *flags]) == 2
     assert wanted in capsys.readouterr().err
+
+
+def test_no_secret_of_an_option_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scale = replace(SMALL, options={"model_init_kwargs": {"token": "s3cret", "dtype": "float32"}})
+    monkeypatch.setattr(workbench.Workbench, "_load_prompts", lambda self: (None, None, None))
+    monkeypatch.setattr(
+        workbench.Workbench, "trainer", lambda *given: SimpleNamespace(train=lambda **given: None, model=None)
+    )
+    monkeypatch.setattr(workbench.Workbench, "measure", lambda *given: {})
+    monkeypatch.setattr(workbench, "summarize", lambda folder: {})
+    bench = Workbench(scale, tmp_path)
+    bench._run_folder(GCPO, 0).mkdir(parents=True)
+    bench.run(GCPO, 0)
+    monkeypatch.setattr(budget, "measure", lambda *given: {})
+    monkeypatch.setattr(command.tables, "budget_cells", lambda *given: ([], []))
+    for name in ("plot_budgets", "show", "write"):
+        monkeypatch.setattr(command.tables, name, lambda *given: None)
+    command.run_study("samples", bench, tmp_path, True, "gcpo study samples --model_name_or_path https://s3cret@host/m")
+    written = {path.name: path.read_text() for path in tmp_path.rglob("*.json")}
+    assert set(written) == {"result.json", "samples.json"}
+    assert all("s3cret" not in text and "model_init_kwargs" in text for text in written.values())

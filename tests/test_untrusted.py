@@ -1,10 +1,14 @@
 """Prompts, completions, data sets and checkpoints are data: none of them can become structure, or code."""
 
 import ast
+import copy
+import json
 import os
 import pickle
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +19,11 @@ from tiny_policy import SHORT_TEMPLATES, TEMPLATE, make_tokenizer, options, save
 
 from gcpo import GCPOConfig
 from gcpo.causal.contexts import PromptBuilder
+from gcpo.training import processes, runs
 from gcpo.training.command import parse
 from gcpo.training.inputs import load_named, load_reward, load_rewards
+from gcpo.training.recording import RunRecorder
+from gcpo.training.redaction import redacted
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = make_tokenizer()
@@ -165,3 +172,53 @@ def test_no_source_loads_pickles_or_runs_text():
         "import pickle\ntorch.load(f)\ntorch.load(f, weights_only=False)\neval(x)\ntorch.load(f, weights_only=True)"
     )
     assert len(unsafe_calls(planted)) == 4
+
+
+URL = "https://me:s3cret@host:8000/v1?api_key=s3cret"
+SECRETS = {
+    "hub_token": "s3cret",
+    "model_init_kwargs": {"token": "s3cret", "use_auth_token": "s3cret", "proxies": {"https": URL}},
+    "generation_kwargs": {"headers": {"Authorization": "Bearer s3cret", "x-api-key": "s3cret"}, "apiKeys": ["s3cret"]},
+    "transformers_continuous_batching_config": '{"HF_TOKEN": "s3cret", "max_batch_tokens": 256}',
+    "deepspeed": {"comet": {"api_key": "s3cret", "password": 53, "auth": {"user": "s3cret"}}},
+    "vllm_server_base_url": URL,
+    "trackio_space_id": "https://s3cret@host/space",
+}
+
+
+def test_a_run_writes_down_no_secret(tmp_path):
+    """Under any option that can hold one, in `gcpo_run.json`."""
+    args = SimpleNamespace(output_dir=str(tmp_path), to_dict=lambda: copy.deepcopy(SECRETS))
+    state = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=1)
+    RunRecorder(SimpleNamespace()).on_train_begin(args, state, None)
+    text = (tmp_path / runs.CONFIG).read_text()
+    assert "s3cret" not in text and "53" not in text
+    written = json.loads(text)
+    assert SECRETS.keys() <= written.keys()  # that there was one stays
+    assert written["vllm_server_base_url"] == "https://<hidden>@host:8000/v1?<hidden>"
+    assert json.loads(written["transformers_continuous_batching_config"])["max_batch_tokens"] == 256
+
+
+def test_what_is_no_secret_is_written_as_it_is(tmp_path):
+    """All defaults of all options, and what looks like a secret."""
+    plain = GCPOConfig(**options(tmp_path)).to_dict() | {
+        "generation_kwargs": {"eos_token_id": [2, 3], "max_new_tokens": 5, "stop_token": "</s>", "author": "me"},
+        "model_init_kwargs": {"token": True, "revision": "main"},
+        "fusion_prompt_template": "{question} token: see http://host/a?b=c, the key: 7 {candidates}",
+        "chat_template_kwargs": '{"thinking":false}',
+    }
+    plain.pop("hub_token")
+    assert redacted(plain) == plain
+
+
+def test_processes_that_disagree_show_no_secret(tmp_path, monkeypatch):
+    """Two processes with other tokens: the option is named."""
+    configs = [GCPOConfig(**options(tmp_path), model_init_kwargs={"token": token}) for token in ("s3cret", "0ther")]
+    shown = []
+    monkeypatch.setattr(processes, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(processes, "gather_object", lambda mine: shown.append(mine) or mine)
+    processes.check_processes_agree(configs[1])
+    monkeypatch.setattr(processes, "gather_object", lambda mine: shown[0] + mine)
+    with pytest.raises(ValueError, match=re.escape("`model_init_kwargs`: {'token': '<hidden>'}, {'token'")) as error:
+        processes.check_processes_agree(configs[0])
+    assert "s3cret" not in str(error.value) and "0ther" not in str(error.value)

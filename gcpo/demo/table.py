@@ -5,24 +5,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from transformers import ProgressCallback
 
 from gcpo.training.accounting import SECONDS, TOKENS
+from gcpo.training.progress import StepProgress
 
 History = list[dict[str, float]]
 
 
-class RewardProgress(ProgressCallback):
-    """The progress bar with the reward beside it, in place of a line of metrics per step."""
-
-    def __init__(self, name: str):
-        super().__init__()
-        self.name = name
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description(self.name)
+class RewardProgress(StepProgress):
+    """The progress with the reward beside it, in place of a line of metrics per step."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is not None and "reward" in (logs or {}):

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,6 +22,7 @@ from transformers import (
 
 from gcpo.evaluation.evaluate import evaluate_pass_at_k
 from gcpo.evaluation.tasks import reasoning_gym_reward
+from gcpo.training.progress import progress_bar
 
 # GCPO's two extra prompts, in as few characters as they can be told apart by.
 TINY_TEMPLATES = {
@@ -189,7 +189,7 @@ def warm_start(
     formats = ("plain", "fusion", "plain", "context")
     model.train()
     reached, step = 0.0, 0
-    with tqdm(total=max_steps, desc="warm start", unit="step", disable=not progress) as bar:
+    with progress_bar(max_steps, "warm start", "step", disable=not progress) as bar:
         while step < max_steps:
             kind = formats[step % len(formats)]
             count = batch_size if kind == "plain" else batch_size // 2

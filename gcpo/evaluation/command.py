@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -24,6 +23,7 @@ from gcpo.training.inputs import (
     load_task,
     take_split,
 )
+from gcpo.training.redaction import redacted
 
 BENCHMARK_PREFIX = "benchmark:"
 
@@ -121,7 +121,6 @@ def run(flags: list[str]) -> int:
             temperature=args.temperature,
             batch_size=args.batch_size,
             seed=args.seed,
-            progress=sys.stderr.isatty(),
         )
     except EvaluationError as error:
         raise ArgumentsError(str(error)) from error
@@ -134,7 +133,7 @@ def run(flags: list[str]) -> int:
     print(f"{'tokens per sample':<18} {result.mean_completion_length:.1f}")
     if args.output is not None:
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-        args.output.write_text(json.dumps({"result": asdict(result), "settings": settings}, indent=2) + "\n")
+        args.output.write_text(json.dumps({"result": asdict(result), "settings": redacted(settings)}, indent=2) + "\n")
         print(f"written to {args.output}")
     return 0
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+
+from gcpo.training.progress import progress_bar
 
 # What a trainer passes to reward functions beside the columns, under names that no column can then have ...
 _TAKEN_COLUMNS = ("prompts", "completions")
@@ -124,8 +125,8 @@ def evaluate_pass_at_k(
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with _seeded(seed, model.device), tqdm(
-            total=len(rows), desc="evaluating", unit="sample", disable=not progress, leave=False
+        with _seeded(seed, model.device), progress_bar(
+            len(rows), "evaluating", "sample", disable=not progress, leave=False
         ) as bar:  # fmt: skip
             for start in range(0, len(rows), batch_size):
                 batch = rows[start : start + batch_size]

@@ -14,7 +14,8 @@ from gcpo.config import GCPOConfig
 from gcpo.planning.architecture import SIZES, Architecture, load_config
 from gcpo.planning.plan import BYTES, DEVICES, Cost, Device, StepPlan, compute_bytes, plan_step
 from gcpo.planning.workload import Lengths, Savings, gcpo_passes, grpo_passes, longest_context
-from gcpo.training.command import GCPOScriptArguments, TrainParser, int_or_none
+from gcpo.training.command import GCPOScriptArguments
+from gcpo.training.flags import TrainParser
 from gcpo.training.inputs import argument_errors, check_model, check_output
 
 _CHARACTERS_PER_TOKEN = 4  # of English templates, where no count is given
@@ -78,10 +79,6 @@ def make_parser() -> TrainParser:
     """The flags of `gcpo train`, so that its command lines and YAML files can be planned, and those of a plan."""
     groups: Any = (PlanArguments, GCPOScriptArguments, PlannedConfig, ModelConfig, DatasetMixtureConfig)
     parser = TrainParser(groups, prog="gcpo plan")
-    optional = {item.name for kind in (GCPOConfig, PlanArguments) for item in fields(kind) if item.type == int | None}
-    for action in parser._actions:
-        if action.dest in optional:
-            action.type = int_or_none
     parser.set_defaults(use_cpu=True)  # nothing runs: no option needs a device to be there
     return parser
 

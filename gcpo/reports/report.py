@@ -176,7 +176,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("run", nargs="+", metavar="RUN", help="output folders of runs, or trainer_state.json files")
-    parser.add_argument("--output", type=Path, default=Path("report.html"), help="file to write")
+    parser.add_argument(
+        "--output", type=Path, help="file to write; default: report.html in RUN, or where several are given, here"
+    )
     parser.add_argument("--title", default="GCPO report", help="of the page")
     parser.add_argument("--prompts", type=int, default=4, help="prompts to show, of the first and the last log")
     return parser
@@ -188,9 +190,16 @@ def main(flags: list[str]) -> int:
     with argument_errors():
         runs = read_runs(args.run)
         page = make_page(runs, args.title, args.prompts)
-        args.output.write_text(page, encoding="utf-8")
-    print(f"{len(runs)} runs, {len(page) / 1024:.0f} KiB: {args.output}")
+        output = args.output or _folder_of(args.run) / "report.html"
+        output.write_text(page, encoding="utf-8")
+    print(f"{len(runs)} runs, {len(page) / 1024:.0f} KiB: {output}")
     return 0
+
+
+def _folder_of(runs: list[str]) -> Path:
+    """The one run's, or folder of runs'; the current one for several."""
+    path = Path(runs[0] if len(runs) == 1 else ".")
+    return path if path.is_dir() else path.parent
 
 
 def _overheads(run: Run) -> list[float]:

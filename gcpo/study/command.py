@@ -10,7 +10,6 @@ import argparse
 import json
 import platform
 import shlex
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,12 +19,13 @@ import torch
 import transformers
 import trl
 import yaml
-from tqdm.auto import tqdm
 
 from gcpo.study import budget, tables
 from gcpo.study.definitions import NAMES, STUDIES
 from gcpo.study.workbench import Scale, Workbench
 from gcpo.training.inputs import argument_errors, check_model
+from gcpo.training.progress import progress_bar
+from gcpo.training.redaction import redacted
 
 DEMO = Scale(steps=32, seeds=(0, 1, 2, 3), num_held_out=256)
 QUICK = Scale(steps=20, seeds=(0, 1, 2), warm_target=0.25)
@@ -109,7 +109,7 @@ def run_study(name: str, bench: Workbench, folder: Path, quick: bool, command: s
     if name == "samples":
         title = "samples: what does a steadier Upsilon cost?"
         grid = budget.budgets(quick)
-        with _bar(name, len(grid) * len(seeds), "budget") as bar:
+        with progress_bar(len(grid) * len(seeds), name, "budget", leave=False) as bar:
             measured = [budget.measure(bench, seed, quick, bar.update) for seed in seeds]
         cells, elbows = tables.budget_cells(measured, grid)
         note = f"± are 95% intervals over {len(seeds)} seeds, each with prompts and candidates of its own. " + (
@@ -122,7 +122,7 @@ def run_study(name: str, bench: Workbench, folder: Path, quick: bool, command: s
         title = f"{name}: {study.question}"
         results: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in study.arms}
         left = sum(not bench.done(arm, seed) for arm in study.arms for seed in seeds)
-        with _bar(name, left * bench.scale.steps, "step") as bar:
+        with progress_bar(left * bench.scale.steps, name, "step", leave=False) as bar:
             bench.tick = bar.update
             bar.set_description(f"{name}: starting model")
             before = bench.before()
@@ -152,12 +152,9 @@ def run_study(name: str, bench: Workbench, folder: Path, quick: bool, command: s
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
     }
-    note += f"\n\n`{command}`, torch {environment['torch']}, {environment['threads']} CPU threads."
+    note += f"\n\n`{redacted(command)}`, torch {environment['torch']}, {environment['threads']} CPU threads."
     tables.write(folder, name, title, cells, note)
-    summary = {"command": command, "scale": asdict(bench.scale), "environment": environment, "results": raw}
+    scale = redacted(asdict(bench.scale))
+    summary = {"command": redacted(command), "scale": scale, "environment": environment, "results": raw}
     (folder / f"{name}.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(f"{folder / name}.csv, .md, .png, .json   {time.perf_counter() - began:.0f} s\n")
-
-
-def _bar(name: str, total: int, unit: str) -> tqdm:
-    return tqdm(total=total, desc=name, unit=unit, file=sys.stderr, leave=False)

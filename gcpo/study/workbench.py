@@ -25,6 +25,7 @@ from gcpo.study.rewards import open_ended_reward
 from gcpo.study.trainers import ReferencedGCPOTrainer, ScaledGRPOTrainer
 from gcpo.training.inputs import TASK_PREFIX, is_task, load_named, load_rewards
 from gcpo.training.quiet import quiet
+from gcpo.training.redaction import redacted
 from gcpo.training.resume import last_complete_checkpoint
 from gcpo.training.runs import read_run
 
@@ -141,7 +142,7 @@ class Workbench:
             trainer.train(resume_from_checkpoint=last_complete_checkpoint(str(folder)))
             result = {**self.measure(trainer.model, arm, seed), "folder": str(folder)}
         result["metrics"] = summarize(folder)
-        result["settings"] = self._settings(arm, seed)
+        result["settings"] = redacted(self._settings(arm, seed))
         partial = result_file.with_suffix(".part")
         partial.write_text(json.dumps(result, indent=1) + "\n")
         partial.replace(result_file)  # whole, or not there

@@ -1,6 +1,5 @@
 """`gcpo train`: GCPO with the flags and YAML files of `trl grpo`, and those of GCPOConfig."""
 
-import difflib
 import math
 import os
 import subprocess
@@ -8,16 +7,16 @@ import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
-import yaml
-from trl import DatasetMixtureConfig, ModelConfig, TrlParser, get_dataset, get_peft_config, get_quantization_config
+from transformers import ProgressCallback
+from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_peft_config, get_quantization_config
 from trl.scripts.grpo import GRPOScriptArguments
 
 from gcpo.config import GCPOConfig
+from gcpo.training.flags import TrainParser, check_installed
 from gcpo.training.inputs import (
     TASK_PREFIX,
     TASK_REWARD,
@@ -29,7 +28,6 @@ from gcpo.training.inputs import (
     check_answers,
     check_chat_template,
     check_model,
-    check_prompts,
     checked,
     column_names,
     is_task,
@@ -38,6 +36,8 @@ from gcpo.training.inputs import (
     load_task,
     take_split,
 )
+from gcpo.training.progress import StepProgress
+from gcpo.training.prompts import PromptError, check_prompts
 from gcpo.training.resume import check_same_model, checkpoints, last_complete_checkpoint, step_of, why_incomplete
 from gcpo.training.reward_timeout import with_timeout
 
@@ -75,47 +75,6 @@ class GCPOScriptArguments(TaskArguments, GRPOScriptArguments):
     )
 
 
-class TrainParser(TrlParser):
-    """TRL's parser: one line per error instead of all the flags, and no flag that nobody reads."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {message}\n`{self.prog} --help` lists every flag.", file=sys.stderr)
-        raise SystemExit(2)
-
-    def parse_args_and_config(self, args: Any = None, *rest: Any, **kwargs: Any) -> tuple[Any, ...]:
-        given = sys.argv[1:] if args is None else args
-        argv = [part for arg in given for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
-        if "--config" in argv:
-            value = argv[argv.index("--config") + 1 :][:1]
-            if not value or not Path(value[0]).is_file():
-                raise FileNotFoundError(f"`--config` must be a YAML file, got {value[0] if value else 'nothing'!r}.")
-        try:
-            return super().parse_args_and_config(argv, *rest, **kwargs)
-        except yaml.YAMLError as error:
-            raise ValueError(f"`--config` must be a YAML file: {' '.join(str(error).split())}.") from error
-
-    def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
-        return self._for_accelerate(super().set_defaults_with_config(**kwargs))
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        namespace, rest = super().parse_known_args(args, namespace)
-        return namespace, self._for_accelerate(rest)
-
-    def _for_accelerate(self, rest: list[str]) -> list[str]:
-        if not rest:
-            return rest
-        from accelerate.commands.launch import launch_command_parser
-
-        known = {"--accelerate_config", *launch_command_parser()._option_string_actions}
-        if not rest[0].startswith("-"):
-            self.error(f"unexpected argument {rest[0]!r}")
-        for name in (arg.split("=", 1)[0] for arg in rest if arg.startswith("--")):
-            if name not in known:
-                close = difflib.get_close_matches(name, [*self._option_string_actions, *known], n=1)
-                self.error(f"unknown flag {name}" + (f" (did you mean {close[0]}?)" if close else ""))
-        return rest
-
-
 def make_parser(prog: str = "gcpo train") -> TrainParser:
     """The flags of `trl grpo`, with GCPOConfig in place of GRPOConfig."""
     groups: Any = (GCPOScriptArguments, GCPOConfig, ModelConfig, DatasetMixtureConfig)
@@ -125,20 +84,10 @@ def make_parser(prog: str = "gcpo train") -> TrainParser:
         epilog="To start several processes: --accelerate_config FILE (or the name of one of TRL's), and any flag of "
         "`accelerate launch`, such as --num_processes.",
     )
-    # TRL's parser cannot write None for an optional integer, and None is a value here (all of it).
-    optional = {name for name, hint in GCPOConfig.__annotations__.items() if hint == int | None}
-    for action in parser._actions:
-        if action.dest in optional:
-            action.type = int_or_none
     # TRL's defaults ask for bfloat16 on an accelerator; without one, a run needs no flag to start on the CPU.
     if not torch.accelerator.is_available():
         parser.set_defaults(use_cpu=True, bf16=False)
     return parser
-
-
-def int_or_none(value: str) -> int | None:
-    """An integer, or None written `none`."""
-    return None if value.lower() in ("none", "null") else int(value)
 
 
 def parse(argv: list[str]) -> tuple[GCPOScriptArguments, GCPOConfig, ModelConfig, DatasetMixtureConfig, list[str]]:
@@ -152,8 +101,6 @@ def parse(argv: list[str]) -> tuple[GCPOScriptArguments, GCPOConfig, ModelConfig
     script_args, config, model_args, mixture, launch_args = make_parser().parse_args_and_config(
         argv, return_remaining_strings=True
     )
-    if isinstance(script_args.reward_funcs, str):  # a YAML file may name one without a list
-        script_args.reward_funcs = [script_args.reward_funcs]
     return script_args, config, model_args, mixture, launch_args
 
 
@@ -232,18 +179,6 @@ def check_size(config: GCPOConfig, num_prompts: int | None) -> None:
         )
 
 
-def check_installed(config: GCPOConfig, model_args: ModelConfig) -> None:
-    """Refuse flags whose package is missing, before a model is loaded."""
-    if config.use_vllm and find_spec("vllm") is None:
-        raise ValueError(
-            '`--use_vllm` needs vLLM, which is not installed: `pip install ".[vllm]"` from a checkout, in an '
-            "environment of its own."
-        )
-    if (model_args.load_in_4bit or model_args.load_in_8bit) and find_spec("bitsandbytes") is None:
-        flag = "load_in_4bit" if model_args.load_in_4bit else "load_in_8bit"
-        raise ValueError(f"`--{flag}` needs bitsandbytes, which is not installed: `pip install bitsandbytes`.")
-
-
 def count_steps(config: GCPOConfig, num_prompts: int | None) -> int | None:
     """Optimizer steps of a run; None where the dataset's length is unknown."""
     if config.max_steps > 0:
@@ -314,9 +249,9 @@ def prepare(argv: list[str]) -> int | tuple[Any, str | None, str]:
             print("gcpo train: warning: `datasets` is given, so --dataset_name is not read", file=sys.stderr)
             script_args.dataset_name = None
         train_dataset, eval_dataset = load_splits(script_args, mixture, config.eval_strategy != "no")
-        for dataset in (train_dataset, eval_dataset):
-            if dataset is not None:
-                check_prompts(dataset)
+        train_dataset = check_prompts(train_dataset)
+        if eval_dataset is not None:
+            eval_dataset = check_prompts(eval_dataset, "The dataset to evaluate on")
         num_prompts = len(train_dataset) if hasattr(train_dataset, "__len__") else None
         check_size(config, num_prompts)
         rewards: list[Any] = load_rewards(
@@ -344,7 +279,10 @@ def prepare(argv: list[str]) -> int | tuple[Any, str | None, str]:
             "attn_implementation": model_args.attn_implementation,
             "dtype": model_args.dtype,
         }
-        config.model_init_kwargs = init_kwargs | cast(dict[str, Any], config.model_init_kwargs or {})
+        given = dict(cast(dict[str, Any], config.model_init_kwargs or {}))
+        if "torch_dtype" in given:  # its former name, which the present one would win over
+            given["dtype"] = given.pop("torch_dtype")
+        config.model_init_kwargs = init_kwargs | given
 
         from gcpo.trainer import GCPOTrainer
 
@@ -369,6 +307,9 @@ def train(trainer: Any, checkpoint: str | None, announcement: str) -> int:
     """Train, save, and return the exit code."""
     say, config = trainer.accelerator.print, trainer.args
     say(announcement, flush=True)
+    if not config.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(StepProgress())
     begun = 0
     if checkpoint is not None:
         begun = step_of(checkpoint)  # now: `save_total_limit` may remove it
@@ -380,6 +321,8 @@ def train(trainer: Any, checkpoint: str | None, announcement: str) -> int:
         where = f"continue with --resume_from_checkpoint {kept}" if kept else "no checkpoint was saved"
         print(f"gcpo train: interrupted at step {trainer.state.global_step}; {where}", file=sys.stderr)
         return 130
+    except PromptError as error:  # a row of a stream
+        raise ArgumentsError(str(error)) from error
     state = trainer.state
     if state.global_step == 0:  # a stream's length is not known before
         wanted = prompts_per_rollout(config)

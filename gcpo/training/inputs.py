@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gcpo.training.prompts import check_prompts as check_prompts
+
 TASK_PREFIX = "reasoning_gym:"
 TASK_REWARD = "reasoning_gym"
 MATH_REWARD = "gcpo.evaluation.benchmarks.math_reward"
@@ -142,13 +144,6 @@ def take_split(splits: Mapping[str, Any], flag: str, name: str) -> Any:
     if name not in splits:
         raise ValueError(f"`--{flag}` must be one of {', '.join(map(repr, splits))}, got {name!r}.")
     return splits[name]
-
-
-def check_prompts(dataset: Any) -> None:
-    """Refuse a dataset without prompts."""
-    columns = dataset.column_names or list(next(iter(dataset), {}))  # a stream may not know before its first row
-    if "prompt" not in columns:
-        raise ValueError(f"The dataset must have a column `prompt`, got {', '.join(columns) or 'no column'}.")
 
 
 def column_names(dataset: Any) -> list[str]:

@@ -10,6 +10,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from trl import GRPOConfig
 
+from gcpo.training.redaction import redacted
+
 # Of GRPOConfig's own fields, those that may differ: what is logged where, and where a server is.
 _MAY_DIFFER = ("log_", "vllm_server_", "num_completions_to_print")
 # Of TrainingArguments, those that decide how many batches there are, of which size, and what a step does with them.
@@ -49,12 +51,12 @@ def check_processes_agree(args: Any, **others: Any) -> None:
         return
     own = {field.name for field in fields(args)} - {field.name for field in fields(GRPOConfig)}
     grpo = {name for name in GRPOConfig.__annotations__ if not name.startswith(_MAY_DIFFER)}
-    mine = {name: repr(getattr(args, name)) for name in sorted(own | grpo | set(_SHARED))}
-    mine |= {name: repr(value) for name, value in others.items()}
-    everyone = gather_object([mine])
-    wrong = [name for name in mine if len({values[name] for values in everyone}) > 1]
+    mine = {name: getattr(args, name) for name in sorted(own | grpo | set(_SHARED))} | others
+    # Compared as they are, shown without secrets.
+    everyone = gather_object([{name: (repr(value), repr(redacted(value, name))) for name, value in mine.items()}])
+    wrong = [name for name in mine if len({values[name][0] for values in everyone}) > 1]
     if wrong:
-        found = "; ".join(f"`{name}`: {', '.join(values[name] for values in everyone)}" for name in wrong)
+        found = "; ".join(f"`{name}`: {', '.join(values[name][1] for values in everyone)}" for name in wrong)
         raise ValueError(f"Every process must get the same options, got by rank {found}.")
 
 

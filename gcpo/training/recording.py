@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 
 from gcpo import __version__
 from gcpo.training import runs
+from gcpo.training.redaction import redacted
 
 if TYPE_CHECKING:
     from gcpo.training.accounting import AccountedGRPOTrainer
@@ -32,7 +33,8 @@ class RunRecorder(TrainerCallback):
             for name in (runs.LOG, runs.SAMPLES):
                 (folder / name).unlink(missing_ok=True)
         versions = {"gcpo": __version__, "trl": trl.__version__}
-        runs.write_config(folder, {"trainer": type(self.trainer).__name__, "versions": versions, **args.to_dict()})
+        options = redacted(args.to_dict())
+        runs.write_config(folder, {"trainer": type(self.trainer).__name__, "versions": versions, **options})
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and state.log_history and self.trainer.keeps_account:
