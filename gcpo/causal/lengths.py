@@ -25,7 +25,7 @@ def check_prompt_lengths(trainer: "GCPOTrainer") -> None:
         ValueError: naming the row, counted from 1, and the options to change.
     """
     dataset, limit = trainer.train_dataset, trainer.max_positions
-    if limit is None or not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
+    if limit is None or not isinstance(dataset, Dataset) or dataset.format["type"] == "custom" or not len(dataset):
         return
     dataset = dataset.select_columns("prompt")
     config, length = trainer.args, trainer.max_completion_length
