@@ -5,7 +5,16 @@ from collections.abc import Mapping
 from typing import Any
 
 # Names under which other trainers and public datasets keep what is a prompt here, the likelier ones first.
-_OTHER_NAMES = ("prompts", "question", "questions", "problem", "instruction", "query", "input", "messages")
+_OTHER_NAMES: tuple[str, ...] = (
+    "prompts",
+    "question",
+    "questions",
+    "problem",
+    "instruction",
+    "query",
+    "input",
+    "messages",
+)
 _OTHER_NAMES += ("conversations", "conversation", "text")
 _BATCH = 10_000
 _WANTED = "text, or a list of messages with `role` and `content`"
