@@ -21,9 +21,9 @@ LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vesp
 _COUNTS = (
     "num_generations",
     "num_iterations",
-    "steps_per_generation",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
+    "steps_per_generation",  # by default the one before
     "max_steps",
 )
 

@@ -50,11 +50,24 @@ NAN, INF = math.nan, math.inf
         ("collider_temperature", 0.0, ValueError),
         ("pack_tokens", 0, ValueError),
         ("num_estimator_samples", 0, ValueError),
+        # TRL's own, on which it fails once a step has begun.
+        ("num_generations", 4.0, TypeError),
+        ("num_iterations", 2.0, TypeError),
+        ("steps_per_generation", 2.0, TypeError),
+        ("per_device_train_batch_size", 4.0, TypeError),
+        ("gradient_accumulation_steps", 2.0, TypeError),
+        ("max_steps", 2.0, TypeError),
+        ("max_completion_length", 0, ValueError),
+        ("temperature", 0.0, ValueError),
+        ("temperature", -1, ValueError),
+        ("top_p", -0.1, ValueError),
+        ("min_p", 1.1, ValueError),
+        ("repetition_penalty", 0.0, ValueError),
     ],
 )
 def test_bad_value_names_the_option(name, value, error, tmp_path):
     with pytest.raises(error, match=f"`{name}`"):
-        GCPOConfig(**options(tmp_path), **{name: value})
+        GCPOConfig(**options(tmp_path, **{name: value}))
 
 
 def test_the_second_kl_has_a_reduction_for_every_loss_type():

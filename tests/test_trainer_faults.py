@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_trainer_causal import first_batch, make_trainer
-from tiny_policy import count_low, options, parameters, prompts, save_policy, worst_difference
+from tiny_policy import SHORT_TEMPLATES, count_low, options, parameters, prompts, save_policy, worst_difference
 from transformers import TrainerCallback
 
 from gcpo import GCPOConfig, GCPOTrainer
@@ -179,15 +179,14 @@ def test_context_longer_than_the_model_is_refused_before_training(policy, tmp_pa
     short = save_policy(tmp_path / "short", max_positions=40)
     with pytest.raises(ValueError, match=r"46 tokens, more than the model's 40 positions.*`candidate_context_tokens`"):
         make_trainer(short, tmp_path)
-    # Short enough without the prompt: refused with the first prompt that is too long, before the forward.
+    # Short enough without the prompt, whose length is not known before in a stream: refused when it comes up.
     almost = save_policy(tmp_path / "almost", max_positions=48)
+    template = "{question}{candidates}{collider}" + "x" * 20
+    args = GCPOConfig(**options(tmp_path, **SHORT_TEMPLATES | {"context_prompt_template": template}, num_colliders=3),
+                      collider_max_completion_length=6)  # fmt: skip
+    trainer = GCPOTrainer(almost, count_low, args, train_dataset=prompts().to_iterable_dataset())
     with pytest.raises(ValueError, match=r"more than the model's 48 positions.*`candidate_context_tokens`"):
-        make_trainer(
-            almost,
-            tmp_path,
-            max_completion_length=10,
-            context_prompt_template="{question}{candidates}{collider}" + "x" * 20,
-        ).train()
+        trainer.train()
 
 
 @pytest.mark.parametrize("exception", [KeyboardInterrupt, RuntimeError])

@@ -68,6 +68,7 @@ class StepProgress(ProgressCallback):
     def __init__(self, name: str = "training"):
         super().__init__()
         self.name = name
+        self.training_bar: Any = None
         self.prediction_bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
