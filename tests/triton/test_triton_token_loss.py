@@ -11,7 +11,7 @@ import gcpo_kernels
 from gcpo_kernels.testing import make_token_inputs, poison
 from gcpo_kernels.triton_backend import token_loss
 
-OPTIONS = {"beta": 0.04, "kappa": 0.06, "delta": 1.5, "kl_clip": 0.3, "loss_type": "grpo"}
+OPTIONS = {"beta": 0.04, "kappa": 0.06, "delta": 1.5, "kl_clip": 0.5, "loss_type": "grpo"}
 LEVELS = pytest.mark.parametrize("level", ["token", "sequence"])
 ROWS = ("logp", "mask", "old_logp", "ref_logp", "query_logp", "causal_logp", "importance_sampling_ratio")
 
