@@ -27,16 +27,23 @@ def check_prompt_lengths(trainer: "GCPOTrainer") -> None:
     dataset, limit = trainer.train_dataset, trainer.max_positions
     if limit is None or not isinstance(dataset, Dataset) or dataset.format["type"] == "custom" or not len(dataset):
         return
-    dataset = dataset.select_columns("prompt")
+    dataset = dataset.select_columns("prompt").with_format(None)
+    builder = trainer._causal.builder
+    shown: list[list[int]] = [[]] * trainer.args.num_generations
+    try:
+        first: Prompt = dataset[0]["prompt"]
+        template = max(len(builder.fusion(first, shown)), len(builder.context(first, shown, [])))
+    except Exception:  # no row, or no chat template: others say so, the template itself when a row comes up
+        return
     config, length = trainer.args, trainer.max_completion_length
     added = max(longest_prompt(config, length), length + max(length, config.collider_max_completion_length))
-    room = limit - added - _template_tokens(trainer)  # in bytes: a token is one or more of them
+    room = limit - added - template  # in bytes: a token is one or more of them
     if _bytes(dataset.data.column("prompt")).max(initial=0) <= room:  # with rows that may have been filtered out since
         return
     sizes = np.concatenate([_bytes(batch["prompt"]) for batch in dataset.with_format("arrow").iter(batch_size=10_000)])
     longest = np.argsort(-sizes, kind="stable")[:_ROWS]
     for row in sorted(longest[sizes[longest] > room].tolist()):
-        _check_row(trainer, dataset.with_format(None)[row]["prompt"], row + 1, limit)
+        _check_row(trainer, dataset[row]["prompt"], row + 1, limit)
 
 
 def _check_row(trainer: "GCPOTrainer", prompt: Prompt, number: int, limit: int) -> None:
@@ -61,14 +68,6 @@ def _check_row(trainer: "GCPOTrainer", prompt: Prompt, number: int, limit: int) 
             "(how much of each candidate is shown), `collider_max_completion_length`, `num_generations` or "
             "`max_completion_length`."
         )
-
-
-def _template_tokens(trainer: "GCPOTrainer") -> int:
-    """What the templates add to a prompt of one message, about."""
-    builder, n = trainer._causal.builder, trainer.args.num_generations
-    is_chat = not isinstance(trainer.train_dataset.with_format(None)[0]["prompt"], str)
-    prompt: Prompt = [{"role": "user", "content": "a"}] if is_chat else "a"
-    return max(len(builder.fusion(prompt, [[]] * n)), len(builder.context(prompt, [[]] * n, [])))
 
 
 def _prompt_tokens(trainer: "GCPOTrainer", prompt: Prompt) -> int:
