@@ -39,7 +39,10 @@ def why_not(interpreted: bool, triton_version: str, numpy_version: str) -> str:
     return ""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = [item for item in items if not _runs(item)]
+    items[:] = [item for item in items if _runs(item)]
+    config.hook.pytest_deselected(items=left_out)
     reason = why_not(INTERPRETED, triton.__version__, numpy.__version__)
     if not reason:
         return
@@ -47,6 +50,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(skip)
+
+
+def _runs(item: pytest.Item) -> bool:
+    """Whether a case of a shared test is one that runs here (`FEWER` of test_triton_shared.py)."""
+    fewer = getattr(getattr(item, "module", None), "FEWER", {})
+    return item.originalname not in fewer or fewer[item.originalname](item.callspec.params)
 
 
 @pytest.fixture(scope="session", autouse=True)
