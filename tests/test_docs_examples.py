@@ -165,7 +165,7 @@ def test_diagnose_and_report(trained: dict[str, Any], inside: None, capsys: pyte
     out = capsys.readouterr().out
     assert re.findall(r"! ([\w -]+):", out) == ["completions cut off", "colliders say little"]
     assert cli.main(["report", *report]) == 0
-    page = Path(report[report.index("--output") + 1]).read_text()
+    page = Path(report[0], "report.html").read_text(encoding="utf-8")
     assert "share_of_letters" in page and "Say something about the number" in page
 
 

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENDINGS = (".py", ".md", ".toml", ".txt", ".yaml", ".yml")
 # Names of logged metrics start like paths. A path into gcpo/ ends in .py.
 METRIC = re.compile(
-    r"gcpo/(upsilon|projection|colliders|seconds|tokens|kl_causal|proj_clamped|groups_without|skipped_steps)"
+    r"gcpo/(upsilon|projection|colliders|seconds|tokens|kl_causal|kl_clipped|proj_clamped|groups_without|skipped_steps)"
 )
 CODE_SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 FENCE = re.compile(r"^[ \t]*```[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)

@@ -287,7 +287,7 @@ def test_signatures_name_every_argument() -> None:
     """A Specimen's types follow from names: every argument that is neither is a float."""
     for specimen in targets.specimens():
         floats = {name for name, kind in specimen.signature().items() if kind == "fp32"}
-        known = {"beta", "kappa", "epsilon_low", "epsilon_high", "delta", "log_floor", "divisor", "alpha"}
+        known = {"beta", "kappa", "epsilon_low", "epsilon_high", "delta", "log_floor", "divisor", "alpha", "kl_clip"}
         assert floats <= known | {"scale", "softcap", "chain", "signed_chain"}, specimen.label
         assert isinstance(ASTSource(specimen.kernel, specimen.signature(), specimen.constexprs).signature, dict)
 

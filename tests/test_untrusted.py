@@ -190,7 +190,7 @@ def test_a_run_writes_down_no_secret(tmp_path):
     """Under any option that can hold one, in `gcpo_run.json`."""
     args = SimpleNamespace(output_dir=str(tmp_path), to_dict=lambda: copy.deepcopy(SECRETS))
     state = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=1)
-    RunRecorder(SimpleNamespace()).on_train_begin(args, state, None)
+    RunRecorder(SimpleNamespace(keeps_account=True)).on_train_begin(args, state, None)
     text = (tmp_path / runs.CONFIG).read_text()
     assert "s3cret" not in text and "53" not in text
     written = json.loads(text)
