@@ -323,6 +323,8 @@ class GCPOConfig(GRPOConfig):
         _check_number("top_p", self.top_p, low=0.0)
         if self.min_p is not None:
             _check_number("min_p", self.min_p, low=0.0, high=1.0)
+        if self.max_completion_length is None and self.is_causal:
+            raise ValueError("`max_completion_length` must be an integer: GCPO shows candidates in prompts, got None.")
         if self.max_completion_length is not None and self.max_completion_length < 1:
             raise ValueError(f"`max_completion_length` must be at least 1, got {self.max_completion_length}.")
 

@@ -62,9 +62,10 @@ class GCPOTrainer(AccountedGRPOTrainer):
     4. scores of the candidates under the contexts x_{i,l}, from which `gcpo_kernels.gcpo_loss` forms the causal
        reference and a second KL term, kappa * k3 (eqs. 10, 12, 13), added to TRL's own loss.
 
-    With `kappa=0` and `estimator="none"` it is GRPOTrainer, and logs and writes what that does, unless `keeps_account`
-    is set to True. All that concerns a group is computed on gathered rows, before TRL shuffles and splits them.
-    Evaluation reports GRPO's metrics; the causal parts run in training only.
+    With `kappa=0` and `estimator="none"` it is GRPOTrainer, and logs and writes what that does (checkpoints hold one
+    file more, for exact resuming), unless `keeps_account` is set to True. All that concerns a group is computed on
+    gathered rows, before TRL shuffles and splits them. Evaluation reports GRPO's metrics; the causal parts run in
+    training only.
     """
 
     keeps_account = False
@@ -92,6 +93,8 @@ class GCPOTrainer(AccountedGRPOTrainer):
     _policy_logps: torch.Tensor | None = None  # of that forward
     _has_causal_kl = False  # whether the loss being computed holds the second KL term
     _warned_of_causal_kl = False
+    _has_clipped = False  # whether its reference KL is within `kl_clip`
+    _warned_of_clip = False
 
     def __init__(
         self, model: Any, reward_funcs: Any = None, args: GCPOConfig | None = None, *others: Any, **kwargs: Any
@@ -125,7 +128,7 @@ class GCPOTrainer(AccountedGRPOTrainer):
         config = self.model.config.get_text_config()
         self.max_positions = getattr(config, "max_position_embeddings", None)
         if args.is_causal:
-            longest = longest_prompt(args, self.max_completion_length)
+            longest = longest_prompt(args, self.generation_limit or 0)
             check_length(longest, self.max_positions, "Showing the candidates and colliders of one prompt")
         self._causal = CausalStep(self)
         if args.is_causal:
@@ -231,16 +234,21 @@ class GCPOTrainer(AccountedGRPOTrainer):
                 result = logps_sharing_prompts(self, model, input_ids, attention_mask, logits_to_keep, entropy)
             else:
                 result = call(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
-            if self._loss_inputs is not None:
-                self._policy_logps = result[0]
-                self._clip_reference(self._loss_inputs, result[0])
-                self._loss_inputs = None
-            return result
+            return self._keep_for_loss(result)
         if self._recorder is None or model is not self.model:
-            return call(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+            return self._keep_for_loss(call(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs))
         # A scoring pass of the policy's also gives the representations.
         with self._recorder.attached(self._backbone(), logits_to_keep):
             return call(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+
+    def _keep_for_loss(self, result: tuple) -> tuple:
+        """The policy's log-probabilities, where this forward is the one that a loss is being computed from."""
+        if self._loss_inputs is not None:
+            inputs, self._loss_inputs = self._loss_inputs, None
+            self._policy_logps = result[0]
+            if "ref_per_token_logps" in inputs:
+                inputs["ref_per_token_logps"] = self.clipped_reference(inputs, result[0])
+        return result
 
     # -----------------------------------------------------------------------------------------------------------------
     # What GCPO adds to a rollout
@@ -294,8 +302,16 @@ class GCPOTrainer(AccountedGRPOTrainer):
     # -----------------------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        self._has_causal_kl = False
+        self._has_causal_kl = self._has_clipped = False
         loss = super().compute_loss(model, inputs, *args, **kwargs)
+        ignores_clip = self.args.kl_clip is not None and "ref_per_token_logps" in inputs and not self._has_clipped
+        if ignores_clip and not self._warned_of_clip:
+            self._warned_of_clip = True
+            warnings.warn(
+                f"{type(self).__name__}._compute_loss leaves out `kl_clip` of the reference KL. Take "
+                "`self.clipped_reference(inputs, per_token_logps)` for the reference's log-probabilities.",
+                stacklevel=2,
+            )
         if "context_logps" in inputs and not self._has_causal_kl and not self._warned_of_causal_kl:
             self._warned_of_causal_kl = True
             warnings.warn(
@@ -307,7 +323,7 @@ class GCPOTrainer(AccountedGRPOTrainer):
         return loss
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        # A copy: `_clip_reference` replaces an entry between TRL's forward and its loss.
+        # A copy: `_keep_for_loss` replaces an entry between TRL's forward and its loss.
         self._loss_inputs = inputs = dict(inputs)
         try:
             loss = super()._compute_loss(model, inputs)
@@ -318,20 +334,28 @@ class GCPOTrainer(AccountedGRPOTrainer):
         finally:
             self._loss_inputs = self._policy_logps = None
 
-    def _clip_reference(self, inputs: dict[str, Any], logp: torch.Tensor) -> None:
+    def clipped_reference(self, inputs: dict[str, Any], per_token_logps: torch.Tensor) -> torch.Tensor:
         """
-        Let TRL's KL term read a reference within `kl_clip` of the policy. Where it is further away the difference of
-        the two is a constant, so that the term's gradient is 0.
+        The reference's log-probabilities (B, T), held within `kl_clip` of the policy's. Where they are further away the
+        difference of the two is a constant, so that the gradient of a KL term between them is 0.
+
+        `_compute_loss` takes them. A subclass with a reference KL of its own takes them too, with `causal_kl_loss`.
+
+        Args:
+            inputs: what `_compute_loss` gets, with `ref_per_token_logps`.
+            per_token_logps: (B, T) log-probabilities of the completions under q, with their gradient.
         """
-        clip, reference = self.args.kl_clip, inputs.get("ref_per_token_logps")
-        if clip is None or reference is None:
-            return
-        difference = reference - logp
-        inputs["ref_per_token_logps"] = logp + difference.clamp(-clip, clip)
-        mask = self._loss_mask(inputs) != 0
-        clipped = ((difference.detach().abs() > clip) & mask).sum()
-        sums = torch.stack([clipped, mask.sum()]).float()
-        self._metrics["train"]["reference_sums"].append(self.accelerator.reduce(sums, reduction="sum").tolist())
+        self._has_clipped = True
+        clip, reference = self.args.kl_clip, inputs["ref_per_token_logps"]
+        if clip is None:
+            return reference
+        difference = reference - per_token_logps
+        if self.model.training:
+            mask = self._loss_mask(inputs) != 0
+            clipped = ((difference.detach().abs() > clip) & mask).sum()
+            sums = torch.stack([clipped, mask.sum()]).float()
+            self._metrics["train"]["reference_sums"].append(self.accelerator.reduce(sums, reduction="sum").tolist())
+        return per_token_logps + difference.clamp(-clip, clip)
 
     def _loss_mask(self, inputs: dict[str, Any]) -> torch.Tensor:
         """(B, T): the tokens that count, as TRL has them."""

@@ -56,6 +56,9 @@ def test_pass_at_k_has_no_bias() -> None:
         ("\\boxed{7}", 7, 1.0),
         ("\\boxed{7.5}", 7.5, 1.0),
         ("\\boxed{7}", 8, 0.0),
+        ("\\boxed{0.00001}", 1e-5, 1.0),
+        ("\\boxed{e-5}", 1e-5, 0.0),
+        ("\\boxed{100000000000000000000}", 1e20, 1.0),
         # Of several boxes the last one counts; those that it is joined to are parts of one answer.
         ("I get \\boxed{8}. No: \\boxed{7}.", "7", 1.0),
         ("I get \\boxed{8}. No: \\boxed{7}.", "8", 0.0),

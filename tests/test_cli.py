@@ -195,6 +195,8 @@ def test_what_was_renamed_or_dropped_is_no_flag_now() -> None:
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
+        ("task_config: {a: 1}", "`task_config` must be text"),
+        ("model_name_or_path: {a: 1}", "`model_name_or_path` must be text"),
         ("kapa: 1", "`--config`: unknown key kapa (did you mean kappa?)"),
         ("torch_dtype: float32", "`--config`: unknown key torch_dtype: it is called dtype now"),
         ("no_share_prefix: true", "`--config`: unknown key no_share_prefix: write share_prefix: false"),

@@ -110,6 +110,12 @@ def test_one_candidate_is_not_a_group(tmp_path):
         GCPOConfig(**options(tmp_path, num_generations=1))
 
 
+def test_a_limit_is_needed_to_show_candidates(tmp_path):
+    with pytest.raises(ValueError, match="`max_completion_length` must be an integer"):
+        GCPOConfig(**options(tmp_path, max_completion_length=None))
+    GCPOConfig(**options(tmp_path, max_completion_length=None), kappa=0.0, estimator="none")  # TRL's business
+
+
 def test_group_size_must_divide_the_batch(tmp_path):
     with pytest.raises(ValueError, match="`num_generations` must divide"):
         GCPOConfig(**options(tmp_path, num_generations=3))

@@ -232,6 +232,16 @@ def test_command_prints_tables_ratios_and_hours(
     assert command(*paper) == 0
     lengths = json.loads((tmp_path / "paper.json").read_text())["lengths"]
     assert lengths["collider"] == lengths["completion"] == 16384
+    (tmp_path / "given.yaml").write_text("num_colliders: 2\ncollider_max_completion_length: 64\n")
+    flags = ["--model_name_or_path", policy, "--paper", "--num_generations", "4", "--max_completion_length", "512"]
+    for given in (
+        ["--num-colliders", "2", "--collider-max-completion-length=64"],
+        ["--config", str(tmp_path / "given.yaml")],
+    ):
+        capsys.readouterr()
+        assert command(*flags, *given) == 0
+        assert "L=2 colliders of 64" in capsys.readouterr().out
+    assert command(*flags) == 0
     out = capsys.readouterr().out
     assert "L=4" in out and "estimator=sampled" in out and "policy under x_i" in out and "hours" not in out
 

@@ -1,20 +1,22 @@
 """Prompts that cannot be trained on: refused by row before a model is loaded, or when a stream comes to them."""
 
+import contextlib
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset, IterableDataset, load_dataset
 from tiny_policy import SHORT_TEMPLATES, count_low, options, save_policy
 
 from gcpo import GCPOConfig, GCPOTrainer
+from gcpo.causal.lengths import refuse_nothing
 from gcpo.cli import main
 from gcpo.training.prompts import PromptError, check_prompts
 
 USER = {"role": "user", "content": "1+1="}
 BAD = [
     ([None], "got null"),
-    ([""], "got an empty text"),
     ([5], "got int: 5"),
     ([[]], "got an empty list"),
     ([["1+1="]], "got a list with '1.1='"),
@@ -114,7 +116,7 @@ def policy(tmp_path_factory):
 
 
 def test_a_row_of_a_stream_ends_the_command_with_one_line(policy, tmp_path, capsys):
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1="}\n' * 2 + '{"prompt": ""}\n' * 8)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1="}\n' * 2 + '{"prompt": null}\n' * 8)
     flags = ["--model_name_or_path", policy, "--dataset_name", tmp_path / "rows.jsonl", "--dataset_streaming"]
     flags += ["--reward_funcs", "get_soft_overlong_punishment", "--use_cpu", "--bf16", "false", "--max_steps", "4"]
     flags += ["--num_generations", "2", "--per_device_train_batch_size", "2", "--max_completion_length", "2"]
@@ -155,6 +157,35 @@ def test_a_prompt_without_room_is_refused_before_the_first_step(changes, longest
     wanted = f"Row 2 of `train_dataset` does not fit .* 200 positions: its prompt has {longest + 1} tokens"
     with pytest.raises(ValueError, match=wanted + ".*up to 201.*`candidate_context_tokens`"):
         make_trainer(policy, tmp_path, dataset(longest + 1), **changes)
+
+
+def test_rows_of_many_turns_or_behind_many_long_ones_are_looked_at(policy, tmp_path):
+    """A template adds to every message; bytes and tokens need not rank rows alike, though they do with this tokenizer."""
+    turns = [{"role": role, "content": "1"} for _ in range(40) for role in ("user", "assistant")]
+    rows = Dataset.from_dict(
+        {"prompt": [[{"role": "user", "content": "1"}], [*turns, {"role": "user", "content": "1"}]]}
+    )
+    with pytest.raises(ValueError, match="Row 2 of `train_dataset` does not fit"):
+        make_trainer(policy, tmp_path, rows)
+
+
+@pytest.mark.parametrize(("limit", "given", "fits"), [(120, 4, True), (4, 120, False)])
+def test_room_is_for_candidates_as_they_are_generated(limit, given, fits, policy, tmp_path):
+    """`generation_kwargs` wins over `max_completion_length`."""
+    rows = Dataset.from_dict({"prompt": ["1" * 60, "2"]})
+    changes = {"max_completion_length": limit, "generation_kwargs": {"max_new_tokens": given}}
+    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="Row 1 .* does not fit"):
+        make_trainer(policy, tmp_path, rows, context_attention="parallel", **changes)
+
+
+def test_an_empty_text_is_a_prompt_where_the_tokenizer_begins_texts(policy, tmp_path):
+    rows = Dataset.from_dict({"prompt": ["1", ""]})
+    with pytest.raises(ValueError, match="Row 2 of `train_dataset` must hold a prompt, got an empty text"):
+        make_trainer(policy, tmp_path, rows)
+    for ids in ([0], []):
+        stand_in = SimpleNamespace(train_dataset=rows, _tokenizer=lambda text, ids=ids: {"input_ids": ids})
+        with contextlib.nullcontext() if ids else pytest.raises(ValueError, match="Row 2"):
+            refuse_nothing(stand_in)
 
 
 def test_without_causal_parts_all_goes_on_as_in_trl(policy, tmp_path):

@@ -25,7 +25,7 @@ from trl import GRPOConfig, GRPOTrainer
 from gcpo import GCPOConfig, GCPOTrainer
 from gcpo.cli import main
 from gcpo.training.accounting import AccountedGRPOTrainer
-from gcpo.training.cycle import LAYOUT, OTHERS, ROLLOUT
+from gcpo.training.cycle import LAYOUT, OTHERS, ROLLOUT, changed_settings, cycle_settings
 from gcpo.training.resume import (
     REFERENCE,
     check_same_model,
@@ -284,7 +284,7 @@ HALVES = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     [
         (ONE_UPDATE, HALVES, ("`per_device_train_batch_size` was 8 and is 4", "`gradient_accumulation_steps` was 1")),
         (TWO_UPDATES, HALVES, ("`steps_per_generation` was 1 and is 2",)),
-        (TWO_UPDATES, {"beta": 0.1}, ("settings: `beta` was 0.0 and is 0.1. The",)),
+        (TWO_UPDATES, {"beta": 0.1}, ("settings: `beta` was 0 and is 0.1. The",)),
         (TWO_UPDATES, {}, ("does not say with which",)),
         (TWO_UPDATES, {}, ()),
     ],
@@ -325,7 +325,7 @@ def test_a_rollout_without_causal_parts_is_not_gone_on_with(policy: str, tmp_pat
     settings = {"save_strategy": "steps", "save_steps": 1, "num_iterations": 2, "num_colliders": 2}
     make_trainer(policy, tmp_path, **settings, **OFF, max_steps=1).train()
     resumed = make_trainer(policy, tmp_path, **settings, max_steps=2)
-    with pytest.warns(UserWarning, match=r"`kappa` was 0.0 and is 0.06; .*`estimator` was 'none' and is 'loo'"):
+    with pytest.warns(UserWarning, match=r"`kappa` was 0 and is 0.06; .*`estimator` was 'none' and is 'loo'"):
         resumed.train(resume_from_checkpoint=True)
     assert resumed.state.log_history[1]["gcpo/kl_causal"] > 0
 
@@ -334,6 +334,18 @@ def test_settings_of_a_cycle_are_options() -> None:
     known = {item.name for item in fields(GCPOConfig)}
     assert {*LAYOUT, *ROLLOUT, *OTHERS} <= known
     assert len({*LAYOUT, *ROLLOUT, *OTHERS}) == len(LAYOUT) + len(ROLLOUT) + len(OTHERS)
+
+
+def test_one_value_in_two_spellings_is_one_setting(tmp_path: Path) -> None:
+    """A file gives 1 where a flag gives 1.0. Reward functions are no option, and count by their names."""
+    spelled = [
+        cycle_settings(GCPOConfig(**options(tmp_path, temperature=t, generation_kwargs=g), kappa=k), 1, ["count_low"])
+        for t, k, g in ((1, 1, None), (1.0, 1.0, {}))
+    ]
+    assert not changed_settings(*spelled, keeps_rollout=True)
+    other = cycle_settings(GCPOConfig(**options(tmp_path, temperature=1), kappa=1), 1, ["count_low", "other"])
+    (told,) = changed_settings(spelled[0], other, keeps_rollout=True)
+    assert "`reward_funcs` was ['count_low'] and is ['count_low', 'other']" in told
 
 
 def test_a_reference_model_that_is_kept(policy: str, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What GCPOTrainer adds to a step, against the same computed plainly from the model."""
 
+import math
 import warnings
 from pathlib import Path
 
@@ -242,6 +243,19 @@ def test_kl_clip_bounds_both_terms(policy, tmp_path):
         assert logged[f"gcpo/{name}"] == pytest.approx(share.item(), abs=1e-4) and 0 < share < 1
 
 
+def test_evaluation_has_the_same_objective(policy, tmp_path):
+    """`kl_clip` bounds the reference KL there too."""
+    trainer = make_trainer(policy, tmp_path, kl_clip=0.1, beta=0.5, use_bias_correction_kl=False, loss_type="grpo")
+    output, _ = first_batch(trainer)
+    inputs = {k: v for k, v in output.items() if not k.startswith(("context", "query", "causal", "has_collider"))}
+    inputs["ref_per_token_logps"] = output["ref_per_token_logps"] + 3.0
+    trainer.model.eval()
+    with torch.no_grad():
+        trainer._compute_loss(trainer.model, inputs)
+    assert trainer._metrics["eval"]["kl"] == [pytest.approx(math.expm1(0.1) - 0.1, rel=1e-3)]
+    assert "reference_sums" not in trainer._metrics["train"]
+
+
 class OwnLoss(GCPOTrainer):
     """The pattern of TRL's GMPO: a loss written anew, on TRL's inputs and log-probabilities."""
 
@@ -269,10 +283,17 @@ def test_a_loss_of_ones_own(kappa, policy, tmp_path):
         without = trainer.compute_loss(trainer.model, output)
         trainer.compute_loss(trainer.model, output)
     said = [str(one.message) for one in caught if "causal_kl_loss" in str(one.message)]
+    assert not any("clipped_reference" in str(one.message) for one in caught)
     assert len(said) == (kappa > 0)
     if kappa == 0:
         return
     assert "OwnLoss._compute_loss" in said[0] and "kappa=0" in said[0]
+    with pytest.warns(UserWarning, match=r"OwnLoss._compute_loss leaves out `kl_clip`.*clipped_reference\(inputs"):
+        clipping = make_trainer(policy, tmp_path, OwnLoss, kl_clip=0.1, beta=0.1)
+        clipping.current_gradient_accumulation_steps = 1
+        clipping.compute_loss(
+            clipping.model.train(), {**output, "ref_per_token_logps": output["context_logps"][..., 0]}
+        )
     trainer = make_trainer(policy, tmp_path, OwnLoss, kappa=kappa)
     trainer.adds_the_term = True
     trainer.current_gradient_accumulation_steps = 1

@@ -28,6 +28,8 @@ class TextEncoder:
         self.tokenizer = tokenizer
         # The named ones, and those that are only added as special: Llama's and DeepSeek's turn markers have no name.
         self.special_ids = set(tokenizer.all_special_ids) | _added_as_special(tokenizer)
+        # What a question must not spell: a token for unknown characters says nothing, and stands for one of its own.
+        self.forbidden = self.special_ids - {tokenizer.unk_token_id}
         # Tokenizers of mistral-common take every text as plain text. Others read a special token that is spelled out.
         name, token = tokenizer.eos_token, tokenizer.eos_token_id
         self.reads_special = name is None or token in self._encode(name)
@@ -73,18 +75,19 @@ class TextEncoder:
         whole = encode(text.replace(QUESTION, question))
         if not (others and self.reads_special):
             return whole
-        special = [token for part in (first, *others) for token in self._encode(part) if token in self.special_ids]
-        if [token for token in whole if token in self.special_ids] == special:
+        special = [token for part in (first, *others) for token in self._encode(part) if token in self.forbidden]
+        if [token for token in whole if token in self.forbidden] == special:
             return whole
         # The question spells some, alone or together with what is around it: it is read apart, with those split.
         ids = [*encode(first)]
         for part in others:
-            ids += [*self.content(self.inside(question, True)), *self.inside(part)]
+            asked = [token for token in self.inside(question, True) if token not in self.forbidden]
+            ids += [*asked, *self.inside(part)]
         return tuple(ids)
 
     def _spells_special(self, text: str) -> bool:
-        """Whether a text holds special tokens; one for unknown characters says nothing."""
-        return bool((self.special_ids - {self.tokenizer.unk_token_id}).intersection(self._encode(text)))
+        """Whether a text holds special tokens."""
+        return bool(self.forbidden.intersection(self._encode(text)))
 
     def _leading_ids(self) -> tuple[int, ...]:
         """What the tokenizer puts before plain text of its own accord: a beginning-of-sequence token, or nothing."""

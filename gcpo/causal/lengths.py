@@ -11,9 +11,9 @@ from gcpo.causal.contexts import Prompt, longest_prompt
 if TYPE_CHECKING:
     from gcpo.trainer import GCPOTrainer
 
-# Rows that are looked at, the longest texts first: in tokens, no other is likely to be longer. If one is, the step that
-# it comes up in says so.
-_ROWS = 1000
+# Rows whose tokens are counted, the longest texts first. If a later one has more tokens, the step that it comes up in
+# says so.
+_ROWS = 20_000
 
 
 def check_prompt_lengths(trainer: "GCPOTrainer") -> None:
@@ -25,6 +25,7 @@ def check_prompt_lengths(trainer: "GCPOTrainer") -> None:
         ValueError: naming the row, counted from 1, and the options to change.
     """
     dataset, limit = trainer.train_dataset, trainer.max_positions
+    refuse_nothing(trainer)
     if limit is None or not isinstance(dataset, Dataset) or dataset.format["type"] == "custom" or not len(dataset):
         return
     dataset = dataset.select_columns("prompt").with_format(None)
@@ -35,20 +36,48 @@ def check_prompt_lengths(trainer: "GCPOTrainer") -> None:
         template = max(len(builder.fusion(first, shown)), len(builder.context(first, shown, [])))
     except Exception:  # no row, or no chat template: others say so, the template itself when a row comes up
         return
-    config, length = trainer.args, trainer.max_completion_length
+    config, length = trainer.args, trainer.generation_limit or 0
     added = max(longest_prompt(config, length), length + max(length, config.collider_max_completion_length))
     room = limit - added - template  # in bytes: a token is one or more of them
-    if _bytes(dataset.data.column("prompt")).max(initial=0) <= room:  # with rows that may have been filtered out since
+    turn = _tokens_of_a_turn(trainer) if isinstance(first, list) else 0
+    # With rows that may have been filtered out since.
+    if _bytes(dataset.data.column("prompt"), turn).max(initial=0) <= room:
         return
-    sizes = np.concatenate([_bytes(batch["prompt"]) for batch in dataset.with_format("arrow").iter(batch_size=10_000)])
+    batches = dataset.with_format("arrow").iter(batch_size=10_000)
+    sizes = np.concatenate([_bytes(batch["prompt"], turn) for batch in batches])
     longest = np.argsort(-sizes, kind="stable")[:_ROWS]
     for row in sorted(longest[sizes[longest] > room].tolist()):
-        _check_row(trainer, dataset[row]["prompt"], row + 1, limit)
+        prompt = dataset[row]["prompt"]
+        own = _prompt_tokens(trainer, prompt)
+        if own > room:  # its tokens with those of the whole template: then exactly
+            _check_row(trainer, prompt, own, row + 1, limit)
 
 
-def _check_row(trainer: "GCPOTrainer", prompt: Prompt, number: int, limit: int) -> None:
-    config, length, builder = trainer.args, trainer.max_completion_length, trainer._causal.builder
-    own, collider = _prompt_tokens(trainer, prompt), config.collider_max_completion_length
+def refuse_nothing(trainer: "GCPOTrainer") -> None:
+    """An empty text is a prompt only where the tokenizer begins every text with a token of its own."""
+    dataset = trainer.train_dataset
+    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom" or trainer._tokenizer("")["input_ids"]:
+        return
+    column = dataset.select_columns("prompt").with_format(None)
+    if not len(column) or not isinstance(column[0]["prompt"], str):
+        return
+    for number, text in enumerate(column["prompt"], 1):
+        if not text:
+            raise ValueError(f"Row {number} of `train_dataset` must hold a prompt, got an empty text.")
+
+
+def _tokens_of_a_turn(trainer: "GCPOTrainer") -> int:
+    """What a chat template adds for each message, about."""
+    short, long = ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}] * n for n in (1, 3))
+    try:
+        return max(0, -(-(_prompt_tokens(trainer, long) - _prompt_tokens(trainer, short)) // 4))
+    except Exception:  # a template that takes no such conversation
+        return 0
+
+
+def _check_row(trainer: "GCPOTrainer", prompt: Prompt, own: int, number: int, limit: int) -> None:
+    config, length, builder = trainer.args, trainer.generation_limit or 0, trainer._causal.builder
+    collider = config.collider_max_completion_length
     shown = length if config.candidate_context_tokens is None else min(length, config.candidate_context_tokens)
     word = next(token for token in range(len(trainer._tokenizer)) if token not in builder.special_ids)
     candidates = [[word] * shown] * config.num_generations
@@ -80,12 +109,12 @@ def _prompt_tokens(trainer: "GCPOTrainer", prompt: Prompt) -> int:
     return len(tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, **options)["input_ids"])
 
 
-def _bytes(column: Any) -> np.ndarray:
-    """(rows,) bytes of text in each prompt of a `pyarrow.ChunkedArray`."""
+def _bytes(column: Any, turn: int = 0) -> np.ndarray:
+    """(rows,) bytes of text in each prompt of a `pyarrow.ChunkedArray`, with `turn` more for each message."""
     try:
         if not hasattr(column.type, "value_type"):
             return pc.binary_length(column).to_numpy()
         texts = pc.binary_length(pc.struct_field(pc.list_flatten(column), "content")).fill_null(0).to_numpy()
-        return np.bincount(pc.list_parent_indices(column).to_numpy(), weights=texts, minlength=len(column))
+        return np.bincount(pc.list_parent_indices(column).to_numpy(), weights=texts + turn, minlength=len(column))
     except (TypeError, NotImplementedError, ValueError):  # content in parts, or JSON
-        return np.array([len(str(prompt).encode()) for prompt in column.to_pylist()])
+        return np.array([len(str(prompt).encode()) + turn * len(prompt or "") for prompt in column.to_pylist()])

@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,7 @@ def as_text(value: Any, column: str, where: str) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return str(value)
+        return format(Decimal(str(value)), "f")  # 1e-05 would be read as a difference with the number e
     raise ValueError(f"{where}: `{column}` must be text or a number, got {value!r:.200}.")
 
 

@@ -90,12 +90,12 @@ def run(flags: list[str]) -> int:
     parser = make_parser()
     with argument_errors():
         if "--paper" in flags:
-            parser.set_defaults(**_paper_settings())
+            parser.set_defaults(**_paper_settings(), num_colliders=_NotGiven(1))
+            parser.set_defaults(collider_max_completion_length=_NotGiven(1))
         args, _, config, model_args, _, _ = parser.parse_args_and_config(flags, return_remaining_strings=True)
-        given = {flag.split("=", 1)[0] for flag in flags}
-        if args.paper and "--num_colliders" not in given:
+        if isinstance(config.num_colliders, _NotGiven):
             config.num_colliders = int(config.num_generations or 1)
-        if args.paper and "--collider_max_completion_length" not in given:
+        if isinstance(config.collider_max_completion_length, _NotGiven):
             config.collider_max_completion_length = int(config.max_completion_length or 1)
         _check(args, model_args)
         name = model_args.model_name_or_path
@@ -156,6 +156,10 @@ def planned_lengths(args: PlanArguments, config: GCPOConfig) -> Lengths:
 
 def _without_question(template: str) -> str:
     return template.replace("{question}", "")
+
+
+class _NotGiven(int):
+    """The default of a count that follows another option where neither a flag nor a file gives it."""
 
 
 def _paper_settings() -> dict[str, Any]:

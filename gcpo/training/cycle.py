@@ -1,6 +1,7 @@
 """The settings that a rollout and its cycle of updates depend on, and in which of them a checkpoint differs."""
 
 from dataclasses import fields
+from typing import Any
 
 from trl import GRPOConfig
 
@@ -51,12 +52,22 @@ OTHERS = (
 )
 
 
-def cycle_settings(args: GRPOConfig, num_processes: int) -> dict[str, str]:
-    """The settings that must be equal for a run to go on within a cycle, each as its `repr`."""
+def cycle_settings(args: GRPOConfig, num_processes: int, rewards: list[str]) -> dict[str, str]:
+    """
+    The settings that must be equal for a run to go on within a cycle, each as its `repr`; `rewards` are the names of
+    its reward functions.
+    """
     trl = {item.name for item in fields(GRPOConfig)}
     own = [item.name for item in fields(args) if item.name not in trl and item.name not in OTHERS]
-    settings = {"num_processes": repr(num_processes)}
-    return settings | {name: repr(getattr(args, name)) for name in (*LAYOUT, *ROLLOUT, *own)}
+    settings = {"num_processes": repr(num_processes), "reward_funcs": repr(rewards)}
+    return settings | {name: _spelled(getattr(args, name)) for name in (*LAYOUT, *ROLLOUT, *own)}
+
+
+def _spelled(value: Any) -> str:
+    """One spelling of a value that a file and a flag may give as 1 and 1.0, or as nothing and an empty mapping."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return repr(None if value == {} else value)
 
 
 def changed_settings(saved: dict[str, str], current: dict[str, str], keeps_rollout: bool) -> list[str]:

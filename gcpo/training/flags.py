@@ -177,6 +177,10 @@ def _value_of_yaml(action: Action, value: Any) -> Any:
         if not isinstance(value, bool) and value not in (0, 1):
             raise TypeError(f"`{action.dest}` must be true or false, got {value!r}.")
         return bool(value)
+    if name == "str":
+        if isinstance(value, dict):
+            raise TypeError(f"`{action.dest}` must be text, got {value!r}.")
+        return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
     kinds = {"int": (int, "an integer"), "float": (int | float, "a number")}
     kind, wanted = kinds.get(name, (object, ""))
     if kind is not object and (isinstance(value, bool) or not isinstance(value, kind)):

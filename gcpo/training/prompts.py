@@ -90,7 +90,7 @@ def _problem(prompt: Any) -> str | None:
     if prompt is None:
         return "null"
     if isinstance(prompt, str):
-        return None if prompt else "an empty text"
+        return None
     if not isinstance(prompt, list):
         return f"{type(prompt).__name__}: {_short(prompt)}"
     if not prompt:
@@ -124,7 +124,7 @@ def _kind_of_whole(column: Any) -> str | None:
     if column.null_count:
         return None
     if is_text(kind):
-        return "text" if pc.min(pc.binary_length(column)).as_py() else None
+        return "text"
     if not ((pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_struct(kind.value_type)):
         return None
     fields = {field.name: field.type for field in kind.value_type}

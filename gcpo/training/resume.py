@@ -232,7 +232,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
         """What this process adds to a checkpoint."""
         cycle = self.args.steps_per_generation * self.num_iterations
         return {
-            "settings": cycle_settings(self.args, self.accelerator.num_processes),
+            "settings": self._cycle_settings(),
             "step": self._step,
             "rollout": self._buffered_inputs if self._step % cycle else None,
             "metrics": dict(self._metrics["train"]),
@@ -241,6 +241,9 @@ class ResumableGRPOTrainer(GRPOTrainer):
             # TRL writes these after trainer_state.json, where a kill can come between.
             "entropy": (self.entropy_coef, self._last_world_entropy),
         }
+
+    def _cycle_settings(self) -> dict[str, str]:
+        return cycle_settings(self.args, self.accelerator.num_processes, self.reward_func_names)
 
     def _load_state_of_cycle(self, state: dict[str, Any]) -> None:
         self._step, self._buffered_inputs = state["step"], state["rollout"]
@@ -253,7 +256,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
         """Whether the run goes on within the cycle of a checkpoint: on all processes or on none."""
         changed = []
         if state is not None:
-            saved, current = state.get("settings"), cycle_settings(self.args, self.accelerator.num_processes)
+            saved, current = state.get("settings"), self._cycle_settings()
             changed = (
                 ["it does not say with which"]  # of a release that did not keep them
                 if saved is None
