@@ -159,8 +159,8 @@ def test_a_prompt_without_room_is_refused_before_the_first_step(changes, longest
         make_trainer(policy, tmp_path, dataset(longest + 1), **changes)
 
 
-def test_rows_of_many_turns_or_behind_many_long_ones_are_looked_at(policy, tmp_path):
-    """A template adds to every message; bytes and tokens need not rank rows alike, though they do with this tokenizer."""
+def test_a_template_adds_to_every_message(policy, tmp_path):
+    """Short texts in many turns are a long prompt."""
     turns = [{"role": role, "content": "1"} for _ in range(40) for role in ("user", "assistant")]
     rows = Dataset.from_dict(
         {"prompt": [[{"role": "user", "content": "1"}], [*turns, {"role": "user", "content": "1"}]]}
@@ -174,7 +174,7 @@ def test_room_is_for_candidates_as_they_are_generated(limit, given, fits, policy
     """`generation_kwargs` wins over `max_completion_length`."""
     rows = Dataset.from_dict({"prompt": ["1" * 60, "2"]})
     changes = {"max_completion_length": limit, "generation_kwargs": {"max_new_tokens": given}}
-    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="Row 1 .* does not fit"):
+    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match=r"Row 1 .* does not fit"):
         make_trainer(policy, tmp_path, rows, context_attention="parallel", **changes)
 
 

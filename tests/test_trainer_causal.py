@@ -288,12 +288,12 @@ def test_a_loss_of_ones_own(kappa, policy, tmp_path):
     if kappa == 0:
         return
     assert "OwnLoss._compute_loss" in said[0] and "kappa=0" in said[0]
+    clipping = make_trainer(policy, tmp_path, OwnLoss, kl_clip=0.1, beta=0.1)
+    clipping.current_gradient_accumulation_steps = 1
+    inputs = {**output, "ref_per_token_logps": output["context_logps"][..., 0]}
+    clipping.model.train()
     with pytest.warns(UserWarning, match=r"OwnLoss._compute_loss leaves out `kl_clip`.*clipped_reference\(inputs"):
-        clipping = make_trainer(policy, tmp_path, OwnLoss, kl_clip=0.1, beta=0.1)
-        clipping.current_gradient_accumulation_steps = 1
-        clipping.compute_loss(
-            clipping.model.train(), {**output, "ref_per_token_logps": output["context_logps"][..., 0]}
-        )
+        clipping.compute_loss(clipping.model, inputs)
     trainer = make_trainer(policy, tmp_path, OwnLoss, kappa=kappa)
     trainer.adds_the_term = True
     trainer.current_gradient_accumulation_steps = 1
