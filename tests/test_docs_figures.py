@@ -4,6 +4,8 @@ import re
 import runpy
 from pathlib import Path
 
+import pytest
+
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
@@ -21,3 +23,12 @@ def test_committed_figures_are_those_drawn(tmp_path: Path) -> None:
         expected = shapes(DOCS / "figures" / name)
         assert len(expected) > 20
         assert shapes(tmp_path / name) == expected, f"{name}: python docs/draw_figures.py"
+
+
+def test_a_mean_is_drawn_with_its_bar() -> None:
+    """As a border, which needs no font: an accent lies on its letter where there is no font with mathematics in it."""
+    pytest.importorskip("docutils")
+    mathml = runpy.run_path(str(DOCS / "conf.py"))["mathml"]
+    bar = '<mrow class="bar"><mi>Z</mi></mrow>'
+    assert bar in mathml(r"\bar{Z}{}_i - Z'_i") and bar not in mathml(r"Z'_i")
+    assert "math .bar {" in (DOCS / "static" / "math.css").read_text(encoding="utf-8")

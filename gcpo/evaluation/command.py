@@ -16,13 +16,13 @@ from gcpo.training.inputs import (
     check_chat_template,
     check_model,
     check_output,
-    check_prompts,
     is_task,
     load_named,
     load_rewards,
     load_task,
     take_split,
 )
+from gcpo.training.prompts import check_prompts
 from gcpo.training.redaction import redacted
 
 BENCHMARK_PREFIX = "benchmark:"

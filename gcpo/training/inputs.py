@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gcpo.training.prompts import check_prompts as check_prompts
-
 TASK_PREFIX = "reasoning_gym:"
 TASK_REWARD = "reasoning_gym"
 MATH_REWARD = "gcpo.evaluation.benchmarks.math_reward"
