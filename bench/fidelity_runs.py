@@ -25,7 +25,7 @@ from gcpo.causal import step as causal_step
 from gcpo.causal.colliders import Group
 from gcpo.evaluation.tasks import SYSTEM_PROMPT, reasoning_gym_dataset
 from gcpo.forward import representations
-from gcpo.forward.rollout import Rollout
+from gcpo.forward.generation import Rollout
 from gcpo_kernels import reference
 
 REPRESENTATIONS = ("last", "mean")

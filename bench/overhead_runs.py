@@ -34,9 +34,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_se
 from gcpo import GCPOConfig, GCPOTrainer
 from gcpo.demo.tiny import save_smollm2, tiny_tokenizer
 from gcpo.evaluation.tasks import reasoning_gym_dataset
-from gcpo.forward.rollout import read_repeated_prompts_once
+from gcpo.forward.generation import read_repeated_prompts_once
 from gcpo.planning.architecture import SIZES
-from gcpo.training.accounting import SECONDS, TOKENS, AccountedGRPOTrainer, StepAccount
+from gcpo.run.meter import SECONDS, TOKENS, AccountedGRPOTrainer, StepAccount
 
 _TINY = {
     **SIZES["0.5b"],

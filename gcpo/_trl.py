@@ -21,7 +21,7 @@ from packaging.version import Version
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_callable, pad
 
-from gcpo.training.redaction import redacted
+from gcpo.run.redaction import redacted
 
 TESTED_VERSION = "1.16"
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gcpo import __version__
-from gcpo.evaluation import command as eval_command
-from gcpo.training.inputs import ArgumentsError, argument_errors
+from gcpo.commands import eval as eval_command
+from gcpo.run.inputs import ArgumentsError, argument_errors
 
 DEBUG = "GCPO_DEBUG"
 
@@ -66,7 +66,7 @@ def _fail(prog: str, message: str) -> int:
 
 def _train(flags: list[str]) -> int:
     with argument_errors():
-        from gcpo.training.command import prepare, train
+        from gcpo.commands.train import prepare, train
     run = prepare(flags)
     return run if isinstance(run, int) else train(*run)
 
@@ -74,13 +74,13 @@ def _train(flags: list[str]) -> int:
 def _doctor(flags: list[str]) -> int:
     argparse.ArgumentParser(prog="gcpo doctor", description=COMMANDS["doctor"][1]).parse_args(flags)
     with argument_errors():
-        from gcpo.doctor import run
+        from gcpo.commands.doctor import run
     return run()
 
 
 def _demo(flags: list[str]) -> int:
     with argument_errors():
-        from gcpo.demo import command as demo
+        from gcpo.commands import demo
 
         parser = argparse.ArgumentParser(prog="gcpo demo", description=COMMANDS["demo"][1])
         demo.add_arguments(parser)
@@ -94,13 +94,13 @@ def _eval(flags: list[str]) -> int:
 
 def _study(flags: list[str]) -> int:
     with argument_errors():
-        from gcpo.study.command import run
+        from gcpo.commands.study import run
     return run(flags)
 
 
 def _plan(flags: list[str]) -> int:
     with argument_errors():
-        from gcpo.planning.command import run
+        from gcpo.commands.plan import run
     return run(flags)
 
 

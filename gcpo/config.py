@@ -7,7 +7,7 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from gcpo.training.processes import explained_groups
+from gcpo.run.processes import explained_groups
 
 ESTIMATORS = ("loo", "scored", "sampled", "none")
 REPRESENTATIONS = ("last", "mean")

@@ -22,17 +22,17 @@ from gcpo._trl import (
     refuse_wrapped_head,
 )
 from gcpo.causal.contexts import Prompt, check_length, longest_prompt
-from gcpo.causal.lengths import check_prompt_lengths
 from gcpo.causal.step import WEIGHT_COLUMNS, CausalStep
 from gcpo.config import GCPOConfig
+from gcpo.forward.generation import GenerationRecorder, Rollout, RolloutStates, padded_width, read_repeated_prompts_once
 from gcpo.forward.representations import HiddenRecorder
-from gcpo.forward.rollout import GenerationRecorder, Rollout, RolloutStates, padded_width, read_repeated_prompts_once
 from gcpo.forward.scoring import without_dropout
 from gcpo.forward.shared_prompt import logps_sharing_prompts, repeats_prompts
-from gcpo.training.accounting import AccountedGRPOTrainer
-from gcpo.training.guard import SkipNonFiniteSteps
-from gcpo.training.processes import check_processes_agree, explained_loss_of_process
-from gcpo.training.prompts import check_prompts
+from gcpo.run.guard import SkipNonFiniteSteps
+from gcpo.run.lengths import check_prompt_lengths
+from gcpo.run.meter import AccountedGRPOTrainer
+from gcpo.run.processes import check_processes_agree, explained_loss_of_process
+from gcpo.run.prompts import check_prompts
 from gcpo_kernels import gcpo_loss
 
 _OWN_ARGUMENTS = ("self", "model", "reward_funcs", "args")

@@ -295,7 +295,7 @@ MUTATIONS = (
     ),
     Mutation(
         "broken gradients let through",
-        "gcpo/training/guard.py",
+        "gcpo/run/guard.py",
         "parameter.grad = None",
         "pass",
         "tests/test_training_faults.py -k broken_logits",

@@ -161,7 +161,7 @@ def test_what_a_gpu_runs_imports_without_what_it_may_lack(tmp_path: Path) -> Non
     (tmp_path / "sitecustomize.py").write_text(BLOCK)
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    imports = "\n".join(f"import {name}" for name in [*modules.split(), "gcpo.doctor"])
+    imports = "\n".join(f"import {name}" for name in [*modules.split(), "gcpo.commands.doctor"])
     for command in (
         ["-c", imports],
         ["-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", "--collect-only"],

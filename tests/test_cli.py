@@ -13,10 +13,11 @@ import torch
 import trl
 import yaml
 
-from gcpo import cli, doctor
+from gcpo import cli
 from gcpo.cli import main
-from gcpo.training import command as training
-from gcpo.training import flags, inputs
+from gcpo.commands import doctor, flags
+from gcpo.commands import train as training
+from gcpo.run import inputs
 
 TASK = "reasoning_gym:chain_sum"
 

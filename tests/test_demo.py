@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gcpo import GCPOConfig
 from gcpo.causal.contexts import PromptBuilder
-from gcpo.demo import command as demo
+from gcpo.commands import demo as demo
 from gcpo.demo import table as demo_report
 from gcpo.demo.tiny import TINY_TEMPLATES, save_smollm2, save_tiny, tiny_model, tiny_tokenizer, warm_start
 from gcpo.evaluation.tasks import reasoning_gym_dataset
-from gcpo.training import progress
+from gcpo.run import progress
 
 QUESTIONS = ["Spell this word: sun", "Spell this word: moon"]
 

@@ -10,7 +10,7 @@ from tiny_policy import SHORT_TEMPLATES, count_low, options, prompts, save_polic
 from gcpo import GCPOConfig, GCPOTrainer
 from gcpo.cli import main
 from gcpo.reports.diagnose import CHECKS, Limits, answer_about_loss, diagnose, overhead
-from gcpo.training.runs import LOG, Run, append_line, read_run, read_runs
+from gcpo.run.records import LOG, Run, append_line, read_run, read_runs
 
 HEALTHY: dict[str, Any] = {
     "loss": 0.01,

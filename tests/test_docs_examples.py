@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from gcpo import cli
-from gcpo.training.command import parse
+from gcpo.commands.train import parse
 from gcpo_kernels import causal_weights, gcpo_loss
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -25,7 +25,7 @@ from trl import GRPOConfig, GRPOTrainer
 from gcpo import GCPOConfig, GCPOTrainer
 from gcpo.causal.contexts import PromptBuilder
 from gcpo.evaluation.evaluate import evaluate_pass_at_k
-from gcpo.training.inputs import check_chat_template
+from gcpo.run.inputs import check_chat_template
 
 SIZES = {
     "hidden_size": 32,

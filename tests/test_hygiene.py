@@ -19,7 +19,7 @@ import pytest
 
 import gcpo_kernels
 from gcpo import cli
-from gcpo.evaluation.command import eval_parser
+from gcpo.commands.eval import eval_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 ENDINGS = (".py", ".md", ".toml", ".txt", ".yaml", ".yml")
@@ -111,7 +111,7 @@ def known_flags(command: str) -> set[str]:
     if command == "train":
         from accelerate.commands.launch import launch_command_parser
 
-        from gcpo.training.command import make_parser
+        from gcpo.commands.train import make_parser
 
         launch = set(launch_command_parser()._option_string_actions) | {"--accelerate_config", "--config"}
         return launch | set(make_parser()._option_string_actions)
@@ -164,7 +164,7 @@ def test_every_public_function_is_met() -> None:
         "tests/test_transforms.py": with_backend,
         "tests/gpu/test_gpu_budget.py": with_backend,
         "tests/triton/*.py": with_backend,
-        "gcpo/doctor.py": with_backend,
+        "gcpo/commands/doctor.py": with_backend,
     }
     assert len(with_backend) == 7
     for place, wanted in places.items():

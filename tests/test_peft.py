@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from trl import get_peft_config, get_quantization_config
 
 from gcpo.cli import main
-from gcpo.training.command import parse
+from gcpo.commands.train import parse
 from gcpo_kernels import linear_gcpo_loss
 
 

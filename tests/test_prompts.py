@@ -10,9 +10,9 @@ from datasets import Dataset, IterableDataset, load_dataset
 from tiny_policy import SHORT_TEMPLATES, count_low, options, save_policy
 
 from gcpo import GCPOConfig, GCPOTrainer
-from gcpo.causal.lengths import refuse_nothing
 from gcpo.cli import main
-from gcpo.training.prompts import PromptError, check_prompts
+from gcpo.run.lengths import refuse_nothing
+from gcpo.run.prompts import PromptError, check_prompts
 
 USER = {"role": "user", "content": "1+1="}
 BAD = [

@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from gcpo.causal.contexts import longest_prompt
 from gcpo.cli import main
-from gcpo.training.command import parse
+from gcpo.commands.train import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "examples" / "configs").glob("paper_*.yaml"))

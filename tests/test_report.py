@@ -16,8 +16,8 @@ from gcpo import GCPOConfig, GCPOTrainer
 from gcpo.cli import main
 from gcpo.reports import plots
 from gcpo.reports.report import make_page
-from gcpo.training.accounting import AccountedGRPOTrainer
-from gcpo.training.runs import CONFIG, LOG, SAMPLES, Run, append_line, read_run
+from gcpo.run.meter import AccountedGRPOTrainer
+from gcpo.run.records import CONFIG, LOG, SAMPLES, Run, append_line, read_run
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome-headless-shell")
 BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), None)

@@ -24,9 +24,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 from gcpo import GCPOConfig, GCPOTrainer
 from gcpo.cli import main
-from gcpo.training.accounting import AccountedGRPOTrainer
-from gcpo.training.cycle import LAYOUT, OTHERS, ROLLOUT, changed_settings, cycle_settings
-from gcpo.training.resume import (
+from gcpo.run.cycle import LAYOUT, OTHERS, ROLLOUT, changed_settings, cycle_settings
+from gcpo.run.meter import AccountedGRPOTrainer
+from gcpo.run.records import read_run
+from gcpo.run.resume import (
     REFERENCE,
     check_same_model,
     last_complete_checkpoint,
@@ -34,7 +35,6 @@ from gcpo.training.resume import (
     save_reference,
     why_incomplete,
 )
-from gcpo.training.runs import read_run
 
 OFF = {"kappa": 0.0, "estimator": "none"}
 MOMENTS = ("first rollout", "rollout", "weights", "optimizer", "state", "saved")

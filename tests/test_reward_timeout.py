@@ -13,8 +13,8 @@ from test_trainer_causal import first_batch, make_trainer
 from tiny_policy import count_low, parameters, prompts, save_policy
 
 from gcpo._trl import get_callable_name, is_async_callable
-from gcpo.training.inputs import ArgumentsError
-from gcpo.training.reward_timeout import with_timeout
+from gcpo.run.inputs import ArgumentsError
+from gcpo.run.reward_timeout import with_timeout
 
 
 def spins(completions, **kwargs):
@@ -134,7 +134,7 @@ def test_wrong_arguments():
 def test_the_command_line_sets_a_limit(tmp_path, monkeypatch):
     """`--reward_timeout` wraps every function that is named, under its own name."""
     import gcpo.trainer
-    from gcpo.training.command import prepare
+    from gcpo.commands.train import prepare
 
     policy, data = save_policy(tmp_path / "policy"), tmp_path / "data.json"
     prompts().to_json(data)
@@ -145,7 +145,7 @@ def test_the_command_line_sets_a_limit(tmp_path, monkeypatch):
         return SimpleNamespace(processing_class=None)
 
     monkeypatch.setattr(gcpo.trainer, "GCPOTrainer", make)
-    monkeypatch.setattr("gcpo.training.command.check_chat_template", lambda *args: None)
+    monkeypatch.setattr("gcpo.commands.train.check_chat_template", lambda *args: None)
     argv = ["--model_name_or_path", policy, "--dataset_name", str(data), "--reward_funcs", "tiny_policy.count_low"]
     argv += ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false", "--reward_timeout"]
     with pytest.raises(ArgumentsError, match="`--reward_timeout`"):

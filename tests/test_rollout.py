@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from gcpo import GCPOTrainer
 from gcpo.causal.colliders import collider_sampling
-from gcpo.forward.rollout import GenerationRecorder, padded_width, read_repeated_prompts_once
+from gcpo.forward.generation import GenerationRecorder, padded_width, read_repeated_prompts_once
 
 PROMPTS = [[20, 21, 22], [20, 21, 22], [30], [31, 32]]
 

@@ -14,13 +14,14 @@ import torch
 
 from gcpo import GCPOConfig, GCPOTrainer
 from gcpo.cli import main
-from gcpo.study import budget, command, workbench
+from gcpo.commands import study as command
+from gcpo.run.records import read_run
+from gcpo.study import budget, workbench
 from gcpo.study.definitions import GCPO, GRPO, NAMES, STUDIES, Arm
 from gcpo.study.intervals import elbow, interval
 from gcpo.study.rewards import open_ended_reward
 from gcpo.study.trainers import ReferencedGCPOTrainer
 from gcpo.study.workbench import Workbench
-from gcpo.training.runs import read_run
 
 SMALL = command.Scale(
     steps=2,

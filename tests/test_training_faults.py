@@ -18,7 +18,7 @@ from tiny_policy import count_low, make_tokenizer, options, parameters, prompts,
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gcpo import GCPOConfig, GCPOTrainer
-from gcpo.training.guard import PATIENCE, SkipNonFiniteSteps
+from gcpo.run.guard import PATIENCE, SkipNonFiniteSteps
 
 
 @pytest.fixture(scope="module")

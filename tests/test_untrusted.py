@@ -19,11 +19,11 @@ from tiny_policy import SHORT_TEMPLATES, TEMPLATE, make_tokenizer, options, save
 
 from gcpo import GCPOConfig
 from gcpo.causal.contexts import PromptBuilder
-from gcpo.training import processes, runs
-from gcpo.training.command import parse
-from gcpo.training.inputs import load_named, load_reward, load_rewards
-from gcpo.training.recording import RunRecorder
-from gcpo.training.redaction import redacted
+from gcpo.commands.train import parse
+from gcpo.run import processes, records
+from gcpo.run.inputs import load_named, load_reward, load_rewards
+from gcpo.run.recording import RunRecorder
+from gcpo.run.redaction import redacted
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = make_tokenizer()
@@ -191,7 +191,7 @@ def test_a_run_writes_down_no_secret(tmp_path):
     args = SimpleNamespace(output_dir=str(tmp_path), to_dict=lambda: copy.deepcopy(SECRETS))
     state = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=1)
     RunRecorder(SimpleNamespace(keeps_account=True)).on_train_begin(args, state, None)
-    text = (tmp_path / runs.CONFIG).read_text()
+    text = (tmp_path / records.CONFIG).read_text()
     assert "s3cret" not in text and "53" not in text
     written = json.loads(text)
     assert SECRETS.keys() <= written.keys()  # that there was one stays

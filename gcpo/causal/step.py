@@ -15,8 +15,8 @@ from gcpo.causal.contexts import PromptBuilder, check_length
 from gcpo.causal.estimators import estimate_weights
 from gcpo.causal.parallel import GroupReading, copy_start, read_groups, score_copies
 from gcpo.causal.sampling import ContextDraw, draw_contexts
+from gcpo.forward.generation import Rollout
 from gcpo.forward.representations import HiddenRecorder
-from gcpo.forward.rollout import Rollout
 from gcpo.forward.scoring import Reading, Scorer, learns_positions, pad_ids
 
 if TYPE_CHECKING:

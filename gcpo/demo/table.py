@@ -6,8 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from gcpo.training.accounting import SECONDS, TOKENS
-from gcpo.training.progress import StepProgress
+from gcpo.run.meter import SECONDS, TOKENS
+from gcpo.run.progress import StepProgress
 
 History = list[dict[str, float]]
 
@@ -43,7 +43,7 @@ def summarize(histories: dict[str, History]) -> dict[str, Any]:
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """Print what `gcpo.demo.command.run` returns, as measured."""
+    """Print what `gcpo.commands.demo.run` returns, as measured."""
     console = Console()
     evaluations, summary = result["evaluations"], result["summary"]
     methods = [name for name in ("GRPO", "GCPO") if name in summary]

@@ -22,7 +22,7 @@ from transformers import (
 
 from gcpo.evaluation.evaluate import evaluate_pass_at_k
 from gcpo.evaluation.tasks import reasoning_gym_reward
-from gcpo.training.progress import progress_bar
+from gcpo.run.progress import progress_bar
 
 # GCPO's two extra prompts, in as few characters as they can be told apart by.
 TINY_TEMPLATES = {

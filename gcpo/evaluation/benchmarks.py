@@ -16,7 +16,7 @@ from math_verify import parse, verify
 
 from gcpo.evaluation.sandbox import run_python
 from gcpo.evaluation.tasks import Completion
-from gcpo.training.runs import read_lines
+from gcpo.run.records import read_lines
 
 MATH_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
 CODE_PROMPT = "Complete this Python function. Answer with the whole function, in one Python code block."

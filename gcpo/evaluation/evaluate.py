@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
-from gcpo.training.progress import progress_bar
+from gcpo.run.progress import progress_bar
 
 # What a trainer passes to reward functions beside the columns, under names that no column can then have ...
 _TAKEN_COLUMNS = ("prompts", "completions")

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from gcpo.training.inputs import argument_errors
-from gcpo.training.runs import Run, Step, read_runs
+from gcpo.run.inputs import argument_errors
+from gcpo.run.records import Run, Step, read_runs
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gcpo.training.accounting import SECONDS
-from gcpo.training.runs import Run
+from gcpo.run.meter import SECONDS
+from gcpo.run.records import Run
 
 COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink")
 BASELINE = "tab:gray"  # of GRPO, as in the plots of `gcpo study`

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from gcpo import __version__
 from gcpo.reports import plots
 from gcpo.reports.diagnose import answer_about_loss, diagnose, overhead
-from gcpo.training.inputs import argument_errors
-from gcpo.training.runs import Run, read_runs
+from gcpo.run.inputs import argument_errors
+from gcpo.run.records import Run, read_runs
 
 STYLE = """
 :root { color-scheme: light; }

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from gcpo.run.quiet import quiet
 from gcpo.study.definitions import NO_KL, Arm
 from gcpo.study.workbench import Workbench
-from gcpo.training.quiet import quiet
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from gcpo import GCPOTrainer
-from gcpo.training.accounting import AccountedGRPOTrainer
+from gcpo.run.meter import AccountedGRPOTrainer
 
 REFERENCES = ("causal", "query", "context", "ensemble")
 

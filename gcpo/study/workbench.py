@@ -20,14 +20,14 @@ from gcpo.demo.tiny import TINY_TEMPLATES, save_tiny, tiny_model, tiny_tokenizer
 from gcpo.evaluation.evaluate import evaluate_pass_at_k
 from gcpo.evaluation.tasks import train_and_held_out
 from gcpo.reports.diagnose import overhead
+from gcpo.run.inputs import TASK_PREFIX, is_task, load_named, load_rewards
+from gcpo.run.quiet import quiet
+from gcpo.run.records import read_run
+from gcpo.run.redaction import redacted
+from gcpo.run.resume import last_complete_checkpoint
 from gcpo.study.definitions import Arm
 from gcpo.study.rewards import open_ended_reward
 from gcpo.study.trainers import ReferencedGCPOTrainer, ScaledGRPOTrainer
-from gcpo.training.inputs import TASK_PREFIX, is_task, load_named, load_rewards
-from gcpo.training.quiet import quiet
-from gcpo.training.redaction import redacted
-from gcpo.training.resume import last_complete_checkpoint
-from gcpo.training.runs import read_run
 
 # One result per line of settings; another layout of the files must not be taken for it.
 _LAYOUT = 1

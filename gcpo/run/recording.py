@@ -1,4 +1,4 @@
-"""A run's record of itself: its options, every logged step and, if asked for, samples (gcpo/training/runs.py)."""
+"""A run's record of itself: its options, every logged step and, if asked for, samples (gcpo/run/records.py)."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,11 +7,11 @@ import trl
 from transformers import TrainerCallback
 
 from gcpo import __version__
-from gcpo.training import runs
-from gcpo.training.redaction import redacted
+from gcpo.run import records
+from gcpo.run.redaction import redacted
 
 if TYPE_CHECKING:
-    from gcpo.training.accounting import AccountedGRPOTrainer
+    from gcpo.run.meter import AccountedGRPOTrainer
 
 
 class RunRecorder(TrainerCallback):
@@ -30,15 +30,15 @@ class RunRecorder(TrainerCallback):
             return
         folder = Path(args.output_dir)
         if state.global_step == 0:  # another run in the same folder starts over; a resumed one goes on
-            for name in (runs.LOG, runs.SAMPLES):
+            for name in (records.LOG, records.SAMPLES):
                 (folder / name).unlink(missing_ok=True)
         versions = {"gcpo": __version__, "trl": trl.__version__}
         options = redacted(args.to_dict())
-        runs.write_config(folder, {"trainer": type(self.trainer).__name__, "versions": versions, **options})
+        records.write_config(folder, {"trainer": type(self.trainer).__name__, "versions": versions, **options})
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and state.log_history and self.trainer.keeps_account:
-            runs.append_line(Path(args.output_dir) / runs.LOG, state.log_history[-1])
+            records.append_line(Path(args.output_dir) / records.LOG, state.log_history[-1])
 
 
 def groups_of_last_rollout(

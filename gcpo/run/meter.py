@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from gcpo.training.recording import RunRecorder, groups_of_last_rollout
-from gcpo.training.resume import ResumableGRPOTrainer
-from gcpo.training.runs import SAMPLES, append_line
+from gcpo.run.recording import RunRecorder, groups_of_last_rollout
+from gcpo.run.records import SAMPLES, append_line
+from gcpo.run.resume import ResumableGRPOTrainer
 
 # GRPO's phases and GCPO's. "loss" is the policy's forward and backward; the optimizer runs outside all of them.
 SECONDS = ("rollout", "rewards", "scoring", "colliders", "contexts", "loss")
@@ -81,7 +81,7 @@ class AccountedGRPOTrainer(ResumableGRPOTrainer):
     """
     TRL's GRPOTrainer, which also logs where its time and tokens go: `gcpo/seconds/PHASE` of the main process and
     `gcpo/tokens/KIND` of all processes, per optimizer step, and leaves a record of the run in its output folder
-    (`gcpo.training.runs`). GCPOTrainer builds on it; to compare the two, use it as is.
+    (`gcpo.run.records`). GCPOTrainer builds on it; to compare the two, use it as is.
 
     Attributes:
         keeps_account: whether to do so. GCPOTrainer does with its causal parts on; with them off, only if this is set

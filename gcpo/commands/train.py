@@ -15,9 +15,9 @@ from transformers import ProgressCallback
 from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_peft_config, get_quantization_config
 from trl.scripts.grpo import GRPOScriptArguments
 
+from gcpo.commands.flags import TrainParser, check_installed
 from gcpo.config import GCPOConfig
-from gcpo.training.flags import TrainParser, check_installed
-from gcpo.training.inputs import (
+from gcpo.run.inputs import (
     TASK_PREFIX,
     TASK_REWARD,
     TRL_REWARDS,
@@ -36,10 +36,10 @@ from gcpo.training.inputs import (
     load_task,
     take_split,
 )
-from gcpo.training.progress import StepProgress
-from gcpo.training.prompts import PromptError, check_prompts
-from gcpo.training.resume import check_same_model, checkpoints, last_complete_checkpoint, step_of, why_incomplete
-from gcpo.training.reward_timeout import with_timeout
+from gcpo.run.progress import StepProgress
+from gcpo.run.prompts import PromptError, check_prompts
+from gcpo.run.resume import check_same_model, checkpoints, last_complete_checkpoint, step_of, why_incomplete
+from gcpo.run.reward_timeout import with_timeout
 
 _LAUNCHED = "GCPO_LAUNCHED"
 

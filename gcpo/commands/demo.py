@@ -27,9 +27,9 @@ from gcpo.demo.tiny import TINY_TEMPLATES, save_smollm2, save_tiny, tiny_model, 
 from gcpo.evaluation.evaluate import EvalResult, evaluate_pass_at_k
 from gcpo.evaluation.tasks import reasoning_gym_reward, train_and_held_out
 from gcpo.reports.plots import save_overview
-from gcpo.training.accounting import AccountedGRPOTrainer
-from gcpo.training.quiet import quiet
-from gcpo.training.runs import Run
+from gcpo.run.meter import AccountedGRPOTrainer
+from gcpo.run.quiet import quiet
+from gcpo.run.records import Run
 
 # Options of a task with which a model is right some of the time; of other tasks, their defaults.
 TASKS: dict[str, dict[str, dict[str, Any]]] = {

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import GRPOTrainer
 
-from gcpo.training.cycle import changed_settings, cycle_settings
+from gcpo.run.cycle import changed_settings, cycle_settings
 
 REFERENCE = "gcpo_reference.safetensors"  # of a checkpoint: the weights of a reference model that follows the policy
 _FOLDER = re.compile(r"checkpoint-(\d+)")

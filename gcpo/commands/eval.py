@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from gcpo.training.inputs import (
+from gcpo.run.inputs import (
     ArgumentsError,
     TaskArguments,
     argument_errors,
@@ -22,8 +22,8 @@ from gcpo.training.inputs import (
     load_task,
     take_split,
 )
-from gcpo.training.prompts import check_prompts
-from gcpo.training.redaction import redacted
+from gcpo.run.prompts import check_prompts
+from gcpo.run.redaction import redacted
 
 BENCHMARK_PREFIX = "benchmark:"
 

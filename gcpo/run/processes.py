@@ -10,7 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from trl import GRPOConfig
 
-from gcpo.training.redaction import redacted
+from gcpo.run.redaction import redacted
 
 # Of GRPOConfig's own fields, those that may differ: what is logged where, and where a server is.
 _MAY_DIFFER = ("log_", "vllm_server_", "num_completions_to_print")

@@ -20,12 +20,12 @@ import transformers
 import trl
 import yaml
 
+from gcpo.run.inputs import argument_errors, check_model
+from gcpo.run.progress import progress_bar
+from gcpo.run.redaction import redacted
 from gcpo.study import budget, tables
 from gcpo.study.definitions import NAMES, STUDIES
 from gcpo.study.workbench import Scale, Workbench
-from gcpo.training.inputs import argument_errors, check_model
-from gcpo.training.progress import progress_bar
-from gcpo.training.redaction import redacted
 
 DEMO = Scale(steps=32, seeds=(0, 1, 2, 3), num_held_out=256)
 QUICK = Scale(steps=20, seeds=(0, 1, 2), warm_target=0.25)

@@ -10,13 +10,13 @@ from typing import Any
 from trl import DatasetMixtureConfig, ModelConfig
 
 from gcpo.causal.contexts import longest_prompt
+from gcpo.commands.flags import TrainParser
+from gcpo.commands.train import GCPOScriptArguments
 from gcpo.config import GCPOConfig
 from gcpo.planning.architecture import SIZES, Architecture, load_config
 from gcpo.planning.plan import BYTES, DEVICES, Cost, Device, StepPlan, compute_bytes, plan_step
 from gcpo.planning.workload import Lengths, Savings, gcpo_passes, grpo_passes, longest_context
-from gcpo.training.command import GCPOScriptArguments
-from gcpo.training.flags import TrainParser
-from gcpo.training.inputs import argument_errors, check_model, check_output
+from gcpo.run.inputs import argument_errors, check_model, check_output
 
 _CHARACTERS_PER_TOKEN = 4  # of English templates, where no count is given
 

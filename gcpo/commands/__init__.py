@@ -1,0 +1,1 @@
+"""What stands behind `gcpo COMMAND`: flags in, printed text out."""

@@ -1,0 +1,1 @@
+"""A run around the trainer: its meter, records, checkpoints, guards, processes and what it is given."""

@@ -1,1 +1,0 @@
-"""A run around the trainer: the command, checkpoints, records, time and tokens, and what guards it."""
