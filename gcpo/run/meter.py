@@ -130,10 +130,6 @@ class AccountedGRPOTrainer(ResumableGRPOTrainer):
         with self._account.phase("rewards"):
             return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
-    def _scored(self) -> tuple[str, str]:
-        """The phase and the kind of tokens that a scoring pass belongs to."""
-        return "scoring", "scored_query"
-
     def _get_per_token_logps_and_entropies(
         self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple:
@@ -141,9 +137,8 @@ class AccountedGRPOTrainer(ResumableGRPOTrainer):
         if torch.is_grad_enabled():
             self._account.add_tokens("trained", attention_mask.sum())
             return call(model, input_ids, attention_mask, *args, **kwargs)
-        phase, kind = self._scored()
-        self._account.add_tokens(kind, attention_mask.sum())
-        with self._account.phase(phase):
+        self._account.add_tokens("scored_query", attention_mask.sum())
+        with self._account.phase("scoring"):
             return call(model, input_ids, attention_mask, *args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
