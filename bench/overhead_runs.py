@@ -70,7 +70,7 @@ class GRPOReadingPromptsOnce(GCPOTrainer):
     keeps_account = True
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple:
-        with read_repeated_prompts_once(self._backbone()):
+        with read_repeated_prompts_once(self._policy.backbone):
             return super()._generate_single_turn(*args, **kwargs)
 
 

@@ -8,8 +8,8 @@ from test_trainer_causal import first_batch, make_trainer
 from tiny_policy import save_policy
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config
 
+from gcpo.forward.models import takes_tree_mask
 from gcpo.forward.packing import pack
-from gcpo.forward.scoring import takes_tree_mask
 
 
 def sequences(seed=0):
