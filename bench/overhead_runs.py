@@ -32,11 +32,12 @@ import trl
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from gcpo import GCPOConfig, GCPOTrainer
+from gcpo.causal.account import SECONDS, TOKENS, StepAccount
 from gcpo.demo.tiny import save_smollm2, tiny_tokenizer
 from gcpo.evaluation.tasks import reasoning_gym_dataset
 from gcpo.forward.generation import read_repeated_prompts_once
 from gcpo.planning.architecture import SIZES
-from gcpo.run.meter import SECONDS, TOKENS, AccountedGRPOTrainer, StepAccount
+from gcpo.run.meter import AccountedGRPOTrainer
 
 _TINY = {
     **SIZES["0.5b"],

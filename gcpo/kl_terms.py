@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from gcpo.causal.loss import causal_kl_loss, clip_log_ratio
+from gcpo.causal.port import KLTerms
 from gcpo.run.meter import AccountedGRPOTrainer
 
 # How each of TRL's loss types reduces its tokens, in terms of the four that gcpo_loss knows.
@@ -132,15 +133,18 @@ class KLTermsTrainer(AccountedGRPOTrainer):
             items, scale = items * accumulation / self.args.steps_per_generation, 1.0
         elif reduction == "luspo":
             reduction, length = "dr_grpo", 1
-        loss, metrics = causal_kl_loss(
-            self.args,
-            per_token_logps,
-            self._loss_mask(inputs),
+        terms = KLTerms(
             context_logp=inputs["context_logps"],
             context_weights=inputs["context_weights"],
             counted=inputs["has_collider"],
             scale=inputs["causal_scale"],
             query_logp=inputs.get("query_logps"),
+        )
+        loss, metrics = causal_kl_loss(
+            terms,
+            self.args,
+            per_token_logps,
+            self._loss_mask(inputs),
             causal_logp=causal_logp,
             loss_type=reduction,
             max_completion_length=length,

@@ -153,13 +153,12 @@ class GCPOTrainer(KLTermsTrainer):
             logged.extend(a * u for a, u in zip(plain, upsilon[-len(plain) :], strict=True))
             for column, values in zip(WEIGHT_COLUMNS, (plain, upsilon), strict=True):
                 self._logs["extra"][column].extend(values)
-        if terms.context_logp is None or self.args.kappa == 0:
-            return
-        if terms.query_logp is not None:
-            output["query_logps"] = terms.query_logp
-        output["context_logps"], output["context_weights"] = terms.context_logp, terms.context_weights
-        output["has_collider"] = terms.counted
-        output["causal_scale"] = torch.tensor(terms.scale, device=self.accelerator.device)
+        if terms.kl is not None:
+            output["context_logps"], output["context_weights"] = terms.kl.context_logp, terms.kl.context_weights
+            output["has_collider"] = terms.kl.counted
+            output["causal_scale"] = torch.tensor(terms.kl.scale, device=self.accelerator.device)
+            if terms.kl.query_logp is not None:
+                output["query_logps"] = terms.kl.query_logp
         if terms.first_contexts is not None:
             output["context_ids"], output["context_mask"] = self._policy.pad(terms.first_contexts, "left")
 

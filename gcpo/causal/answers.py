@@ -22,7 +22,7 @@ def checked_scores(
     Log-probabilities of `shape` (None: not asked for) and representations (rows, H) of completions of `lengths` tokens,
     without NaN wherever there is a token, unless the policy allows it.
     """
-    wanted = {"representations": (z, (len(lengths), policy.hidden_size))}
+    wanted: dict[str, tuple[Any, tuple[int, ...]]] = {"representations": (z, (len(lengths), policy.hidden_size))}
     if shape is not None:
         wanted["log-probabilities"] = (logp, shape)
     for name, (tensor, size) in wanted.items():

@@ -3,19 +3,16 @@
 import torch
 
 from gcpo.causal.options import CausalOptions
+from gcpo.causal.port import KLTerms
 from gcpo_kernels import gcpo_loss
 
 
 def causal_kl_loss(
+    terms: KLTerms,
     options: CausalOptions,
     logp: torch.Tensor,  # (B, T)
     mask: torch.Tensor,  # (B, T)
     *,
-    context_logp: torch.Tensor,  # (B, T, width)
-    context_weights: torch.Tensor,  # (B, width)
-    counted: torch.Tensor,  # (B,) bool
-    scale: torch.Tensor | float = 1.0,
-    query_logp: torch.Tensor | None = None,  # (B, T)
     causal_logp: torch.Tensor | None = None,  # (B, T)
     loss_type: str = "grpo",
     max_completion_length: int | None = None,
@@ -25,11 +22,11 @@ def causal_kl_loss(
     kappa * k3 towards the causal reference p' (eqs. 12, 13), to be added to a policy loss.
 
     Args:
+        terms: those of the causal step, of these rows.
         options: `kappa`, `proj_floor` and `kl_clip` are used.
         logp: log-probabilities of the completions under q, with gradient. At the first update after a rollout they
             also are log pi_old.
         mask: tokens that count.
-        context_logp, context_weights, counted, scale, query_logp: as in [`~gcpo.causal.CausalTerms`], of these rows.
         causal_logp: log-probabilities under x_{i,0}, with gradient, where the policy is conditioned on it. None: logp.
         loss_type, max_completion_length, num_items_in_batch: how tokens are reduced, as in `gcpo_kernels.gcpo_loss`,
             whose types these are. "bnpo" divides by all unmasked tokens, those of rows that are not counted included.
@@ -40,16 +37,16 @@ def causal_kl_loss(
     """
     if loss_type == "bnpo":
         loss_type, num_items_in_batch = "dapo", mask.sum()
-    mask = mask * counted.unsqueeze(1)
+    mask = mask * terms.counted.unsqueeze(1)
     loss, metrics = gcpo_loss(
         logp,
         torch.zeros_like(logp[:, 0]),
         mask,
         old_logp=logp.detach(),
         causal_logp=causal_logp,
-        query_logp=query_logp,
-        context_logp=context_logp,
-        context_weights=context_weights,
+        query_logp=terms.query_logp,
+        context_logp=terms.context_logp,
+        context_weights=terms.context_weights,
         kappa=options.kappa,
         proj_floor=options.proj_floor,
         kl_clip=options.kl_clip,
@@ -57,7 +54,7 @@ def causal_kl_loss(
         max_completion_length=max_completion_length,
         num_items_in_batch=num_items_in_batch,
     )
-    return loss * scale, {**metrics, "tokens": mask.sum().float()}
+    return loss * terms.scale, {**metrics, "tokens": mask.sum().float()}
 
 
 def clip_log_ratio(ref_logp: torch.Tensor, logp: torch.Tensor, kl_clip: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -33,7 +33,7 @@ def tail(piece: Piece, count: int | None) -> Piece:
     return [(keys[:, start:], values[:, start:]) for keys, values in piece]
 
 
-def common_prefix(left: Ids, right: Ids, start: int = 0) -> int:
+def common_prefix(left: Sequence[int], right: Sequence[int], start: int = 0) -> int:
     """How many ids two sequences begin with alike, which agree on the first `start`."""
     if hasattr(left, "common_prefix"):
         return left.common_prefix(right)
@@ -102,6 +102,17 @@ class WeightInputs:
 
 
 @dataclass
+class KLTerms:
+    """What the second KL term needs, of some rows."""
+
+    context_logp: torch.Tensor  # (B, T, width) log pi_old(y_i | x_{i,l}), x_{i,0} first
+    context_weights: torch.Tensor  # (B, width): of the mean over l
+    counted: torch.Tensor  # (B,) bool: rows in the term
+    scale: float | torch.Tensor  # what the term is multiplied by, for the rows that are not in it
+    query_logp: torch.Tensor | None = None  # (B, T) log pi_old(y | q); None: the policy's own at the first update
+
+
+@dataclass
 class CausalTerms:
     """What the causal step makes of a rollout."""
 
@@ -109,12 +120,7 @@ class CausalTerms:
     rows: slice  # this process's, of the P * n of all
     upsilon: torch.Tensor | None = None  # (P * n,) of all processes; None with estimator="none"
     weight_inputs: WeightInputs | None = None
-    # What the second KL term needs, of this process's rows; None with kappa=0.
-    query_logp: torch.Tensor | None = None  # (B, T) log pi_old(y | q); None: the policy's own at the first update
-    context_logp: torch.Tensor | None = None  # (B, T, width) log pi_old(y_i | x_{i,l}), x_{i,0} first
-    context_weights: torch.Tensor | None = None  # (B, width): of the mean over l
-    counted: torch.Tensor | None = None  # (B,) bool: rows in the term
-    scale: float = 1.0  # what the term is multiplied by, for the rows that are not in it
+    kl: KLTerms | None = None  # of this process's rows; None with kappa=0
     first_contexts: list[Ids] | None = None  # x_{i,0} of each row, for causal_policy_context="context"
 
     def weigh(self, advantages: torch.Tensor) -> torch.Tensor:
@@ -135,9 +141,17 @@ class Policy(Protocol):
 
     num_generations: int  # n
     eos_token_ids: list[int]  # what ends a completion
-    device: torch.device
-    rank: int  # of this process
-    size: int  # how many processes there are
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def rank(self) -> int:
+        """Of this process."""
+
+    @property
+    def size(self) -> int:
+        """How many processes there are."""
 
     @property
     def max_completion_length(self) -> int | None:

@@ -13,7 +13,7 @@ from gcpo.causal.contexts import PromptBuilder, check_length
 from gcpo.causal.estimators import estimate_weights
 from gcpo.causal.options import CausalOptions
 from gcpo.causal.parallel import GroupReading, copy_start, read_groups, score_copies
-from gcpo.causal.port import CausalTerms, Group, Ids, Policy, Reading, Rollout, WeightInputs, share
+from gcpo.causal.port import CausalTerms, Group, Ids, KLTerms, Policy, Reading, Rollout, WeightInputs, share
 from gcpo.causal.sampling import ContextDraw, draw_contexts
 
 Row = tuple[int, int]  # (group, candidate)
@@ -50,6 +50,7 @@ class CausalStep:
                 stacklevel=2,
             )
 
+    @torch.no_grad()
     def terms(
         self,
         rollout: Rollout,
@@ -93,9 +94,9 @@ class CausalStep:
         context_z = None
         if draw is not None:
             if parallel:
-                terms.context_logp, scored_z = self._score_parallel(groups, rows, draw, found, length)
+                context_logp, scored_z = self._score_parallel(groups, rows, draw, found, length)
             else:
-                terms.context_logp, scored_z = self._score_contexts(rollout, groups, rows, draw, length)
+                context_logp, scored_z = self._score_contexts(rollout, groups, rows, draw, length)
             if options.estimator == "scored":
                 context_z = self._by_context(scored_z, draw)
         if options.estimator == "sampled":
@@ -107,9 +108,8 @@ class CausalStep:
             terms.upsilon = self._weigh(groups, terms.weight_inputs)
         if options.kappa > 0:
             assert draw is not None
-            terms.query_logp = query_logp
-            terms.context_weights, terms.counted = draw.weights.to(policy.device), draw.counted.to(policy.device)
-            terms.scale = draw.scale
+            weights, counted = draw.weights.to(policy.device), draw.counted.to(policy.device)
+            terms.kl = KLTerms(context_logp, weights, counted, draw.scale, query_logp)
             if options.causal_policy_context == "context":
                 terms.first_contexts = [
                     self.context(groups, row, 0) if drawn else rollout.prompt_ids[k]

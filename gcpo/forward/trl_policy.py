@@ -53,7 +53,7 @@ class TrlPolicy(ModelForwards):
     # -----------------------------------------------------------------------------------------------------------------
 
     @property
-    def model(self) -> Any:  # type: ignore[override]
+    def model(self) -> Any:
         return self.trainer.model
 
     @property
