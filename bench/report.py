@@ -1,6 +1,6 @@
 """
-Results as tables and files, and their summary in docs/kernels.md: `python -m bench.report` rewrites it, and draws the plots
-of kept results that have none.
+Results as tables and files, and their summary in docs/kernels.md: `python -m bench.report` rewrites it, and draws
+the plots of kept results that have none.
 """
 
 import json
