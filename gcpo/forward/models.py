@@ -105,7 +105,8 @@ class ModelForwards(ScheduledPolicy):
         first = torch.tensor([row.first_position for row in rows], device=self.device)
         positions = first[:, None] + torch.arange(ids.shape[1], device=self.device)
         labels = torch.full_like(ids, -100)
-        labels[:, :-1] = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+        scored = mask[:, 1:] * torch.tensor([row.scores for row in rows], device=self.device)[:, None]
+        labels[:, :-1] = ids[:, 1:].masked_fill(scored == 0, -100)
         # What follows a row's first token is its completion.
         recorder = HiddenRecorder(self.options.representation, mask=torch.cat([mask[:, :1] * 0, mask[:, 1:]], dim=1))
         if counts:
