@@ -32,7 +32,6 @@ from gcpo_kernels.options import (
     LossOptions,
     check_choice,
     check_count,
-    check_floor,
     check_number,
 )
 
@@ -555,6 +554,6 @@ def causal_reference_logprob(
         (B, T), in [log proj_floor, 0].
     """
     check_rank("query_logp", query_logp, (2,), "(B, T)")
-    check_floor(proj_floor)
+    check_number("proj_floor", proj_floor, above=0.0, below=1.0)
     check_contexts(tuple(query_logp.shape), query_logp, context_logp)
     return reference.causal_reference_logprob(query_logp, context_logp, proj_floor=proj_floor)

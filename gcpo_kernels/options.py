@@ -36,7 +36,7 @@ class LossOptions:
         check_number("epsilon_high", self.epsilon_high, low=0.0)
         if self.delta is not None:
             check_number("delta", self.delta, above=0.0)
-        check_floor(self.proj_floor)
+        check_number("proj_floor", self.proj_floor, above=0.0, below=1.0)
         if self.kl_clip is not None:
             check_number("kl_clip", self.kl_clip, above=0.0)
         check_choice("importance_sampling_level", self.importance_sampling_level, IMPORTANCE_SAMPLING_LEVELS)
@@ -70,24 +70,31 @@ class HeadOptions:
             check_number("logit_softcap", self.logit_softcap, above=0.0)
 
 
-def check_number(name: str, value: Any, low: float | None = None, above: float | None = None) -> None:
+def check_number(
+    name: str,
+    value: Any,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
+) -> None:
+    """
+    Check that a number is finite, and at least `low`, above `above`, at most `high` and below `below` where given.
+
+    Raises:
+        TypeError: `value` is not a number.
+        ValueError: it is outside the bounds; the message names the argument, what it got and what it wants.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"`{name}` must be a number, got {type(value).__name__}.")
-    wanted = "finite"
-    if low is not None:
-        wanted += f" and at least {low:g}"
-    if above is not None:
-        wanted += f" and above {above:g}"
     # Comparisons, not math.isfinite: torch.compile traces them for a number that changes between calls.
-    finite = -math.inf < value < math.inf
-    if not finite or (low is not None and value < low) or (above is not None and value <= above):
+    fits = -math.inf < value < math.inf
+    fits = fits and (low is None or value >= low) and (above is None or value > above)
+    fits = fits and (high is None or value <= high) and (below is None or value < below)
+    if not fits:
+        bounds = (("at least", low), ("above", above), ("at most", high), ("below", below))
+        wanted = " and ".join(["finite", *(f"{words} {bound:g}" for words, bound in bounds if bound is not None)])
         raise ValueError(f"`{name}` must be {wanted}, got {value}.")
-
-
-def check_floor(value: Any) -> None:
-    check_number("proj_floor", value, above=0.0)
-    if value >= 1:
-        raise ValueError(f"`proj_floor` is a probability's lower bound and must be below 1, got {value}.")
 
 
 def check_count(name: str, value: Any) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import gcpo_kernels
+from gcpo_kernels.options import check_number
 from gcpo_kernels.testing import make_linear_inputs, make_representations, make_token_inputs
 
 # make_*_inputs: B = 5, T = 7, L = 3, H = 13, V = 37; P = 3, n = 4, L = 3, m = 2, H = 9.
@@ -285,3 +286,26 @@ def test_available_backends() -> None:
         available = gcpo_kernels.available_backends(device)
         assert "torch" in available
         assert INTERPRETED or available == ("torch",)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "inside", "outside", "wanted"),
+    [
+        ({}, (-1e30, 0, 7), (NAN, INF, -INF), "finite"),
+        ({"low": 0.0}, (0.0, 2), (-1e-9, INF, NAN), "finite and at least 0"),
+        ({"above": 0.0, "high": 1.0}, (1e-9, 1), (0.0, 1.1, NAN), "finite and above 0 and at most 1"),
+        ({"low": 0.0, "high": 1.0}, (0, 1.0), (-0.1, 1.1, NAN), "finite and at least 0 and at most 1"),
+        ({"above": 0.0, "below": 1.0}, (0.5,), (0, 1.0, NAN), "finite and above 0 and below 1"),
+    ],
+)
+def test_bounds_of_a_number(
+    bounds: dict[str, float], inside: tuple[float, ...], outside: tuple[float, ...], wanted: str
+) -> None:
+    for value in inside:
+        check_number("kappa", value, **bounds)
+    for value in outside:
+        with pytest.raises(ValueError, match=re.escape(f"`kappa` must be {wanted}, got {value}.")):
+            check_number("kappa", value, **bounds)
+    for wrong in ("1", True, None):
+        with pytest.raises(TypeError, match="`kappa` must be a number, got"):
+            check_number("kappa", wrong, **bounds)
