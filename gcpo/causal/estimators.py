@@ -4,7 +4,7 @@ import torch
 
 from gcpo.config import GCPOConfig
 from gcpo_kernels import causal_weights
-from gcpo_kernels.reference import context_difference
+from gcpo_kernels.maths import context_difference
 
 
 def estimate_weights(
