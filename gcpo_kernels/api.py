@@ -7,7 +7,6 @@ samples. "float" is float32, bfloat16 or float16 (float64 too on the torch backe
 devices and option values raise ValueError or TypeError naming the argument. Equations are those of arXiv 2508.05428.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -139,23 +138,9 @@ def gcpo_loss(
     )
     check_token_arguments(tuple(logp.shape), logp, given, options)
     if use_triton(backend, logp, *given[1:]):
-        return _triton_loss(logp, given, options)
+        return triton_ops.loss_and_metrics(logp, given, options)
     dtype = maths.compute_dtype(logp)
     return maths.objective(logp.to(dtype), given.clean(dtype), options)
-
-
-def _triton_loss(logp: torch.Tensor, given: TokenInputs, options: LossOptions) -> tuple[torch.Tensor, Metrics]:
-    check_no_tangents(logp=logp, causal_logp=given.causal_logp)
-    items = options.num_items_in_batch
-    if items is not None and not isinstance(items, torch.Tensor) and torch.compiler.is_compiling():
-        # A number would be a constant of the operator, and compile again for every value.
-        items = torch.ones((), dtype=torch.float32, device=logp.device) * items
-        options = replace(options, num_items_in_batch=items)
-    items = items.to(logp.device) if isinstance(items, torch.Tensor) else None
-    out = triton_ops.triton_token_loss(logp, items, options.pack(), *given.constants())[0]
-    metrics = out.detach()
-    places = triton_ops.metric_places(options.kl_clip is not None)
-    return out[0], {name: metrics[place] for name, place in places.items()}
 
 
 def linear_gcpo_loss(
@@ -288,7 +273,7 @@ def linear_gcpo_loss(
     )
     # The value again from the log-probabilities, on (B, T): it also carries the gradient in causal_logp.
     if where == "triton":
-        value, metrics = _triton_loss(logp, given, options)
+        value, metrics = triton_ops.loss_and_metrics(logp, given, options)
     else:
         value, metrics = maths.objective(logp, inputs, options)
     metrics["entropy"] = maths.masked_mean(entropy, inputs.mask)

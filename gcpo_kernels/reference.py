@@ -285,8 +285,8 @@ def causal_weights(
     distance2 = (2.0 - 2.0 * cosine).clamp(min=0.0)
     if similarity == "gaussian":
         return alpha * torch.exp(-distance2 / 2.0)
-    distance = torch.where(distance2 > 0, distance2, 1.0).sqrt() * (distance2 > 0)
-    return alpha / (1.0 + distance)
+    apart = distance2 != 0
+    return alpha / (1.0 + torch.where(apart, distance2, 1.0).sqrt() * apart)
 
 
 def causal_weights_from_hidden(hidden: Tensor, last_index: Tensor, context_z: Tensor, **options: Any) -> Tensor:

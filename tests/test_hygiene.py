@@ -152,6 +152,17 @@ print(gcpo_kernels.available_backends("cpu"))
     assert done.stdout.strip() == "('torch',)"
 
 
+def test_the_oracle_stands_alone() -> None:
+    """Nothing that it judges runs it, and it runs nothing of that: a mistake in one place would be in both."""
+    imports = re.compile(r"^\s*(?:from|import) .*", re.MULTILINE)
+    for path in [*ROOT.glob("gcpo_kernels/**/*.py"), *ROOT.glob("gcpo/**/*.py")]:
+        name, lines = path.relative_to(ROOT).as_posix(), imports.findall(read(path))
+        if name == "gcpo_kernels/reference.py":
+            assert not [line for line in lines if "gcpo" in line]
+        elif name not in ("gcpo_kernels/testing.py", "gcpo/commands/doctor.py"):
+            assert not [line for line in lines if re.search(r"\breference\b", line)], name
+
+
 def test_every_public_function_is_met() -> None:
     """A function that is exported is documented, and is among what the tests of every function go through."""
     functions = {name: getattr(gcpo_kernels, name) for name in gcpo_kernels.__all__ if name != "available_backends"}

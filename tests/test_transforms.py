@@ -321,6 +321,26 @@ def operator_calls() -> dict[str, tuple[Any, tuple]]:
     }
 
 
+def test_options_survive_their_packing() -> None:
+    """Operators take numbers: what comes out of them is what went in, with every option away from its default."""
+    given: dict[str, Any] = {"beta": 0.1, "kappa": 0.2, "epsilon_low": 0.3, "epsilon_high": 0.4, "delta": 1.5}
+    given |= {"importance_sampling_level": "sequence", "loss_type": "dapo", "max_completion_length": 9}
+    given |= {"num_items_in_batch": 11, "proj_floor": 0.01, "kl_clip": 0.5}
+    assert set(given) == set(LossOptions.__dataclass_fields__)
+    for options in (LossOptions(**given), LossOptions(), LossOptions(loss_type="dapo", num_items_in_batch=0)):
+        assert LossOptions.unpack(options.pack()) == options
+    items = torch.tensor(11)
+    options = replace(LossOptions(**given), num_items_in_batch=items)
+    assert LossOptions.unpack(options.pack(), items) == options
+    assert LossOptions.unpack(options.pack()) == replace(options, num_items_in_batch=None)
+    of_tokens = {
+        key: x for key, x in given.items() if "_in_" not in key and key not in ("loss_type", "max_completion_length")
+    }
+    assert options.per_token() == LossOptions(**of_tokens)
+    for head in (HeadOptions(), HeadOptions(0.9, -2.0, 4.0)):
+        assert HeadOptions.unpack(head.pack()) == head
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", operator_calls())
 def test_operators_keep_their_contract(name: str, dtype: torch.dtype) -> None:

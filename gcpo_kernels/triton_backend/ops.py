@@ -3,16 +3,17 @@ Registered operators of the Triton backend that have no counterpart in the torch
 plain differentiable torch: the token loss, the causal weights, the leave-one-out mean.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gcpo_kernels.checks import check_no_tangents
 from gcpo_kernels.ops import on_device_of
 from gcpo_kernels.options import LossOptions
 from gcpo_kernels.tokens import TokenInputs
 from gcpo_kernels.triton_backend import causal, token_loss
-from gcpo_kernels.triton_backend.token_loss import metric_places as metric_places
 
 # TokenInputs are arguments one by one: through a list of tensors autograd takes longer.
 _TOKENS = ", ".join(
@@ -97,6 +98,21 @@ def _token_loss_grad(ctx: Any, grad: Tensor, *unused: Any) -> tuple:
 
 
 triton_token_loss.register_autograd(_token_loss_grad, setup_context=_token_loss_setup)
+
+
+def loss_and_metrics(logp: Tensor, given: TokenInputs, options: LossOptions) -> tuple[Tensor, dict[str, Tensor]]:
+    """What `gcpo_loss` returns, from log-probabilities (B, T) and their tensors as given."""
+    check_no_tangents(logp=logp, causal_logp=given.causal_logp)
+    items = options.num_items_in_batch
+    if items is not None and not isinstance(items, Tensor) and torch.compiler.is_compiling():
+        # A number would be a constant of the operator, and compile again for every value.
+        items = torch.ones((), dtype=torch.float32, device=logp.device) * items
+        options = replace(options, num_items_in_batch=items)
+    on_device = items.to(logp.device) if isinstance(items, Tensor) else None
+    out = triton_token_loss(logp, on_device, options.pack(), *given.constants())[0]
+    metrics = out.detach()
+    places = token_loss.metric_places(options.kl_clip is not None)
+    return out[0], {name: metrics[place] for name, place in places.items()}
 
 
 @torch.library.custom_op("gcpo::triton_causal_weights", mutates_args=())
