@@ -2,11 +2,10 @@
 What every function must compute, written straight from the equations (arXiv 2508.05428): the oracle of the tests, of
 the benchmarks' checks and of `gcpo doctor`.
 
-It is for reading and for comparing with. It is naive where the package is careful, holds (N, V) logits, leaves
-gradients to autograd, checks nothing, and shares no code with what it judges: nothing but `gcpo_kernels.testing` may
-import it, and it imports torch alone. Functions have the names and arguments of the public ones, without `backend`.
-Given float64 it computes in float64, which is the truth; given narrower types, in float32, which is what plain torch
-makes of them.
+It is for reading and for comparing with. It is naive where the package is careful: it holds (N, V) logits, leaves
+gradients to autograd and checks nothing. It shares no code with what it judges: it imports torch alone, and of both
+packages only `gcpo doctor` imports it. Functions have the names and arguments of the public ones, without those that
+change no result. Float64 inputs give the truth; narrower ones are computed in float32, as plain torch would.
 
 Where an equation leaves something open, the convention is in a comment that begins with "Convention".
 """
@@ -206,7 +205,7 @@ def linear_gcpo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`gcpo_loss` of the `linear_logprob` of the tokens that are not masked, with their mean entropy."""
     keep = mask != 0
-    kept = hidden.reshape(*mask.shape, -1)[keep] if hidden.numel() else hidden.new_zeros(0, weight.shape[1])
+    kept = hidden.reshape(*mask.shape, weight.shape[1])[keep]
     head = {"temperature": temperature, "logit_scale": logit_scale, "logit_softcap": logit_softcap}
     ids = token_ids.reshape(mask.shape)[keep]
     logp, entropy = linear_logprob(kept, weight, ids, bias=bias, return_entropy=True, **head)
