@@ -32,11 +32,12 @@ import trl
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from gcpo import GCPOConfig, GCPOTrainer
+from gcpo.causal.account import SECONDS, TOKENS, StepAccount
 from gcpo.demo.tiny import save_smollm2, tiny_tokenizer
 from gcpo.evaluation.tasks import reasoning_gym_dataset
 from gcpo.forward.generation import read_repeated_prompts_once
 from gcpo.planning.architecture import SIZES
-from gcpo.run.meter import SECONDS, TOKENS, AccountedGRPOTrainer, StepAccount
+from gcpo.run.meter import AccountedGRPOTrainer
 
 _TINY = {
     **SIZES["0.5b"],
@@ -70,7 +71,7 @@ class GRPOReadingPromptsOnce(GCPOTrainer):
     keeps_account = True
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple:
-        with read_repeated_prompts_once(self._backbone()):
+        with read_repeated_prompts_once(self._policy.backbone):
             return super()._generate_single_turn(*args, **kwargs)
 
 

@@ -1,6 +1,6 @@
 """
-Results as tables and files, and the block of the README that is made from them: `python -m bench.report` rewrites it,
-and draws the plots of kept results that have none.
+Results as tables and files, and their summary in docs/kernels.md: `python -m bench.report` rewrites it, and draws
+the plots of kept results that have none.
 """
 
 import json
@@ -16,6 +16,7 @@ from bench.roofline import phase_of, plots
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
+DOCUMENT = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- begin: python -m bench.report -->", "<!-- end -->"
 FILE = "kernels.json"
 
@@ -153,11 +154,11 @@ def draw(result: dict[str, Any], folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The README
+# The summary in the documentation
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def readme_block(folder: Path = RESULTS) -> str:
+def summary(folder: Path = RESULTS) -> str:
     """Per device with results, GPUs first, one line per case and implementation that computes the same."""
     results = [json.loads(path.read_text()) for path in sorted(folder.glob(f"*/{FILE}"))]
     results.sort(key=lambda result: result["environment"]["device_type"] == "cpu")
@@ -166,11 +167,11 @@ def readme_block(folder: Path = RESULTS) -> str:
         lines += ["**There is no result from a GPU yet**, so nothing is said about one."]
     for result in results:
         lines += ["", f"{describe(result['environment'])}. From `{result['command']}`:", ""]
-        lines += _summary(result)
+        lines += _summary_of(result)
     return "\n".join(lines).strip()
 
 
-def _summary(result: dict[str, Any]) -> Iterator[str]:
+def _summary_of(result: dict[str, Any]) -> Iterator[str]:
     names = list(dict.fromkeys(row["name"] for entry in result["cases"] for row in entry["results"] if "times" in row))
     yield "| time to floor (extra memory, MiB) | " + " | ".join(names) + " |"
     yield "|---|" + "---|" * len(names)
@@ -206,8 +207,7 @@ def main() -> None:
     for path in RESULTS.glob(f"*/{FILE}"):
         if not list(path.parent.glob("kernels_*.png")):
             draw(json.loads(path.read_text()), path.parent)
-    readme = ROOT / "README.md"
-    readme.write_text(with_block(readme.read_text(encoding="utf-8"), readme_block()), encoding="utf-8")
+    DOCUMENT.write_text(with_block(DOCUMENT.read_text(encoding="utf-8"), summary()), encoding="utf-8")
 
 
 if __name__ == "__main__":

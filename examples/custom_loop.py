@@ -1,77 +1,102 @@
 """
-GCPO in a training loop of one's own: plain PyTorch, a tiny model, and a reward for even tokens.
+GCPO in a training loop of your own: PyTorch, transformers, no trainer.
 
-    python examples/custom_loop.py
+    python examples/custom_loop.py HuggingFaceTB/SmolLM2-135M-Instruct --steps 20
 
-Prompts and completions have fixed lengths here, so that nothing is padded; with padding, pass the mask that is 1 below.
+The model learns to add two numbers. Every step samples n answers per question, rewards them, lets `CausalStep` draw the
+integrated answers (colliders) and read what it needs, and takes one optimizer step on GRPO's loss with the advantages
+weighed by Upsilon (eq. 11) plus the second KL term (eq. 12).
 """
 
+import argparse
+import random
+import re
+from typing import Any
+
 import torch
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gcpo_kernels import causal_weights, group_advantages, linear_gcpo_loss, linear_logprob
-
-P, N, L, T, VOCAB = 4, 6, 3, 8, 32  # prompts, candidates, colliders, tokens of an answer, vocabulary
-FUSE, CONTEXT = 1, 2  # tokens that ask for an integrated answer, and for one more candidate
+from gcpo import CausalOptions, CausalStep, ModelPolicy
+from gcpo.causal.loss import causal_kl_loss
+from gcpo_kernels import gcpo_loss, group_advantages
 
 
-def generate(model: LlamaForCausalLM, prompt: Tensor) -> Tensor:
-    options = {"do_sample": True, "top_k": 0, "max_new_tokens": T, "min_new_tokens": T, "pad_token_id": 0}
-    return model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[:, prompt.shape[1] :]
+def questions(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows of a dataset: a conversation as `prompt`, and a column that the reward function gets."""
+    draw, rows = random.Random(seed), []
+    for _ in range(count):
+        a, b = draw.randint(1, 20), draw.randint(1, 20)
+        question = f"What is {a} + {b}? Answer with the number alone."
+        rows.append({"prompt": [{"role": "user", "content": question}], "answer": a + b})
+    return rows
 
 
-def read(model: LlamaForCausalLM, prompt: Tensor, answer: Tensor) -> tuple[Tensor, Tensor]:
-    """What lm_head reads to predict each token of an answer, (B, T, H), and the state of its last token, (B, H)."""
-    states = model.model(torch.cat([prompt, answer], dim=1)).last_hidden_state
-    return states[:, -T - 1 : -1], states[:, -1]
+def right_sum(completions: list[Any], answer: list[int], **columns: Any) -> list[float]:
+    """1 where the last number of a completion is the answer; a tenth for any number at all."""
+    found = [re.findall(r"-?\d+", completion[0]["content"]) for completion in completions]
+    return [
+        1.0 if numbers and int(numbers[-1][:9]) == wanted else 0.1 * bool(numbers)
+        for numbers, wanted in zip(found, answer, strict=True)
+    ]
 
 
-def ask(prompt: Tensor, shown: Tensor, kind: int) -> Tensor:
-    return torch.cat([prompt, shown.flatten(1), prompt.new_full((len(prompt), 1), kind)], dim=1)
-
-
-def train_step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, prompt: Tensor) -> tuple[float, dict]:
-    head = model.lm_head.weight
-    with torch.no_grad():
-        queries = prompt.repeat_interleave(N, 0)
-        y = generate(model, queries)  # (P * N, T), a prompt's candidates one after the other
-        rewards = (y % 2 == 0).float().mean(1)
-        groups = y.view(P, N, T)
-        colliders = generate(model, ask(prompt, groups, FUSE).repeat_interleave(L, 0)).view(P, L, T)
-        # The contexts x_{i,l}: the other candidates and one collider; what each says of y_i.
-        others = torch.stack([torch.cat([groups[:, :i], groups[:, i + 1 :]], 1) for i in range(N)], 1).flatten(2)
-        shown = torch.cat([others[:, :, None].expand(-1, -1, L, -1), colliders[:, None].expand(-1, N, -1, -1)], -1)
-        contexts = ask(prompt.repeat_interleave(N * L, 0), shown.reshape(P * N * L, -1), CONTEXT)
-        answers = y.repeat_interleave(L, 0)
-        hidden, context_z = read(model, contexts, answers)
-        context_logp = linear_logprob(hidden, head, answers).view(P * N, L, T).transpose(1, 2)
-        hidden, z = read(model, queries, y)
-        old_logp = linear_logprob(hidden, head, y)
-        upsilon = causal_weights(z.view(P, N, -1), context_z.view(P, N, L, 1, -1))
-        advantages = group_advantages(rewards, N) * upsilon.flatten()
-    hidden, _ = read(model, queries, y)
-    loss, metrics = linear_gcpo_loss(
-        hidden, head, y, advantages, torch.ones_like(y), old_logp=old_logp, context_logp=context_logp, kappa=0.06
+def train(
+    model: Any,
+    tokenizer: Any,
+    options: CausalOptions,
+    rows: list[dict[str, Any]],
+    reward_func: Any,
+    *,
+    steps: int,
+    prompts_per_step: int = 2,
+    num_generations: int = 4,
+    max_completion_length: int = 16,
+    learning_rate: float = 1e-5,
+) -> list[float]:
+    """Train in place; returns the mean reward of every step."""
+    policy = ModelPolicy(
+        model,
+        tokenizer,
+        options,
+        num_generations=num_generations,  # n
+        max_completion_length=max_completion_length,  # T at most
+        reward_func=reward_func,
     )
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return rewards.mean().item(), metrics
-
-
-def main(steps: int = 60, seed: int = 0) -> list[float]:
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, bos_token_id=None, eos_token_id=None, **sizes))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    rewards = []
+    causal_step = CausalStep(policy, options, policy.builder)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    history = []
     for step in range(steps):
-        reward, metrics = train_step(model, optimizer, torch.randint(3, VOCAB, (P, 4)))
-        rewards.append(reward)
-        if step % 10 == 0 or step == steps - 1:
-            print(f"step {step}: reward {reward:.3f}, second KL {metrics['kl_causal'].item():.4f}")
-    return rewards
+        start = step * prompts_per_step % len(rows)
+        # P prompts with n candidates each: B = P * n rows, those of a prompt next to each other.
+        rollout = policy.rollout(rows[start : start + prompts_per_step])
+        rewards = policy.reward(rollout.inputs, rollout.prompts, rollout.completion_ids)  # (B,)
+        terms = causal_step.terms(rollout, length=max(map(len, rollout.completion_ids)))
+        advantages = terms.weigh(group_advantages(rewards, num_generations))  # (B,): A_i * Upsilon_i
+        logp, mask = policy.logps(rollout)  # (B, T) both, logp with gradient
+        loss, metrics = gcpo_loss(logp, advantages, mask, loss_type="dapo")
+        if terms.kl is not None:  # with kappa=0 there is no second term
+            second_kl, kl_metrics = causal_kl_loss(terms.kl, options, logp, mask, loss_type="dapo")
+            loss, metrics = loss + second_kl, metrics | kl_metrics
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(rewards.mean().item())
+        shown = f"step {step}: reward {history[-1]:.3f}, Upsilon {policy.metrics['upsilon/mean']:.2f}"
+        print(f"{shown}, second KL {metrics['kl_causal'].item():.4f}")
+    return history
+
+
+def main(arguments: list[str] | None = None) -> list[float]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder or name of a causal language model with a chat template")
+    parser.add_argument("--steps", type=int, default=20)
+    args = parser.parse_args(arguments)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    options = CausalOptions(collider_max_completion_length=32)
+    return train(model.float(), tokenizer, options, questions(64), right_sum, steps=args.steps)
 
 
 if __name__ == "__main__":

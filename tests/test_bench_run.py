@@ -1,4 +1,4 @@
-"""The kernel benchmark: its check finds a broken kernel, its measures measure, its files and the README agree."""
+"""The kernel benchmark: its check finds a broken kernel, its measures measure, its files and docs/kernels.md agree."""
 
 import json
 import math
@@ -327,15 +327,15 @@ def test_what_the_budget_leaves_out_is_named(monkeypatch: pytest.MonkeyPatch) ->
     assert result["left_out"] == [c.key for c in chosen] and result["cases"] == []
 
 
-def test_readme_is_what_the_command_makes() -> None:
-    readme = (report.ROOT / "README.md").read_text()
-    assert report.with_block(readme, report.readme_block()) == readme
+def test_the_committed_summary_is_current() -> None:
+    text = report.DOCUMENT.read_text()
+    assert report.with_block(text, report.summary()) == text
 
 
-def test_readme_block(tmp_path: Path) -> None:
+def test_summary(tmp_path: Path) -> None:
     """Without a result from a GPU it says so; with one it shows that, first."""
     none = "There is no result from a GPU yet"
-    assert none in report.readme_block(tmp_path)
+    assert none in report.summary(tmp_path)
     phase = {"median": 2.0, "low": 1.0, "high": 3.0, "samples": 3, "per_second": 1.0, "to_floor": 1.25}
     row = {"name": "gcpo", "status": "ok", "ours": True, "computes_less": False, "times": {"both": phase}}
     less = row | {"name": "less", "computes_less": True}
@@ -348,7 +348,7 @@ def test_readme_block(tmp_path: Path) -> None:
         (tmp_path / kind).mkdir()
         result = {"environment": about, "command": "command", "cases": [entry]}
         (tmp_path / kind / report.FILE).write_text(json.dumps(result))
-        block = report.readme_block(tmp_path)
+        block = report.summary(tmp_path)
         assert (none in block) == (kind == "cpu")
         assert "| `k`: 2 ms | 1.25x (3) | 1.25x (3)* |" in block and "computes less" in block
     assert block.index("device cuda") < block.index("device cpu")

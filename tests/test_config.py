@@ -7,7 +7,7 @@ from tiny_policy import options
 
 from gcpo import GCPOConfig
 from gcpo.config import LOSS_TYPES
-from gcpo.trainer import _REDUCTION
+from gcpo.kl_terms import _REDUCTION
 
 NAN, INF = math.nan, math.inf
 

@@ -8,7 +8,7 @@ from tiny_policy import SHORT_TEMPLATES, TEMPLATE, TURNS, make_plain_text_tokeni
 
 from gcpo import GCPOConfig
 from gcpo.causal.contexts import PromptBuilder, check_length, longest_prompt
-from gcpo.config import CONTEXT_PROMPT_TEMPLATE, FUSION_PROMPT_TEMPLATE
+from gcpo.causal.options import CONTEXT_PROMPT_TEMPLATE, FUSION_PROMPT_TEMPLATE
 
 
 @pytest.fixture
@@ -253,7 +253,7 @@ def test_a_tokenizer_that_takes_every_text_as_plain_text(template, tmp_path):
 def test_length_check_says_how_many_tokens_and_what_shortens_them(tmp_path):
     config = GCPOConfig(**options(tmp_path), candidate_context_tokens=6, collider_max_completion_length=5)
     # 3 other candidates of 6 tokens, a collider of 5, then the candidate itself, of at most 10.
-    assert longest_prompt(config, 10) == 33
+    assert longest_prompt(config, config.num_generations, 10) == 33
     with pytest.raises(ValueError, match=r"33 tokens, more than the model's 32 .*`candidate_context_tokens`"):
         check_length(33, 32, "A context")
     check_length(32, 32, "A context")

@@ -74,12 +74,12 @@ def trained(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def own_loop() -> dict[str, Any]:
     """What the block with the losses leaves."""
-    return run_block(block_with(QUICKSTART, "python", "linear_gcpo_loss("))
+    return run_block(block_with(QUICKSTART, "python", "fused_loss"))
 
 
 def test_every_python_block_has_a_test_below() -> None:
-    tested = ("GCPOTrainer(", "linear_gcpo_loss(")
-    assert [sum(text in block for text in tested) for block in blocks(QUICKSTART, "python")] == [1, 1]
+    tested = ("GCPOTrainer(", "fused_loss", "def train_step(")
+    assert [sum(text in block for text in tested) for block in blocks(QUICKSTART, "python")] == [1, 1, 1]
 
 
 def test_complete_blocks_of_the_readme_run(tmp_path: Path) -> None:
@@ -105,9 +105,15 @@ def test_the_losses(own_loop: dict[str, Any]) -> None:
     assert hidden.grad[0, 4:].count_nonzero() == 0 and (hidden.grad[0, :4] != 0).any()
 
 
-def test_the_readmes_change_of_a_loss(own_loop: dict[str, Any]) -> None:
+def test_the_toy_loop_learns() -> None:
+    rewards = run_block(block_with(QUICKSTART, "python", "def train_step("))["rewards"]
+    assert len(rewards) == 30
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.15
+
+
+def test_the_change_of_a_loss(own_loop: dict[str, Any]) -> None:
     """What goes is GRPO's loss, as gcpo_loss has it; what comes is GCPO's, with the paper's weights."""
-    lines = block_with(README, "diff", "gcpo_loss(").splitlines()
+    lines = block_with(QUICKSTART, "diff", "gcpo_loss(").splitlines()
     before, after = ("\n".join(line[2:] for line in lines if line.startswith(sign)) for sign in "-+")
     given = {name: own_loop[name] for name in ("logp", "mask", "old_logp", "z", "context_z", "context_logp")}
     given |= {"torch": torch, "advantages": own_loop["advantages"] / own_loop["upsilon"].flatten()}
@@ -125,6 +131,15 @@ def test_the_readmes_change_of_a_loss(own_loop: dict[str, Any]) -> None:
     expected, _ = gcpo_loss(logp, advantages * gcpo["upsilon"].flatten(), mask, **options)
     torch.testing.assert_close(gcpo["loss"], expected)
     assert (gcpo["loss"] - grpo["loss"]).abs() > 1e-3
+
+
+def test_the_readmes_change_of_a_trainer() -> None:
+    """What goes is TRL's, what comes is exported here, and the names are all that differs."""
+    lines = block_with(README, "diff", "GCPOTrainer(").splitlines()
+    before, after = ([line[2:] for line in lines if line[:1] in (sign, " ", "")] for sign in "-+")
+    assert [re.sub(" +#.*", "", line).replace("GCPO", "GRPO").replace("gcpo", "trl") for line in after] == before
+    for imports in (before[0], after[0]):
+        exec(imports, {})
 
 
 def test_the_trainer_learns(trained: dict[str, Any], folder: Path) -> None:

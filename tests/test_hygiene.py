@@ -49,9 +49,7 @@ def read(path: Path) -> str:
 
 
 def documents() -> list[Path]:
-    return [
-        path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")) if path.exists()
-    ]
+    return [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 
 
 def code_in(markdown: str) -> list[str]:

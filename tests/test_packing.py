@@ -8,8 +8,8 @@ from test_trainer_causal import first_batch, make_trainer
 from tiny_policy import save_policy
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config
 
+from gcpo.forward.models import takes_tree_mask
 from gcpo.forward.packing import pack
-from gcpo.forward.scoring import takes_tree_mask
 
 
 def sequences(seed=0):
@@ -36,8 +36,8 @@ def test_every_sequence_is_there_once(max_tokens):
     for row in rows:
         for branch in row.branches:
             whole = contexts[branch.key] + completions[branch.key]
-            assert row.ids[branch.path].tolist() == whole
-            assert row.positions[branch.path].tolist() == list(range(len(whole)))
+            assert torch.tensor(row.ids)[branch.path].tolist() == whole
+            assert torch.tensor(row.positions)[branch.path].tolist() == list(range(len(whole)))
             assert row.labels()[branch.predictors].tolist() == completions[branch.key]
         allowed = row.allowed()
         assert allowed.diagonal().all() and not torch.triu(allowed, diagonal=1).any()
@@ -110,7 +110,7 @@ def test_model_gives_what_separate_forwards_give(config_class, options):
         model.requires_grad_(False)
     weights = list(model.parameters())
     hidden = model.model(
-        input_ids=row.ids[None], attention_mask=mask, position_ids=row.positions[None]
+        input_ids=torch.tensor([row.ids]), attention_mask=mask, position_ids=torch.tensor([row.positions])
     ).last_hidden_state[0]
     if blocks:
         # Compiled for a CPU without AVX-512, FlexAttention itself gives NaN for eight tokens (torch 2.13).

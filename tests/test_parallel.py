@@ -7,10 +7,9 @@ from test_trainer_causal import first_batch, make_trainer, plain_scores
 from tiny_policy import save_policy
 from transformers import Gemma2Config, LlamaConfig
 
-from gcpo.causal.colliders import Group
 from gcpo.causal.parallel import read_groups, score_copies
+from gcpo.causal.port import Group
 from gcpo.forward.key_values import keeps_every_token
-from gcpo.forward.scoring import Scorer
 
 GROUP = {
     "query": [5, 6, 7],
@@ -51,7 +50,7 @@ def policy(tmp_path_factory):
 
 @pytest.fixture
 def scorer(policy, tmp_path):
-    return Scorer(make_trainer(policy, tmp_path, estimator="loo", context_batch_size=2))
+    return make_trainer(policy, tmp_path, estimator="loo", context_batch_size=2)._policy
 
 
 @pytest.mark.parametrize("shown", [None, 1])

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gcpo import GCPOConfig, GCPOTrainer, cli
+from gcpo.causal.account import TOKENS
 from gcpo.causal.contexts import PromptBuilder
 from gcpo.forward.packing import pack
 from gcpo.forward.prefix_tree import grow
@@ -19,7 +20,6 @@ from gcpo.planning.architecture import SIZES, Architecture, load_config
 from gcpo.planning.plan import Device, pass_flops, plan_step
 from gcpo.planning.sharing import Run, packed_rows, tree_nodes
 from gcpo.planning.workload import Lengths, Pass, Savings, gcpo_passes, grpo_passes, longest_context, tokens_by_kind
-from gcpo.run.meter import TOKENS
 
 COMPLETION, COLLIDER = 10, 6
 CHOICES = ("context_attention", "num_kl_contexts", "kl_fraction", "candidate_context_tokens")

@@ -67,7 +67,7 @@ def test_recipe_has_the_papers_settings(path: Path) -> None:
     processes = 8
     assert config.per_device_train_batch_size * config.gradient_accumulation_steps * processes == 256
     assert config.use_vllm and config.bf16 and config.gradient_checkpointing
-    assert config.vllm_max_model_length >= longest_prompt(config, 16_384) + 1024
+    assert config.vllm_max_model_length >= longest_prompt(config, config.num_generations, 16_384) + 1024
     assert config.output_dir == f"runs/{path.stem}" and script_args.reward_funcs == ["accuracy_reward"]
     assert launch_args[0] == "--accelerate_config"
     accelerate = yaml.safe_load((ROOT / launch_args[1]).read_text())

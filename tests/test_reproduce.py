@@ -238,12 +238,12 @@ def step_values(result: dict[str, Any]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("text", "file"),
-    [(README, "step_overhead_smollm2.json"), (OPTIONS, "step_overhead_smollm2_512.json")],
-    ids=["README", "options"],
+    ("section", "file"),
+    [("32 tokens", "step_overhead_smollm2.json"), ("512 tokens", "step_overhead_smollm2_512.json")],
 )
-def test_step_overhead(text: str, file: str) -> None:
+def test_step_overhead(section: str, file: str) -> None:
     results = load(file)["results"]
+    text = OPTIONS.split(f"### Completions of {section}\n")[1].split("\n### ")[0]
     table = table_with(text, "s per step", "planned")
     names = [row[""].replace("`", "") for row in table]
     assert set(names) == set(results) <= set(step_overhead.ROWS)  # what `--only` takes
@@ -251,6 +251,19 @@ def test_step_overhead(text: str, file: str) -> None:
     values = {label: {c: v for c, v in row.items() if c in table[0]} for label, row in values.items()}
     assert min(map(len, values.values())) >= 9
     assert wrong_cells(table, values) == []
+
+
+def test_the_readmes_table() -> None:
+    """Seconds of a step from their files, pass@1 from the demo's table."""
+    score, *steps = table_with(README, "GRPO", "GCPO")
+    (shown,) = [row for row in table_with(FINDINGS, "before", "GRPO", "GCPO") if row[""] == "pass@1, held out"]
+    assert (score["GRPO"], score["GCPO"]) == (shown["GRPO"], shown["GCPO"]) and shown["before"] in score[""]
+    for row, (tokens, file) in zip(steps, {32: "", 512: "_512"}.items(), strict=True):
+        assert f"completions of {tokens} tokens" in row[""]
+        results = load(f"step_overhead_smollm2{file}.json")["results"]
+        grpo, gcpo = (step_values(results[name]) for name in ("GRPO", "GCPO, defaults"))
+        assert shows(row["GRPO"], grpo["s per step"]) and shows(row["GCPO"], gcpo["s per step"])
+        assert shows(row["compared"].split("]")[0].removeprefix("["), gcpo["to GRPO"])
 
 
 UPSILON = {

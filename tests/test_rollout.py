@@ -9,8 +9,9 @@ from tiny_policy import save_policy
 from transformers import GenerationConfig
 
 from gcpo import GCPOTrainer
-from gcpo.causal.colliders import collider_sampling
-from gcpo.forward.generation import GenerationRecorder, padded_width, read_repeated_prompts_once
+from gcpo.forward.generation import GenerationRecorder, read_repeated_prompts_once
+from gcpo.forward.models import padded_width
+from gcpo.forward.trl_policy import TrlPolicy
 
 PROMPTS = [[20, 21, 22], [20, 21, 22], [30], [31, 32]]
 
@@ -37,9 +38,9 @@ def watched(trainer, prompts, likely_end):
         trainer.max_completion_length,
         padded_width(prompts, trainer.pad_to_multiple_of),
     )
-    with recorder.attached(trainer._backbone()):
+    with recorder.attached(trainer._policy.backbone):
         outputs = generate(trainer, prompts, likely_end)
-        return outputs, recorder.finish(trainer, prompts, outputs)
+        return outputs, recorder.finish(trainer._policy, prompts, outputs)
 
 
 @pytest.mark.parametrize("once", [False, True])
@@ -48,11 +49,11 @@ def watched(trainer, prompts, likely_end):
 def test_states_are_those_of_a_forward(representation, likely_end, once, policy, tmp_path):
     trainer = make_trainer(policy, tmp_path, representation=representation, pad_to_multiple_of=4 if once else None)
     if once:
-        with read_repeated_prompts_once(trainer._backbone()):
+        with read_repeated_prompts_once(trainer._policy.backbone):
             outputs, states = watched(trainer, PROMPTS, likely_end)
     else:
         outputs, states = watched(trainer, PROMPTS, likely_end)
-    assert states is not None and states.cache is not None
+    assert states is not None
     lengths = {len(ids) for ids in outputs}
     assert (lengths == {1}) == (likely_end == 60.0) and (len(lengths) > 1) == (likely_end == 3.0)
     for row, (x, y) in enumerate(zip(PROMPTS, outputs, strict=True)):
@@ -61,10 +62,10 @@ def test_states_are_those_of_a_forward(representation, likely_end, once, policy,
         with torch.no_grad():
             cache = trainer.model(input_ids=torch.tensor([[*x, *y]]), use_cache=True).past_key_values
         if len(x) > 1:
-            for (keys, values), layer in zip(states.query(row, len(x)), cache.layers, strict=True):
+            for (keys, values), layer in zip(states.queries[row], cache.layers, strict=True):
                 torch.testing.assert_close(keys, layer.keys[0, :, : len(x) - 1], atol=1e-5, rtol=1e-5)
                 torch.testing.assert_close(values, layer.values[0, :, : len(x) - 1], atol=1e-5, rtol=1e-5)
-        for (keys, values), layer in zip(states.completion(row, len(y)), cache.layers, strict=True):
+        for (keys, values), layer in zip(states.completions[row], cache.layers, strict=True):
             torch.testing.assert_close(keys, layer.keys[0, :, len(x) :], atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(values, layer.values[0, :, len(x) :], atol=1e-5, rtol=1e-5)
 
@@ -73,13 +74,13 @@ def test_states_are_those_of_a_forward(representation, likely_end, once, policy,
 def test_repeated_prompts_give_the_same_outputs_from_fewer_tokens(prompts, policy, tmp_path):
     trainer = make_trainer(policy, tmp_path)
     sizes = []
-    handle = trainer._backbone().register_forward_pre_hook(
+    handle = trainer._policy.backbone.register_forward_pre_hook(
         lambda module, args, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     plain = generate(trainer, prompts, 3.0)
     before = sum(sizes)
     sizes.clear()
-    with read_repeated_prompts_once(trainer._backbone()):
+    with read_repeated_prompts_once(trainer._policy.backbone):
         assert generate(trainer, prompts, 3.0) == plain
     handle.remove()
     width, distinct = max(map(len, prompts)), len(set(map(tuple, prompts)))
@@ -92,11 +93,11 @@ def test_a_generation_that_is_not_token_by_token_leaves_nothing(policy, tmp_path
     trainer = make_trainer(policy, tmp_path)
     recorder = GenerationRecorder("last", trainer.eos_token_ids, 10, 3)
     outputs = generate(trainer, PROMPTS, 0.0)
-    assert recorder.finish(trainer, PROMPTS, outputs) is None  # it was not watched
-    with recorder.attached(trainer._backbone()):
+    assert recorder.finish(trainer._policy, PROMPTS, outputs) is None  # it was not watched
+    with recorder.attached(trainer._policy.backbone):
         outputs = generate(trainer, PROMPTS, 0.0)
         changed = [[*ids[:-2], 9, ids[-1]] for ids in outputs]
-        assert recorder.finish(trainer, PROMPTS, changed) is None  # not what was fed
+        assert recorder.finish(trainer._policy, PROMPTS, changed) is None  # not what was fed
 
 
 OTHER_GENERATIONS = [
@@ -141,7 +142,7 @@ def test_settings_of_the_candidates_generation_do_not_bind_colliders(policy, tmp
     trainer = make_trainer(policy, tmp_path, generation_kwargs=asked, collider_temperature=2.0)
     assert trainer.generation_limit == 12
     before = trainer.generation_config
-    with collider_sampling(trainer):
+    with trainer._policy._sampling(6, trainer.args.collider_temperature):
         config = trainer.generation_config
         assert (config.max_new_tokens, config.min_new_tokens, config.temperature) == (6, 6, 2.0)
         assert config.max_length is None and config.min_length is None
@@ -149,9 +150,10 @@ def test_settings_of_the_candidates_generation_do_not_bind_colliders(policy, tmp
     # vLLM's names for the same, where they also win over the engine's settings.
     asked = {"max_tokens": 12, "min_tokens": 9, "temperature": 0.5, "seed": 1}
     engine = SimpleNamespace(max_completion_length=10, temperature=1.0, generation_kwargs=asked)
-    stand_in = SimpleNamespace(args=trainer.args, use_vllm=True, vllm_generation=engine)
-    assert GCPOTrainer.generation_limit.fget(stand_in) == 12
-    with collider_sampling(stand_in):
+    with_engine = TrlPolicy.__new__(TrlPolicy)
+    with_engine.trainer = SimpleNamespace(use_vllm=True, vllm_generation=engine)
+    assert with_engine.max_completion_length == 12
+    with with_engine._sampling(6, 2.0):
         assert (engine.max_completion_length, engine.temperature) == (6, 2.0)
         assert engine.generation_kwargs == {"min_tokens": 6, "seed": 1}
     assert engine.generation_kwargs is asked and (engine.max_completion_length, engine.temperature) == (10, 1.0)

@@ -57,25 +57,16 @@ def make_trainer(policy, tmp_path, trainer_class=GCPOTrainer, conversational=Fal
 
 def first_batch(trainer):
     """One generation batch before TRL shuffles it, with the groups it was made of."""
-    captured = {}
-    make_groups = trainer._causal.make_groups
+    captured, take = {}, trainer._take
 
-    def keep(rollout):
-        captured["groups"] = make_groups(rollout)
-        return captured["groups"]
+    def keep(terms, output):
+        # The advantages TRL computes, seen before the weights reach them.
+        captured.update(groups=terms.groups, advantages=output["advantages"].clone(), upsilon=terms.upsilon)
+        take(terms, output)
 
-    trainer._causal.make_groups = keep
+    trainer._take = keep
     trainer.model.train()
     rows = [trainer.train_dataset[k // trainer.num_generations] for k in range(8)]
-    # The advantages TRL computes, seen before the weights reach them.
-    weigh = trainer._causal.weigh
-
-    def keep_advantages(output, *args):
-        captured["advantages"] = output["advantages"].clone()
-        captured["upsilon"] = weigh(output, *args)
-        return captured["upsilon"]
-
-    trainer._causal.weigh = keep_advantages
     output = trainer._generate_and_score_completions(rows)
     return output, captured
 
@@ -369,7 +360,7 @@ def test_second_kl_is_logged_as_the_mean_of_the_scored_tokens(policy, tmp_path, 
         seen.append((metrics["kl_causal"].item(), metrics["proj_clamped"].item(), args[2].sum().item()))
         return loss, metrics
 
-    monkeypatch.setattr("gcpo.trainer.gcpo_loss", keep)
+    monkeypatch.setattr("gcpo.causal.loss.gcpo_loss", keep)
     split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "logging_steps": 2}
     trainer = make_trainer(policy, tmp_path, kl_fraction=0.25, **split)
     trainer.train()

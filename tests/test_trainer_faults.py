@@ -162,13 +162,13 @@ def test_undefined_weights_fall_back_to_grpo(policy, tmp_path):
     """NaN hidden states in one candidate: its group is weighted by 1 and counted, the other group as ever."""
 
     trainer = make_trainer(policy, tmp_path)
-    weigh = trainer._causal.weigh
+    causal_terms = trainer.causal_terms
 
-    def broken(output, groups, z, *args):
-        z[1] = torch.nan
-        return weigh(output, groups, z, *args)
+    def broken(rollout, *args):
+        rollout.states.z[1] = torch.nan
+        return causal_terms(rollout, *args)
 
-    trainer._causal.weigh = broken
+    trainer.causal_terms = broken
     output, captured = first_batch(trainer)
     assert (captured["upsilon"][:4] == 1).all() and (captured["upsilon"][4:] != 1).all()
     assert trainer._metrics["train"]["gcpo/upsilon/fallback"] == [0.5]

@@ -15,12 +15,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from gcpo.causal.encoding import QUESTION, Piece, TextEncoder, common_prefix, join_pieces
-from gcpo.config import GCPOConfig
-
-Prompt = str | list[dict[str, Any]]  # plain text, or the messages of a conversation
+from gcpo.causal.encoding import QUESTION, Piece, TextEncoder, join_pieces
+from gcpo.causal.options import CausalOptions
+from gcpo.causal.port import Ids, Prompt, common_prefix
 
 # Private-use characters: no chat template writes them, and they are taken out of questions.
 _MARKERS = {"question": QUESTION, **{name: f"\ue000{name}\ue001" for name in ("candidates", "collider")}}
@@ -35,21 +32,21 @@ class PromptBuilder:
     Without any, what the last message says is the question, in a user message that is added at the end.
 
     Args:
-        tokenizer: the policy's tokenizer.
-        config: templates and `candidate_context_tokens`.
+        tokenizer: the policy's, any of transformers.
+        options: templates and `candidate_context_tokens`.
         chat_template: template for conversational prompts; None: the tokenizer's own.
         chat_template_kwargs: passed on to `apply_chat_template`.
     """
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
-        config: GCPOConfig,
+        tokenizer: Any,
+        options: CausalOptions,
         chat_template: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
     ):
         self.tokenizer = tokenizer
-        self.config = config
+        self.options = options
         self.encoder = TextEncoder(tokenizer)
         self.special_ids, self.content = self.encoder.special_ids, self.encoder.content
         self._chat_options: dict[str, Any] = {"add_generation_prompt": True, **(chat_template_kwargs or {})}
@@ -58,25 +55,25 @@ class PromptBuilder:
         self._chat_ids = lru_cache(maxsize=64)(self._tokenize_chat)
         self._warned = False
 
-    def fusion(self, prompt: Prompt, candidates: list[list[int]]) -> list[int]:
+    def fusion(self, prompt: Prompt, candidates: list[Ids]) -> Ids:
         """Ids of the prompt that shows all candidates and asks for one integrated answer."""
-        return self._build(prompt, self.config.fusion_prompt_template, {"candidates": self._show(candidates)})
+        return self._build(prompt, self.options.fusion_prompt_template, {"candidates": self._show(candidates)})
 
-    def context(self, prompt: Prompt, candidates: list[list[int]], collider: list[int]) -> list[int]:
+    def context(self, prompt: Prompt, candidates: list[Ids], collider: Ids) -> Ids:
         """Ids of x_{i,l} = {q, `candidates` (all but y_i), c_l = `collider`}, ready for y_i to follow."""
         pieces: dict[str, list[Piece]] = {"candidates": self._show(candidates), "collider": [self.content(collider)]}
-        return self._build(prompt, self.config.context_prompt_template, pieces)
+        return self._build(prompt, self.options.context_prompt_template, pieces)
 
-    def _show(self, candidates: list[list[int]]) -> list[Piece]:
+    def _show(self, candidates: list[Ids]) -> list[Piece]:
         """All candidates, each as `candidate_template` has it, cut to its last `candidate_context_tokens` tokens."""
-        limit = self.config.candidate_context_tokens
+        limit = self.options.candidate_context_tokens
         shown: list[Piece] = []
         for number, candidate in enumerate(candidates, start=1):
             content = self.content(candidate)
             if limit is not None:
                 content = content[-limit:]
             # `{candidate}` marks a place; a template may show it only once, so the first split is the whole story.
-            before, _, after = self.config.candidate_template.partition("{candidate}")
+            before, _, after = self.options.candidate_template.partition("{candidate}")
             separator = "\n\n" if number > 1 else ""
             shown += [separator + before.format(index=number), content, after.format(index=number)]
         return shown
@@ -188,14 +185,14 @@ def _text_of(content: Any) -> str:
     return "".join(texts)
 
 
-def longest_prompt(config: GCPOConfig, max_completion_length: int) -> int:
+def longest_prompt(options: CausalOptions, num_generations: int, max_completion_length: int) -> int:
     """Tokens that the candidates and the collider can add to a prompt: an upper bound, without question or template."""
     shown = max_completion_length
-    if config.candidate_context_tokens is not None:
-        shown = min(shown, config.candidate_context_tokens)
-    fusion = config.num_generations * shown + config.collider_max_completion_length
-    context = (config.num_generations - 1) * shown + config.collider_max_completion_length + max_completion_length
-    return max(fusion, context if config.uses_contexts else 0)
+    if options.candidate_context_tokens is not None:
+        shown = min(shown, options.candidate_context_tokens)
+    fusion = num_generations * shown + options.collider_max_completion_length
+    context = (num_generations - 1) * shown + options.collider_max_completion_length + max_completion_length
+    return max(fusion, context if options.uses_contexts else 0)
 
 
 def check_length(tokens: int, limit: int | None, what: str) -> None:

@@ -113,11 +113,6 @@ def join_pieces(pieces: Sequence[Piece]) -> tuple[list[str], list[Sequence[int]]
     return texts, ids
 
 
-def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many ids two sequences begin with alike."""
-    return next((k for k, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
-
-
 def _added_as_special(tokenizer: Any) -> set[int]:
     try:
         return {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}

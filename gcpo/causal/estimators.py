@@ -2,18 +2,13 @@
 
 import torch
 
-from gcpo.config import GCPOConfig
+from gcpo.causal.options import CausalOptions
+from gcpo.causal.port import WeightInputs
 from gcpo_kernels import causal_weights
 from gcpo_kernels.maths import context_difference
 
 
-def estimate_weights(
-    config: GCPOConfig,
-    z: torch.Tensor,  # (P, n, H)
-    collider_z: torch.Tensor | None,  # (P, L, H), for "loo"
-    context_z: torch.Tensor | None,  # (P, n, L, m, H), for "scored" (m = 1) and "sampled"
-    collider_mask: torch.Tensor,  # (P, L) bool, colliders that say anything; those come first
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def estimate_weights(options: CausalOptions, inputs: WeightInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
     Upsilon (P, n), with 1 where it is undefined, and metrics about it.
 
@@ -21,17 +16,18 @@ def estimate_weights(
     same with the collider averaged out: their difference is (z_{c_0} - mean_l z_{c_l}) / n. "scored" takes y_i's own
     representation under each context, "sampled" those of fresh outputs.
     """
+    z, collider_z, context_z = inputs.z, inputs.collider_z, inputs.context_z
     p, n, hidden = z.shape
-    if config.estimator == "loo":
+    if options.estimator == "loo":
         assert collider_z is not None
         samples = (collider_z / n)[:, None, :, None, :].expand(p, n, -1, 1, hidden)
     else:
         assert context_z is not None
         samples = context_z
-    mask = collider_mask[:, None, :, None].expand(samples.shape[:4])
-    baseline = config.baseline or "mean"
+    mask = inputs.collider_mask[:, None, :, None].expand(samples.shape[:4])
+    baseline = options.baseline or "mean"
     upsilon = causal_weights(
-        z, samples, alpha=config.alpha, baseline=baseline, similarity=config.similarity, context_mask=mask
+        z, samples, alpha=options.alpha, baseline=baseline, similarity=options.similarity, context_mask=mask
     )
     defined = torch.isfinite(upsilon)
     zbar = z.mean(dim=1, keepdim=True)

@@ -6,9 +6,8 @@ them. What a candidate was generated with is what it is read with here, so its k
 
 from dataclasses import dataclass, field
 
-from gcpo.causal.colliders import Group
-from gcpo.forward.key_values import Piece, tail
-from gcpo.forward.scoring import Continuation, Reading, Scorer
+from gcpo.causal.answers import checked_readings
+from gcpo.causal.port import Continuation, Group, Piece, Policy, Reading, tail
 
 
 @dataclass
@@ -21,7 +20,7 @@ class GroupReading:
 
 
 def read_groups(
-    scorer: Scorer,
+    policy: Policy,
     groups: dict[int, Group],
     known: dict[int, GroupReading],
     candidates: list[tuple[int, int]],  # (group, k)
@@ -38,15 +37,15 @@ def read_groups(
     ]
     missing = sorted({p for p, _, _ in wanted if not found[p].query and len(groups[p].prompt_ids) > 1})
     stems = [Continuation([], groups[p].prompt_ids[:-1], 0, "scored_query") for p in missing]
-    for p, reading in zip(missing, scorer.read(stems, keep=True), strict=True):
+    for p, reading in zip(missing, checked_readings(policy, stems, keep=True), strict=True):
         found[p].query = reading.own
     rows = []
     for p, kind, k in wanted:
         query = groups[p].prompt_ids
         own = (groups[p].candidates if kind == "candidates" else groups[p].colliders)[k]
         tokens = "scored_query" if kind == "candidates" else "scored_colliders"
-        rows.append(Continuation([found[p].query], [query[-1], *own], len(query) - 1, tokens))
-    for (p, kind, k), reading in zip(wanted, scorer.read(rows, keep=True), strict=True):
+        rows.append(Continuation([found[p].query], query[-1:] + own, len(query) - 1, tokens))
+    for (p, kind, k), reading in zip(wanted, checked_readings(policy, rows, keep=True), strict=True):
         reading.own = tail(reading.own, len(reading.logp))  # without the query's last token
         (found[p].candidates if kind == "candidates" else found[p].colliders)[k] = reading
     return found
@@ -63,7 +62,7 @@ def copy_start(group: Group, i: int, l: int) -> int:
 
 
 def score_copies(
-    scorer: Scorer,
+    policy: Policy,
     groups: dict[int, Group],
     found: dict[int, GroupReading],
     wanted: list[tuple[int, int, int]],  # (group, i, l)
@@ -80,6 +79,6 @@ def score_copies(
         group, reading = groups[p], found[p]
         others = [tail(reading.candidates[k].own, shown) for k in range(len(group.candidates)) if k != i]
         after = copy_start(group, i, l)
-        ids = [group.prompt_ids[-1], *group.candidates[i]]
+        ids = group.prompt_ids[-1:] + group.candidates[i]
         rows.append(Continuation([reading.query, *others, reading.colliders[l].own], ids, after - 1))
-    return scorer.read(rows)
+    return checked_readings(policy, rows)

@@ -14,9 +14,8 @@ class ContextDraw:
     counted: torch.Tensor  # (B,) bool: sequences in the second KL term
     scale: float  # what the term is multiplied by: sequences that could be drawn / number of sequences drawn
 
-    def part(self, start: int, count: int) -> "ContextDraw":
-        """What was drawn for `count` of the sequences."""
-        rows = slice(start, start + count)
+    def part(self, rows: slice) -> "ContextDraw":
+        """What was drawn for some of the sequences."""
         return ContextDraw(self.contexts[rows], self.weights[rows], self.counted[rows], self.scale)
 
 

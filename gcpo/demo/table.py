@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from gcpo.run.meter import SECONDS, TOKENS
+from gcpo.causal.account import SECONDS, TOKENS
 from gcpo.run.progress import StepProgress
 
 History = list[dict[str, float]]

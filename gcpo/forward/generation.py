@@ -5,47 +5,27 @@ and prompts that stand several times in a batch are read once.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import DynamicCache
 
-from gcpo.forward.key_values import Piece, can_cut, cut
-from gcpo.forward.scoring import no_auxiliary_loss
-
-if TYPE_CHECKING:
-    from gcpo.trainer import GCPOTrainer
-
-Ids = list[int]
+from gcpo.causal.port import Ids, RolloutStates
+from gcpo.forward.key_values import can_cut, cut
+from gcpo.forward.models import ModelForwards, no_auxiliary_loss
 
 
-@dataclass
-class Rollout:
-    """What one generation produced on this process, before TRL pads and masks it."""
-
-    prompts: list[Any]
-    prompt_ids: list[Ids]
-    completion_ids: list[Ids]
-    states: "RolloutStates | None" = None
-    inputs: list[dict[str, Any]] = field(default_factory=list)  # the dataset rows
-
-
-@dataclass
-class RolloutStates:
-    z: torch.Tensor  # (B, H) float32
-    cache: DynamicCache | None  # of the prompts, padded on the left, and the completions; None where it is of no use
-    prompt_width: int
-
-    def query(self, row: int, length: int) -> Piece:
-        """Keys and values of a prompt of `length` tokens, less its last token."""
-        assert self.cache is not None
-        return cut(self.cache, row, self.prompt_width - length, self.prompt_width - 1)
-
-    def completion(self, row: int, length: int) -> Piece:
-        assert self.cache is not None
-        return cut(self.cache, row, self.prompt_width, self.prompt_width + length)
+@contextmanager
+def own_random_stream(seed: int) -> Iterator[None]:
+    """
+    Draw from a stream of its own: sampling colliders then leaves the candidates' stream as GRPO would have it, so that
+    runs of the two from one seed see the same first candidates.
+    """
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
 
 
 class GenerationRecorder:
@@ -104,24 +84,24 @@ class GenerationRecorder:
         self._open = self._open & ~torch.isin(ids, self._ends)
         self.fed.append(ids)
 
-    def finish(self, trainer: "GCPOTrainer", prompt_ids: list[Ids], completion_ids: list[Ids]) -> RolloutStates | None:
+    def finish(self, policy: ModelForwards, prompt_ids: list[Ids], completion_ids: list[Ids]) -> RolloutStates | None:
         """
-        Feed the last tokens. Call it while attached; collective.
+        Feed the last tokens to the policy's model. Call it while attached; collective.
 
         Returns:
-            None where the model did not generate one token after the other, so that there is nothing to take.
+            None where the model did not generate one token after the other, so that there is nothing to take. If any
+            process lacks states, all do without.
         """
-        most = trainer._causal.scorer.most  # a process without states is one too many: all go the same way
         # A cache of fixed size has no place for the last tokens; beams are rows that are no completion's.
         grows = isinstance(self.cache, DynamicCache) and all(len(ids) == len(completion_ids) for ids in self.fed)
-        if most(int(not grows or self.cache.get_seq_length() != self.prompt_width + len(self.fed))):
+        if policy.most(int(not grows or self.cache.get_seq_length() != self.prompt_width + len(self.fed))):
             return None
         longest = max(map(len, completion_ids))
-        device, rows = trainer.accelerator.device, len(completion_ids)
+        device, rows = policy.device, len(completion_ids)
         # Where processes wait for each other, one that is done may have fed its last tokens already: once more is idle.
         width = self.prompt_width
         mask = torch.zeros(rows, self.cache.get_seq_length() + 1, dtype=torch.long, device=device)
-        last = torch.full((rows, 1), trainer._tokenizer.pad_token_id, dtype=torch.long, device=device)
+        last = torch.full((rows, 1), policy.pad_token_id, dtype=torch.long, device=device)
         lengths = [len(ids) for ids in prompt_ids]
         for k, ids in enumerate(completion_ids):
             mask[k, width - lengths[k] :] = 1
@@ -129,24 +109,27 @@ class GenerationRecorder:
                 last[k] = ids[-1]
         positions = mask.cumsum(dim=1)[:, -1:] - 1
         with torch.no_grad():
-            trainer.model(
+            policy.model(
                 input_ids=last,
                 attention_mask=mask,
                 position_ids=positions,
                 past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=1,
-                **no_auxiliary_loss(trainer.model),
+                **no_auxiliary_loss(policy.model),
             )
         fed = torch.stack(self.fed, dim=1).tolist()
         assert self.z is not None and self._counts is not None
         # Where outputs end by another rule than is known here, the state taken is not that of their last token.
         ends_elsewhere = self._counts.tolist() != [len(ids) for ids in completion_ids]
         is_other = any(row[: len(ids)] != ids for row, ids in zip(fed, completion_ids, strict=True))
-        if most(int(ends_elsewhere or is_other)):
+        if policy.most(int(ends_elsewhere or is_other)):
             return None
-        z = self.z if self.representation == "last" else self.z / self._counts.clamp(min=1)[:, None]
-        return RolloutStates(z, self.cache if can_cut(self.cache) else None, width)
+        states = RolloutStates(self.z if self.representation == "last" else self.z / self._counts.clamp(min=1)[:, None])
+        if can_cut(self.cache):
+            states.queries = [cut(self.cache, k, width - length, width - 1) for k, length in enumerate(lengths)]
+            states.completions = [cut(self.cache, k, width, width + len(ids)) for k, ids in enumerate(completion_ids)]
+        return states
 
 
 @contextmanager
@@ -182,9 +165,3 @@ def read_repeated_prompts_once(backbone: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def padded_width(rows: list[Ids], multiple: int | None) -> int:
-    """Columns of a batch of these rows, padded to a multiple."""
-    longest = max(map(len, rows))
-    return longest if not multiple else -(-longest // multiple) * multiple

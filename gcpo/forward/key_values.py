@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-Piece = list[tuple[torch.Tensor, torch.Tensor]]  # per layer: keys and values (heads, tokens, head_dim)
+from gcpo.causal.port import Piece, length_of
 
 
 def can_cut(cache: Any) -> bool:
@@ -25,18 +25,6 @@ def keeps_every_token(model: Any) -> bool:
 def cut(cache: DynamicCache, row: int, start: int, stop: int) -> Piece:
     """A view of the tokens [start, stop) of one row."""
     return [(layer.keys[row, :, start:stop], layer.values[row, :, start:stop]) for layer in cache.layers]
-
-
-def tail(piece: Piece, count: int | None) -> Piece:
-    """The last `count` tokens of a piece. None: all."""
-    if count is None or not piece:
-        return piece
-    start = max(0, length_of(piece) - count)
-    return [(keys[:, start:], values[:, start:]) for keys, values in piece]
-
-
-def length_of(piece: Piece) -> int:
-    return piece[0][0].shape[1]
 
 
 def join(rows: list[list[Piece]], config: Any, device: torch.device) -> tuple[DynamicCache, torch.Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-Ids = list[int]
+from gcpo.causal.port import Ids, common_prefix
 
 
 @dataclass
@@ -37,8 +37,8 @@ class Branch:
 
 @dataclass
 class PackedRow:
-    ids: torch.Tensor  # (S,) int64
-    positions: torch.Tensor  # (S,) int64: position ids
+    ids: Ids  # S
+    positions: list[int]  # S position ids
     branches: list[Branch]
 
     def ends(self) -> torch.Tensor:
@@ -67,9 +67,10 @@ class PackedRow:
 
     def labels(self) -> torch.Tensor:
         """(S,) int64: the token that each place must predict, -100 where none is scored."""
-        labels = torch.full((len(self.ids),), -100, dtype=torch.long)
+        ids = torch.tensor(self.ids)
+        labels = torch.full_like(ids, -100)
         for branch in self.branches:
-            labels[branch.predictors] = self.ids[branch.completion]
+            labels[branch.predictors] = ids[branch.completion]
         return labels
 
 
@@ -85,7 +86,8 @@ def pack(contexts: list[Ids], completions: list[Ids], max_tokens: int) -> list[P
     Returns:
         Rows; every sequence is in exactly one. A branch's key is its sequence's number.
     """
-    order = sorted(range(len(contexts)), key=lambda k: contexts[k] + completions[k])
+    sequences = [context + completion for context, completion in zip(contexts, completions, strict=True)]
+    order = sorted(range(len(contexts)), key=sequences.__getitem__)
     rows: list[PackedRow] = []
     ids: Ids = []
     positions: list[int] = []
@@ -95,13 +97,14 @@ def pack(contexts: list[Ids], completions: list[Ids], max_tokens: int) -> list[P
     longest = 0
 
     def close() -> None:
-        rows.append(PackedRow(torch.tensor(ids), torch.tensor(positions), list(branches)))
+        rows.append(PackedRow(ids, positions, branches))
 
     for k in order:
-        sequence = contexts[k] + completions[k]
+        sequence = sequences[k]
         shared = 0
         if before is not None:
-            shared = _common(contexts[before], contexts[k])
+            # Not the last token of either, which predicts its completion's first.
+            shared = common_prefix(contexts[before][:-1], contexts[k][:-1])
             longest = max(longest, len(sequence))
             if len(ids) + len(sequence) - shared > max(max_tokens, 2 * longest):
                 close()
@@ -109,19 +112,10 @@ def pack(contexts: list[Ids], completions: list[Ids], max_tokens: int) -> list[P
         if before is None:
             shared, path, longest = 0, [], len(sequence)
         path = path[:shared] + list(range(len(ids), len(ids) + len(sequence) - shared))
-        ids = ids + sequence[shared:]
+        ids = sequence if before is None else ids + sequence[shared:]
         positions = positions + list(range(shared, len(sequence)))
         branches.append(Branch(k, torch.tensor(path), len(contexts[k])))
         before = k
     if branches:
         close()
     return rows
-
-
-def _common(left: Ids, right: Ids) -> int:
-    """How many tokens two contexts may share: those they begin with, but for the last of either."""
-    limit = min(len(left), len(right)) - 1
-    for k in range(limit):
-        if left[k] != right[k]:
-            return k
-    return max(limit, 0)

@@ -1,8 +1,9 @@
 """Sequences as a tree of what they begin with: every run of tokens that some of them share is one node."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
-Ids = list[int]
+from gcpo.causal.port import Ids, common_prefix
 
 
 @dataclass
@@ -22,23 +23,16 @@ def grow(sequences: list[Ids]) -> tuple[list[Node], list[list[int]]]:
 
     def split(members: list[int], depth: int, path: list[int]) -> None:
         """`members` agree on their first `depth` tokens, which `path` spells."""
-        by_token: dict[int, list[int]] = {}
+        by_token: dict[Hashable, list[int]] = {}
         for k in members:
             spelled[k] = path
             if len(sequences[k]) > depth:
                 by_token.setdefault(sequences[k][depth], []).append(k)
         for those in by_token.values():
             first = sequences[those[0]]
-            end = min(_common(first, sequences[k]) for k in those)
+            end = min(common_prefix(first, sequences[k], depth) for k in those)
             nodes.append(Node(first[depth:end], depth, path))
             split(those, end, [*path, len(nodes) - 1])
 
     split(list(range(len(sequences))), 0, [])
     return nodes, spelled
-
-
-def _common(left: Ids, right: Ids) -> int:
-    """How many tokens two sequences share at their beginning."""
-    if left == right:
-        return len(left)
-    return next((k for k, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))

@@ -1,22 +1,20 @@
 """Whether every prompt of a dataset leaves room for what GCPO shows beside it, before the first step."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from gcpo.causal.contexts import Prompt, longest_prompt
-
-if TYPE_CHECKING:
-    from gcpo.trainer import GCPOTrainer
+from gcpo.causal.contexts import PromptBuilder, longest_prompt
+from gcpo.causal.port import Prompt
 
 # Rows whose tokens are counted, the longest texts first. If a later one has more tokens, the step that it comes up in
 # says so.
 _ROWS = 20_000
 
 
-def check_prompt_lengths(trainer: "GCPOTrainer") -> None:
+def check_prompt_lengths(trainer: Any, builder: PromptBuilder, can_be_parallel: bool) -> None:
     """
     Refuse a training dataset with a row whose fusion prompt or contexts may need more positions than the model has. It
     is the lengths' upper bound that counts: candidates and colliders at their limits. Streams are not looked at.
@@ -29,7 +27,6 @@ def check_prompt_lengths(trainer: "GCPOTrainer") -> None:
     if limit is None or not isinstance(dataset, Dataset) or dataset.format["type"] == "custom" or not len(dataset):
         return
     dataset = dataset.select_columns("prompt").with_format(None)
-    builder = trainer._causal.builder
     shown: list[list[int]] = [[]] * trainer.args.num_generations
     try:
         first: Prompt = dataset[0]["prompt"]
@@ -37,7 +34,10 @@ def check_prompt_lengths(trainer: "GCPOTrainer") -> None:
     except Exception:  # no row, or no chat template: others say so, the template itself when a row comes up
         return
     config, length = trainer.args, trainer.generation_limit or 0
-    added = max(longest_prompt(config, length), length + max(length, config.collider_max_completion_length))
+    added = max(
+        longest_prompt(config, config.num_generations, length),
+        length + max(length, config.collider_max_completion_length),
+    )
     room = limit - added - template  # in bytes: a token is one or more of them
     turn = _tokens_of_a_turn(trainer) if isinstance(first, list) else 0
     # With rows that may have been filtered out since.
@@ -50,10 +50,10 @@ def check_prompt_lengths(trainer: "GCPOTrainer") -> None:
         prompt = dataset[row]["prompt"]
         own = _prompt_tokens(trainer, prompt)
         if own > room:  # its tokens with those of the whole template: then exactly
-            _check_row(trainer, prompt, own, row + 1, limit)
+            _check_row(trainer, builder, can_be_parallel, prompt, own, row + 1, limit)
 
 
-def refuse_nothing(trainer: "GCPOTrainer") -> None:
+def refuse_nothing(trainer: Any) -> None:
     """An empty text is a prompt only where the tokenizer begins every text with a token of its own."""
     dataset = trainer.train_dataset
     if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom" or trainer._tokenizer("")["input_ids"]:
@@ -66,7 +66,7 @@ def refuse_nothing(trainer: "GCPOTrainer") -> None:
             raise ValueError(f"Row {number} of `train_dataset` must hold a prompt, got an empty text.")
 
 
-def _tokens_of_a_turn(trainer: "GCPOTrainer") -> int:
+def _tokens_of_a_turn(trainer: Any) -> int:
     """What a chat template adds for each message, about."""
     short, long = ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}] * n for n in (1, 3))
     try:
@@ -75,8 +75,16 @@ def _tokens_of_a_turn(trainer: "GCPOTrainer") -> int:
         return 0
 
 
-def _check_row(trainer: "GCPOTrainer", prompt: Prompt, own: int, number: int, limit: int) -> None:
-    config, length, builder = trainer.args, trainer.generation_limit or 0, trainer._causal.builder
+def _check_row(
+    trainer: Any,
+    builder: PromptBuilder,
+    can_be_parallel: bool,
+    prompt: Prompt,
+    own: int,
+    number: int,
+    limit: int,
+) -> None:
+    config, length = trainer.args, trainer.generation_limit or 0
     collider = config.collider_max_completion_length
     shown = length if config.candidate_context_tokens is None else min(length, config.candidate_context_tokens)
     word = next(token for token in range(len(trainer._tokenizer)) if token not in builder.special_ids)
@@ -86,7 +94,7 @@ def _check_row(trainer: "GCPOTrainer", prompt: Prompt, own: int, number: int, li
         parallel = own + max(length, collider) + length
         if config.context_attention == "parallel":
             needed["a parallel context with its candidate"] = parallel
-        elif not trainer._causal.parallel or parallel > limit:  # where parallel ones do not fit, full ones are taken
+        elif not can_be_parallel or parallel > limit:  # where parallel ones do not fit, full ones are taken
             context = builder.context(prompt, candidates[1:], [word] * collider)
             needed["a context with its candidate"] = len(context) + length
     what = max(needed, key=lambda name: needed[name])
@@ -99,7 +107,7 @@ def _check_row(trainer: "GCPOTrainer", prompt: Prompt, own: int, number: int, li
         )
 
 
-def _prompt_tokens(trainer: "GCPOTrainer", prompt: Prompt) -> int:
+def _prompt_tokens(trainer: Any, prompt: Prompt) -> int:
     tokenizer = trainer._tokenizer
     if isinstance(prompt, str):
         return len(tokenizer(prompt)["input_ids"])

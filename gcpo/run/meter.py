@@ -1,10 +1,6 @@
-"""Where a step's time and tokens go: counters, and a trainer that adds to them and logs them per optimizer step."""
+"""Where a step's time and tokens go: a trainer that counts them and logs them per optimizer step."""
 
 import json
-import time
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,69 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from gcpo.causal.account import StepAccount
 from gcpo.run.recording import RunRecorder, groups_of_last_rollout
 from gcpo.run.records import SAMPLES, append_line
 from gcpo.run.resume import ResumableGRPOTrainer
 
-# GRPO's phases and GCPO's. "loss" is the policy's forward and backward; the optimizer runs outside all of them.
-SECONDS = ("rollout", "rewards", "scoring", "colliders", "contexts", "loss")
-TOKENS = (
-    "generated",
-    "scored_query",
-    "trained",
-    "generated_colliders",
-    "generated_contexts",
-    "scored_colliders",
-    "scored_contexts",
-)
-
 # TRL's table of completions, but for images: columns, and those that there are several of.
 _COLUMNS = ("prompt", "completion", "advantages")
 _GROUPED_COLUMNS = ("rewards", "extra")
-
-
-class StepAccount:
-    """
-    Seconds and tokens per phase since the last `flush`, of this process.
-
-    Phases nest: time spent in an inner one is not counted for the outer one.
-    """
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.tokens: dict[str, torch.Tensor | int] = defaultdict(int)
-        self._inner = [0.0]
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        _synchronize()
-        start = time.perf_counter()
-        self._inner.append(0.0)
-        try:
-            yield
-        finally:
-            _synchronize()
-            elapsed = time.perf_counter() - start
-            self.seconds[name] += elapsed - self._inner.pop()
-            self._inner[-1] += elapsed
-
-    def add_tokens(self, name: str, count: torch.Tensor | int) -> None:
-        """`count` may stay on its device: it is read at the next `flush`, without a sync here."""
-        self.tokens[name] = self.tokens[name] + count
-
-    def flush(self) -> tuple[dict[str, float], dict[str, float]]:
-        """All seconds and tokens, zeros included, and a fresh start."""
-        seconds = {name: self.seconds[name] for name in SECONDS}
-        tokens = {name: float(self.tokens[name]) for name in TOKENS}
-        self.seconds.clear()
-        self.tokens.clear()
-        return seconds, tokens
-
-
-def _synchronize() -> None:
-    """Wait for the accelerator, if there is one: otherwise a phase would be charged for the one before it."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
 
 
 class AccountedGRPOTrainer(ResumableGRPOTrainer):
@@ -130,10 +71,6 @@ class AccountedGRPOTrainer(ResumableGRPOTrainer):
         with self._account.phase("rewards"):
             return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
-    def _scored(self) -> tuple[str, str]:
-        """The phase and the kind of tokens that a scoring pass belongs to."""
-        return "scoring", "scored_query"
-
     def _get_per_token_logps_and_entropies(
         self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple:
@@ -141,9 +78,8 @@ class AccountedGRPOTrainer(ResumableGRPOTrainer):
         if torch.is_grad_enabled():
             self._account.add_tokens("trained", attention_mask.sum())
             return call(model, input_ids, attention_mask, *args, **kwargs)
-        phase, kind = self._scored()
-        self._account.add_tokens(kind, attention_mask.sum())
-        with self._account.phase(phase):
+        self._account.add_tokens("scored_query", attention_mask.sum())
+        with self._account.phase("scoring"):
             return call(model, input_ids, attention_mask, *args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:

@@ -1,0 +1,66 @@
+"""The KL terms of a loss on a rollout's rows: the second one (eq. 12), and the clip that both may have."""
+
+import torch
+
+from gcpo.causal.options import CausalOptions
+from gcpo.causal.port import KLTerms
+from gcpo_kernels import gcpo_loss
+
+
+def causal_kl_loss(
+    terms: KLTerms,
+    options: CausalOptions,
+    logp: torch.Tensor,  # (B, T)
+    mask: torch.Tensor,  # (B, T)
+    *,
+    causal_logp: torch.Tensor | None = None,  # (B, T)
+    loss_type: str = "grpo",
+    max_completion_length: int | None = None,
+    num_items_in_batch: torch.Tensor | float | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """
+    kappa * k3 towards the causal reference p' (eqs. 12, 13), to be added to a policy loss.
+
+    Args:
+        terms: those of the causal step, of these rows.
+        options: `kappa`, `proj_floor` and `kl_clip` are used.
+        logp: log-probabilities of the completions under q, with gradient. At the first update after a rollout they
+            also are log pi_old.
+        mask: tokens that count.
+        causal_logp: log-probabilities under x_{i,0}, with gradient, where the policy is conditioned on it. None: logp.
+        loss_type, max_completion_length, num_items_in_batch: how tokens are reduced, as in `gcpo_kernels.gcpo_loss`,
+            whose types these are. "bnpo" divides by all unmasked tokens, those of rows that are not counted included.
+
+    Returns:
+        A scalar with gradient, and metrics over the tokens of counted rows: `kl_causal`, `proj_clamped`, with `kl_clip`
+        also `kl_causal_clipped`, and `tokens`, how many there were.
+    """
+    if loss_type == "bnpo":
+        loss_type, num_items_in_batch = "dapo", mask.sum()
+    mask = mask * terms.counted.unsqueeze(1)
+    loss, metrics = gcpo_loss(
+        logp,
+        torch.zeros_like(logp[:, 0]),
+        mask,
+        old_logp=logp.detach(),
+        causal_logp=causal_logp,
+        query_logp=terms.query_logp,
+        context_logp=terms.context_logp,
+        context_weights=terms.context_weights,
+        kappa=options.kappa,
+        proj_floor=options.proj_floor,
+        kl_clip=options.kl_clip,
+        loss_type=loss_type,
+        max_completion_length=max_completion_length,
+        num_items_in_batch=num_items_in_batch,
+    )
+    return loss * terms.scale, {**metrics, "tokens": mask.sum().float()}
+
+
+def clip_log_ratio(ref_logp: torch.Tensor, logp: torch.Tensor, kl_clip: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    A reference's log-probabilities (B, T), held within `kl_clip` of the policy's, and where they were not, (B, T) bool.
+    There the difference of the two is a constant, so that the gradient of a KL term between them is 0.
+    """
+    difference = ref_logp - logp
+    return logp + difference.clamp(-kl_clip, kl_clip), difference.detach().abs() > kl_clip

@@ -1,0 +1,272 @@
+"""The options of the method, which need no trainer, and the checks that they are of use."""
+
+import string
+from dataclasses import dataclass, field
+from typing import Any
+
+from gcpo_kernels.options import BASELINES, SIMILARITIES, check_choice, check_count, check_number
+
+ESTIMATORS = ("loo", "scored", "sampled", "none")
+REPRESENTATIONS = ("last", "mean")
+POLICY_CONTEXTS = ("query", "context")
+CONTEXT_ATTENTIONS = ("full", "parallel")
+
+FUSION_PROMPT_TEMPLATE = (
+    "{question}\n\n"
+    "Below are candidate answers to the question above, written independently of each other.\n\n"
+    "{candidates}\n\n"
+    "Integrate them into one final answer: keep what is right, correct what is wrong, and answer the question."
+)
+CONTEXT_PROMPT_TEMPLATE = (
+    "{question}\n\n"
+    "Below are candidate answers to the question above, written independently of each other.\n\n"
+    "{candidates}\n\n"
+    "Integrated, they gave this final answer:\n{collider}\n\n"
+    "Write one more candidate answer to the question."
+)
+CANDIDATE_TEMPLATE = "Candidate {index}:\n{candidate}"
+
+
+def option(default: Any, help: str) -> Any:
+    """A field of a dataclass that a command-line parser explains with `help`."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class CausalOptions:
+    """
+    Options of the causal step, whoever takes it.
+
+    Symbols are the paper's (arXiv 2508.05428): n candidates y_i per prompt q, L = `num_colliders` integrated answers
+    c_l per prompt, x_{i,l} = {q, every candidate but y_i, c_l}.
+
+    Parameters:
+        alpha (`float`, *optional*, defaults to `2.0`):
+            Scale of the causal weight, Upsilon_i = alpha * s(z_i, t_i) (eq. 11).
+        kappa (`float`, *optional*, defaults to `0.06`):
+            Weight of the KL term towards the causally projected reference (eq. 12). `0.0` turns the term off, and
+            with it the forwards that score the candidates under the contexts x_{i,l}.
+        estimator (`str`, *optional*, defaults to `"loo"`):
+            How the representations under x_{i,l} are estimated: `"loo"`, in closed form from the candidates and the
+            colliders; `"scored"`, the hidden state of y_i itself under every x_{i,l}; `"sampled"`, the paper's:
+            those of `num_estimator_samples` fresh outputs generated under every x_{i,l}; `"none"`, Upsilon = 1, which
+            turns the weighting of advantages off. `kappa=0` with `estimator="none"` is GRPO, at GRPO's cost.
+        representation (`str`, *optional*, defaults to `"last"`):
+            z of a completion: `"last"`, the last layer's hidden state (after the final norm) of its last token, as in
+            the paper; `"mean"`, the mean over its tokens.
+        baseline (`str`, *optional*):
+            `"mean"`, zbar = mean_k z_k (the paper), or `"loo"`, the mean over the other candidates. Defaults to
+            `"loo"` with `estimator="loo"` and to `"mean"` otherwise.
+        similarity (`str`, *optional*, defaults to `"cosine"`):
+            s of eq. 11: `"cosine"`, `"euclidean"` or `"gaussian"` (the paper's ablation, on unit vectors).
+        num_colliders (`int`, *optional*, defaults to `4`):
+            L, the integrated answers generated per prompt (the paper: L = n). With one, the projection's two terms
+            cancel and only the leave-one-out weighting and a KL term to the old policy remain.
+        collider_max_completion_length (`int`, *optional*, defaults to `256`):
+            Most tokens of an integrated answer.
+        candidate_context_tokens (`int`, *optional*, defaults to `64`):
+            How many tokens of each candidate a prompt (or a parallel context) shows, counted from its end, where the
+            answer stands. `None`: all of them, as in the paper.
+        fusion_prompt_template (`str`, *optional*):
+            What asks for an integrated answer. Must hold `{question}` and `{candidates}`.
+        context_prompt_template (`str`, *optional*):
+            What the candidate y_i is scored after: the context x_{i,l}. Must hold `{question}`, `{candidates}` and
+            `{collider}`.
+        candidate_template (`str`, *optional*):
+            How one candidate is shown in either. Must hold `{candidate}`, may hold `{index}`.
+        proj_floor (`float`, *optional*, defaults to `1e-6`):
+            p' is clamped to [proj_floor, 1] (eq. 13).
+        kl_clip (`float`, *optional*):
+            Bound on the log-ratio of both KL terms, log pi_ref - log pi_theta and log p' - log pi_theta: beyond
+            [-kl_clip, kl_clip] it counts as the bound, with gradient 0. k3's gradient, 1 - p'/pi_theta, has no bound
+            where pi_theta is tiny, so that one token can make most of a step. `None`: no bound, as in the paper.
+        context_batch_size (`int`, *optional*):
+            Rows per forward when scoring under contexts, which are longer than prompts. Defaults to
+            `per_device_train_batch_size`.
+        context_attention (`str`, *optional*):
+            `"full"`: a context is one text and its candidates attend to each other, the paper's reading.
+            `"parallel"`, cheaper, another estimate: candidates and colliders are read once, each attending to q and
+            itself, and a copy of y_i attends to q, the other candidates, one collider and itself. Needs what
+            `share_prefix` needs, and raises without. `None`: `"parallel"` where the model allows it, but `"full"` with
+            `estimator="sampled"` or `causal_policy_context="context"`, which need the text.
+        num_kl_contexts (`int`, *optional*, defaults to `1`):
+            S: score each candidate under x_{i,0} and S others, drawn anew every step, instead of all L - 1. The
+            gradient's expectation stays the same (but for the clamp of p'), its variance grows. `None`: all of them,
+            as `estimator="scored"` does in any case.
+        kl_fraction (`float`, *optional*, defaults to `0.25`):
+            Share of the candidates that the second KL term is computed on, drawn anew every step; the term is scaled
+            by its inverse. What is not drawn is not scored. `estimator="scored"` takes all in any case.
+        causal_policy_context (`str`, *optional*, defaults to `"query"`):
+            What pi_theta is conditioned on in the second KL term: `"query"`, q, which reuses the policy's own forward;
+            `"context"`, x_i, the paper's form, at the price of a second forward and backward per candidate.
+        share_prefix (`bool`, *optional*, defaults to `True`):
+            Pass what contexts (and prompts) begin with through the model once: the same scores within float error,
+            from fewer tokens. Needs a model without sliding windows; others score contexts one by one, with a warning.
+        pack_tokens (`int`, *optional*, defaults to `1024`):
+            Contexts are packed into rows of this many tokens, where that is at least twice the longest of them and
+            attention is `sdpa`, `eager` or `flex_attention`. Attention over a row costs its square, so longer contexts
+            are read level by level instead, each looking back at keys and values that it shares with others.
+        reuse_rollout (`bool`, *optional*, defaults to `True`):
+            Where the model generates in this process (no vLLM), take the candidates' representations, and for parallel
+            contexts their keys and values, from the generation itself instead of reading the candidates again; those
+            of outputs sampled under contexts too. Keeps the generation's key/value cache until contexts are scored.
+        num_estimator_samples (`int`, *optional*, defaults to `1`):
+            m, outputs generated under every context by `estimator="sampled"`. The other estimators generate none.
+        mask_truncated_colliders (`bool`, *optional*, defaults to `False`):
+            Leave integrated answers that were cut off at their length limit out of every mean, as empty ones are.
+        shuffle_candidates (`bool`, *optional*, defaults to `False`):
+            Show the candidates of a fusion prompt in an order of its own for every collider.
+        collider_temperature (`float`, *optional*):
+            Sampling temperature of the colliders. `None`: that of the candidates.
+        log_collider_reward (`bool`, *optional*, defaults to `False`):
+            Run the reward functions on the integrated answers too and log their mean as `gcpo/colliders/reward`, to
+            hold against `reward`. It changes nothing in training.
+
+    Raises:
+        TypeError, ValueError: naming the option, what it got and what it wants.
+    """
+
+    alpha: float = option(2.0, "Scale of the causal weight Upsilon.")
+    kappa: float = option(0.06, "Weight of the KL term to the causal reference. 0: off.")
+    estimator: str = option(
+        "loo", "Estimator of the causal weight: 'loo', 'scored', 'sampled', or 'none' (Upsilon = 1)."
+    )
+    representation: str = option(
+        "last", "z of a completion: hidden state of its 'last' token, or 'mean' over its tokens."
+    )
+    baseline: str | None = option(
+        None, "Group baseline zbar: 'mean' (paper) or 'loo'. Default: 'loo' for estimator 'loo'."
+    )
+    similarity: str = option("cosine", "Similarity of eq. 11: 'cosine', 'euclidean' or 'gaussian'.")
+    num_colliders: int = option(4, "Integrated answers generated per prompt (L).")
+    collider_max_completion_length: int = option(256, "Most tokens of an integrated answer.")
+    candidate_context_tokens: int | None = option(
+        64, "Tokens of each candidate that a prompt shows, from its end. None: all."
+    )
+    fusion_prompt_template: str = option(
+        FUSION_PROMPT_TEMPLATE, "Prompt for an integrated answer; holds {question} and {candidates}."
+    )
+    context_prompt_template: str = option(
+        CONTEXT_PROMPT_TEMPLATE, "Context a candidate is scored under; holds {question}, {candidates} and {collider}."
+    )
+    candidate_template: str = option(
+        CANDIDATE_TEMPLATE, "How one candidate is shown; holds {candidate}, may hold {index}."
+    )
+    proj_floor: float = option(1e-6, "Lower clamp of the projected probability p'.")
+    kl_clip: float | None = option(None, "Bound on the log-ratio of both KL terms; gradient 0 beyond. None: no bound.")
+    context_batch_size: int | None = option(
+        None, "Rows per forward when scoring under contexts. Default: per_device_train_batch_size."
+    )
+    context_attention: str | None = option(
+        None, "'full', or 'parallel': read each candidate once. None: 'parallel' where possible."
+    )
+    num_kl_contexts: int | None = option(1, "Contexts drawn per candidate beside the first. None: all are scored.")
+    kl_fraction: float = option(0.25, "Share of candidates drawn for the second KL term.")
+    causal_policy_context: str = option("query", "pi_theta in the second KL: under 'query' or 'context'.")
+    share_prefix: bool = option(True, "Pack contexts that begin alike, so that the beginning is scored once.")
+    pack_tokens: int = option(1024, "Tokens of a packed row.")
+    reuse_rollout: bool = option(True, "Take representations (and keys and values) from the generation itself.")
+    num_estimator_samples: int = option(1, "Outputs generated under every context by estimator 'sampled'.")
+    mask_truncated_colliders: bool = option(
+        False, "Leave integrated answers that hit their length limit out of every mean."
+    )
+    shuffle_candidates: bool = option(False, "Shuffle the candidates of a fusion prompt, for every collider anew.")
+    collider_temperature: float | None = option(
+        None, "Sampling temperature of the colliders. None: that of the candidates."
+    )
+    log_collider_reward: bool = option(False, "Log the mean reward of the integrated answers too.")
+
+    def __post_init__(self) -> None:
+        self.check()
+        if self.baseline is None:
+            self.baseline = "loo" if self.estimator == "loo" else "mean"
+
+    @property
+    def uses_weights(self) -> bool:
+        """Whether advantages are multiplied by Upsilon."""
+        return self.estimator != "none"
+
+    @property
+    def prefers_parallel(self) -> bool:
+        """Whether contexts are scored in parallel, if the model can."""
+        if self.context_attention is None:
+            return self.scores_contexts and self.estimator != "sampled" and self.causal_policy_context == "query"
+        return self.scores_contexts and self.context_attention == "parallel"
+
+    @property
+    def drawn_contexts(self) -> int | None:
+        """`num_kl_contexts`, as far as the estimator leaves a choice."""
+        return None if self.estimator == "scored" else self.num_kl_contexts
+
+    @property
+    def drawn_fraction(self) -> float:
+        """`kl_fraction`, as far as the estimator leaves a choice."""
+        return 1.0 if self.estimator == "scored" else self.kl_fraction
+
+    @property
+    def uses_rollout_states(self) -> bool:
+        """Whether a step has use for the states, keys and values that generating the candidates leaves."""
+        return self.uses_weights or self.prefers_parallel
+
+    @property
+    def scores_contexts(self) -> bool:
+        """Whether candidates are scored under the contexts x_{i,l}."""
+        return self.kappa > 0 or self.estimator == "scored"
+
+    @property
+    def uses_contexts(self) -> bool:
+        """Whether the contexts x_{i,l} are built: to score candidates under them, or to sample from them."""
+        return self.scores_contexts or self.estimator == "sampled"
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a step does anything that GRPO's does not."""
+        return self.uses_weights or self.kappa > 0
+
+    def check(self) -> None:
+        """Refuse values that the step cannot work with."""
+        check_number("alpha", self.alpha)
+        check_number("kappa", self.kappa, low=0.0)
+        check_number("kl_fraction", self.kl_fraction, above=0.0, high=1.0)
+        check_number("proj_floor", self.proj_floor, above=0.0, below=1.0)
+        for name in ("kl_clip", "collider_temperature"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), above=0.0)
+        check_choice("estimator", self.estimator, ESTIMATORS)
+        check_choice("representation", self.representation, REPRESENTATIONS)
+        check_choice("similarity", self.similarity, SIMILARITIES)
+        check_choice("causal_policy_context", self.causal_policy_context, POLICY_CONTEXTS)
+        if self.baseline is not None:
+            check_choice("baseline", self.baseline, BASELINES)
+        if self.context_attention is not None:
+            check_choice("context_attention", self.context_attention, CONTEXT_ATTENTIONS)
+        for name in ("num_colliders", "collider_max_completion_length", "num_estimator_samples", "pack_tokens"):
+            check_count(name, getattr(self, name))
+        for name in ("candidate_context_tokens", "context_batch_size", "num_kl_contexts"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        _check_template("fusion_prompt_template", self.fusion_prompt_template, {"question", "candidates"})
+        _check_template("context_prompt_template", self.context_prompt_template, {"question", "candidates", "collider"})
+        _check_template("candidate_template", self.candidate_template, {"candidate"}, optional={"index"})
+        if self.context_attention == "parallel" and self.causal_policy_context != "query":
+            raise ValueError("`context_attention='parallel'` needs `causal_policy_context='query'`, got 'context'.")
+        if self.context_attention == "parallel" and self.estimator == "sampled":
+            raise ValueError(
+                "`context_attention='parallel'` has no text to sample from: not with `estimator='sampled'`."
+            )
+
+
+def _check_template(name: str, template: Any, required: set[str], optional: frozenset[str] | set[str] = frozenset()):
+    if not isinstance(template, str):
+        raise TypeError(f"`{name}` must be a string, got {type(template).__name__}.")
+    try:
+        fields = {key for _, key, _, _ in string.Formatter().parse(template) if key is not None}
+    except ValueError as error:
+        raise ValueError(f"`{name}` is not a valid format string ({error}); write a literal brace twice.") from error
+    missing, unknown = required - fields, fields - required - optional
+    repeated = name == "candidate_template" and template.count("{candidate}") != 1
+    if missing or unknown or repeated:
+        named = ", ".join("{" + key + "}" for key in sorted(required))
+        got = ", ".join("{" + key + "}" for key in sorted(fields)) or "none"
+        once = " exactly once" if repeated else ""
+        raise ValueError(f"`{name}` must hold the placeholders {named}{once}, got {got}.")

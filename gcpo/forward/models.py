@@ -1,0 +1,212 @@
+"""Forwards of a transformers model that score and represent completions, and what a model can and cannot do."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from gcpo.causal.port import Continuation, Ids, Reading
+from gcpo.forward.key_values import cut, join, keeps_every_token
+from gcpo.forward.packing import PackedRow
+from gcpo.forward.representations import BranchRecorder, HiddenRecorder
+from gcpo.forward.scheduling import ScheduledPolicy, Scored
+
+
+class ModelForwards(ScheduledPolicy):
+    """
+    The forwards of `ScheduledPolicy`, computed. A subclass says which model, and how it gives log-probabilities.
+
+    Attributes:
+        model: the module to call; it may be wrapped.
+        pad_token_id, pad_to_multiple_of: of batches.
+    """
+
+    model: Any
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def look_at(self, model: Any) -> None:
+        """Find out what can be shared with this model."""
+        # Prompt and prefix tuning put tokens of their own before every forward, a continuation's included.
+        adapter = getattr(model, "active_peft_config", None)
+        virtual_tokens = adapter is not None and adapter.is_prompt_learning
+        self.can_continue = keeps_every_token(model) and not virtual_tokens
+        self.can_pack = takes_tree_mask(model) and not virtual_tokens
+
+    @property
+    def name(self) -> str:
+        return self.model.config.model_type
+
+    @property
+    def hidden_size(self) -> int:
+        return self.model.config.get_text_config().hidden_size
+
+    @property
+    def max_positions(self) -> int | None:
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The module whose output is what the output layer reads."""
+        model = self.unwrapped
+        return (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
+
+    @property
+    def unwrapped(self) -> Any:
+        return self.model
+
+    def phase(self, name: str) -> AbstractContextManager[Any]:
+        raise NotImplementedError
+
+    def count(self, kind: str, tokens: Any) -> None:
+        raise NotImplementedError
+
+    def _log_probs(self, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """(rows, S): log-probability of `labels` (rows, S), each the token after its place; -100: none is asked for."""
+        raise NotImplementedError
+
+    @contextmanager
+    def _forward_of(self, tokens: str, count: int, counts: bool) -> Iterator[None]:
+        if counts:
+            self.count(tokens, count)
+        with self.phase("contexts" if tokens == "scored_contexts" else "scoring"), without_dropout(self.model):
+            yield
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _forward_rows(self, prompts: list[Ids], completions: list[Ids], tokens: str, counts: bool) -> list[Scored]:
+        x, x_mask = self.pad(prompts, "left")
+        y, y_mask = self.pad(completions, "right")
+        recorder = HiddenRecorder(self.options.representation)
+        ids, mask = torch.cat([x, y], dim=1), torch.cat([x_mask, y_mask], dim=1)
+        with self._forward_of(tokens, sum(map(len, prompts)) + sum(map(len, completions)), counts):
+            logp = self._score_padded(ids, mask, y.shape[1], recorder)
+        z = recorder.result()
+        return [Scored(k, logp[k, : len(y)].float(), z[k]) for k, y in enumerate(completions)]
+
+    def _score_padded(
+        self, ids: torch.Tensor, mask: torch.Tensor, completion_length: int, recorder: HiddenRecorder
+    ) -> torch.Tensor:
+        """(rows, completion_length): log-probabilities of the last columns of padded rows, seen by `recorder`."""
+        labels = torch.full_like(ids, -100)
+        scored = ids[:, -completion_length:].masked_fill(mask[:, -completion_length:] == 0, -100)
+        labels[:, -completion_length - 1 : -1] = scored
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        with recorder.attached(self.backbone, completion_length):
+            logp = self._log_probs(labels, input_ids=ids, attention_mask=mask, position_ids=positions)
+        return logp[:, -completion_length - 1 : -1]
+
+    def _forward_continuations(self, rows: list[Continuation], keep: bool, counts: bool) -> list[Reading]:
+        past = [[piece for piece in row.past if piece] for row in rows]
+        cache, past_mask = join(past, self.model.config, self.device)
+        ids, mask = self.pad([row.ids for row in rows], "right")
+        first = torch.tensor([row.first_position for row in rows], device=self.device)
+        positions = first[:, None] + torch.arange(ids.shape[1], device=self.device)
+        labels = torch.full_like(ids, -100)
+        labels[:, :-1] = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+        # What follows a row's first token is its completion.
+        recorder = HiddenRecorder(self.options.representation, mask=torch.cat([mask[:, :1] * 0, mask[:, 1:]], dim=1))
+        if counts:
+            for row in rows:  # those of one forward may be of several kinds
+                self.count(row.tokens, len(row.ids))
+        with self._forward_of(rows[0].tokens, 0, False), recorder.attached(self.backbone, ids.shape[1]):
+            logp = self._log_probs(
+                labels,
+                input_ids=ids,
+                attention_mask=torch.cat([past_mask, mask], dim=1),
+                position_ids=positions,
+                past_key_values=cache,
+            )
+        z, start = recorder.result(), past_mask.shape[1]
+        return [
+            Reading(
+                logp[k, : len(row.ids) - 1].float(), z[k], cut(cache, k, start, start + len(row.ids)) if keep else []
+            )
+            for k, row in enumerate(rows)
+        ]
+
+    def _forward_packed(self, row: PackedRow, counts: bool) -> list[Scored]:
+        places = [branch.completion.to(self.device) for branch in row.branches]
+        recorder = BranchRecorder(self.options.representation, places)
+        with self._forward_of("scored_contexts", len(row.ids), counts), recorder.attached(self.backbone):
+            logp = self._log_probs(
+                row.labels()[None].to(self.device),
+                input_ids=torch.tensor(row.ids)[None].to(self.device),
+                attention_mask=self._tree_mask(row),
+                position_ids=torch.tensor(row.positions)[None].to(self.device),
+            )[0]
+        scores = [logp[branch.predictors.to(self.device)] for branch in row.branches]
+        return [Scored(b.key, s, z) for b, s, z in zip(row.branches, scores, recorder.result(), strict=True)]
+
+    def _tree_mask(self, row: PackedRow) -> Any:
+        """The row's attention mask as the model's attention takes it: blocks, bool or additive, the last two 4-D."""
+        kind = self.model.config.get_text_config()._attn_implementation
+        if kind == "flex_attention":
+            return row.block_mask(self.device)
+        allowed = row.allowed().to(self.device)[None, None]
+        if kind == "sdpa":
+            return allowed  # of no type that autocast could make differ from the queries'
+        dtype = self.model.dtype
+        return torch.zeros(allowed.shape, dtype=dtype, device=self.device).masked_fill(~allowed, torch.finfo(dtype).min)
+
+    def pad(self, ids: list[Ids], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Padded ids and mask of one batch, (rows, columns) int64."""
+        longest = padded_width(ids, self.pad_to_multiple_of)
+        padded = torch.full((len(ids), longest), self.pad_token_id)
+        mask = torch.zeros(len(ids), longest, dtype=torch.long)
+        for k, row in enumerate(ids):
+            place = slice(longest - len(row), longest) if side == "left" else slice(0, len(row))
+            padded[k, place], mask[k, place] = torch.tensor(row, dtype=torch.long), 1
+        return padded.to(self.device), mask.to(self.device)
+
+
+def padded_width(rows: list[Ids], multiple: int | None) -> int:
+    """Columns of a batch of these rows, padded to a multiple."""
+    longest = max(map(len, rows))
+    return longest if not multiple else -(-longest // multiple) * multiple
+
+
+def learns_positions(model: Any) -> bool:
+    """Whether positions are looked up in an embedding, as GPT-2's are."""
+    count, tokens = (
+        getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        model.get_input_embeddings(),
+    )
+    found = (part for part in model.modules() if isinstance(part, nn.Embedding) and part is not tokens)
+    return any(part.num_embeddings == count for part in found)
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """
+    Every part of `model` in evaluation mode: what is compared or subtracted later must not differ by noise. The model
+    itself keeps its mode, by which TRL tells training from evaluation.
+    """
+    parts = [part for part in model.modules() if part is not model and part.training]
+    for part in parts:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.training = True
+
+
+def no_auxiliary_loss(model: Any) -> dict[str, bool]:
+    """Keyword of a forward that leaves out a mixture of experts' load-balancing loss, which knows plain masks only."""
+    return {"output_router_logits": False} if hasattr(model.config.get_text_config(), "output_router_logits") else {}
+
+
+def takes_tree_mask(model: Any) -> bool:
+    """
+    Whether a model computes packed rows exactly: its attention must take a mask of our making, and every layer must
+    look back without a window, which a row's order would distort.
+    """
+    config = model.config.get_text_config()
+    if config._attn_implementation not in ("sdpa", "eager", "flex_attention"):
+        return False
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    return kinds == {"full_attention"} and not (windowed and not getattr(config, "layer_types", None))

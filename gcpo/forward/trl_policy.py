@@ -1,0 +1,284 @@
+"""
+The policy that a trainer of TRL's holds, and the one file that reads a trainer's insides: whose model scores, whose
+generation path writes colliders, whose reward functions and counters are used.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from transformers import GenerationConfig
+from trl import GRPOTrainer
+
+from gcpo._trl import disable_gradient_checkpointing
+from gcpo.causal.port import Ids, Prompt, RolloutStates
+from gcpo.forward.generation import GenerationRecorder, own_random_stream, read_repeated_prompts_once
+from gcpo.forward.models import ModelForwards, learns_positions, no_auxiliary_loss, padded_width, without_dropout
+from gcpo.forward.representations import HiddenRecorder
+from gcpo.forward.shared_prompt import logps_sharing_prompts, repeats_prompts
+from gcpo.run.meter import AccountedGRPOTrainer
+
+
+class TrlPolicy(ModelForwards):
+    """
+    Args:
+        trainer: a GCPOTrainer whose `__init__` is done but for what needs this policy.
+    """
+
+    allows_nan = True  # a step whose gradients are not finite is left out (gcpo.run.guard)
+
+    def __init__(self, trainer: AccountedGRPOTrainer):
+        self.trainer: Any = trainer
+        self.options = self.trainer.args
+        self.eos_token_ids = self.trainer.eos_token_ids
+        self.pad_token_id = self.trainer._tokenizer.pad_token_id
+        self.pad_to_multiple_of = self.trainer.pad_to_multiple_of
+        self.num_generations = self.trainer.num_generations
+        self.look_at(self.trainer.model)
+        self._states: list[RolloutStates] | None = None  # where generation is watched: what each call left
+        self._recorder: HiddenRecorder | None = None  # where scoring passes are watched
+        if self.options.is_causal and learns_positions(self.trainer.model):
+            warnings.warn(
+                f"{self.name} learns an embedding for each position, and TRL's forwards do not tell it where a prompt "
+                "that is padded on the left begins: its scores depend on the padding, and those that GCPO makes without"
+                " any do not fit them. Use a model with rotary positions.",
+                stacklevel=2,
+            )
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The trainer's properties
+    # -----------------------------------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> Any:
+        return self.trainer.model
+
+    @property
+    def unwrapped(self) -> Any:
+        return self.trainer.accelerator.unwrap_model(self.trainer.model)
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.trainer.accelerator.device
+
+    @property
+    def rank(self) -> int:  # type: ignore[override]
+        return self.trainer.accelerator.process_index
+
+    @property
+    def size(self) -> int:  # type: ignore[override]
+        return self.trainer.accelerator.num_processes
+
+    @property
+    def rows_per_forward(self) -> int:
+        return self.options.context_batch_size or self.trainer.args.per_device_train_batch_size
+
+    @property
+    def max_positions(self) -> int | None:
+        return self.trainer.max_positions
+
+    @property
+    def max_completion_length(self) -> int | None:
+        """Most tokens of a candidate: TRL's option, unless `generation_kwargs` says otherwise."""
+        if self.trainer.use_vllm:
+            engine = self.trainer.vllm_generation
+            return engine.generation_kwargs.get("max_tokens", engine.max_completion_length)
+        return self.trainer.generation_config.max_new_tokens
+
+    @property
+    def masks_truncated(self) -> bool:
+        return self.trainer.mask_truncated_completions
+
+    @property
+    def ending_ids(self) -> list[int]:
+        return [*self.eos_token_ids, self.pad_token_id]
+
+    @property
+    def step_seed(self) -> int:
+        substep = self.trainer._step % self.trainer.args.gradient_accumulation_steps
+        return self.trainer.args.seed + 1_000_003 * (self.trainer.state.global_step + 1) + 1_009 * substep
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.trainer.accelerator.gather(tensor)
+
+    def gather_lists(self, items: list[Any]) -> list[Any]:
+        return gather_object(items)
+
+    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.trainer.accelerator.reduce(tensor, reduction="sum")
+
+    def phase(self, name: str) -> AbstractContextManager[Any]:
+        return self.trainer._account.phase(name)
+
+    def count(self, kind: str, tokens: Any) -> None:
+        self.trainer._account.add_tokens(kind, tokens)
+
+    def log(self, name: str, value: torch.Tensor | float) -> None:
+        self.trainer._log(name, value)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Generation
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def generate(self, prompts: list[Ids], seed: int, *, limit: int, temperature: float | None) -> list[Ids]:
+        with own_random_stream(seed), self._sampling(limit, temperature):
+            return self.trainer._generate_single_turn(prompts, None, {}, 1)[0]
+
+    def sample_states(self, prompts: list[Ids], seed: int, rows: int) -> tuple[list[Ids], torch.Tensor]:
+        size = len(prompts) if self.trainer.use_vllm else rows  # an engine makes batches of its own
+        outputs: list[Ids] = []
+        with self.phase("contexts"), own_random_stream(seed), self.watching_generation() as states:
+            for start in range(0, len(prompts), size):
+                outputs += self.trainer._generate_single_turn(prompts[start : start + size], None, {}, 1)[0]
+        if sum(len(some.z) for some in states) == len(prompts):
+            return outputs, torch.cat([some.z for some in states])
+        scored = self._score_rows(prompts, [ids or self.eos_token_ids[:1] for ids in outputs], "scored_contexts")
+        return outputs, torch.stack([item.z for item in sorted(scored, key=lambda item: item.key)])
+
+    @contextmanager
+    def watching_generation(self) -> Iterator[list[RolloutStates]]:
+        """What the model's generation inside computed anyway, a call each; nothing where it is of no use."""
+        before, self._states = self._states, []
+        try:
+            yield self._states
+        finally:
+            self._states = before
+
+    def generate_watched(self, call: Any, prompt_ids: list[Ids], *args: Any, **kwargs: Any) -> tuple:
+        """TRL's generation (`call`), with prompts that repeat read once, and its states kept where they are wanted."""
+        trainer = self.trainer
+        if trainer.use_vllm or trainer.use_transformers_continuous_batching or trainer.rollout_func:
+            return call(prompt_ids, *args, **kwargs)
+        # Every process must take the same path, whatever its own share of the prompts.
+        repeats = self.shares and self.most(len(prompt_ids) - len(set(map(tuple, prompt_ids)))) > 0
+        with ExitStack() as stack:
+            # Candidates and their states are the policy's, as their scores are (TRL leaves dropout on here).
+            stack.enter_context(without_dropout(self.model))
+            if repeats:
+                stack.enter_context(read_repeated_prompts_once(self.backbone))
+            if self._states is None or not (self.options.reuse_rollout and self.options.uses_rollout_states):
+                return call(prompt_ids, *args, **kwargs)
+            width = padded_width(prompt_ids, self.pad_to_multiple_of)
+            recorder = GenerationRecorder(
+                self.options.representation, self.eos_token_ids, self.max_completion_length, width
+            )
+            stack.enter_context(recorder.attached(self.backbone))
+            result = call(prompt_ids, *args, **kwargs)
+            with disable_gradient_checkpointing(self.model, trainer.args.gradient_checkpointing_kwargs):
+                states = recorder.finish(self, prompt_ids, result[0])
+        if states is not None:
+            self._states.append(states)
+        return result
+
+    @contextmanager
+    def _sampling(self, limit: int, temperature: float | None) -> Iterator[None]:
+        """Let the trainer's generation path, whichever backend it is, sample as colliders are sampled."""
+        trainer = self.trainer
+        if trainer.use_vllm:
+            vllm = trainer.vllm_generation
+            before = vllm.max_completion_length, vllm.temperature, vllm.generation_kwargs
+            vllm.max_completion_length = limit
+            vllm.temperature = vllm.temperature if temperature is None else temperature
+            # `generation_kwargs` win over both, and are meant for candidates: colliders may be shorter.
+            own = {name: value for name, value in vllm.generation_kwargs.items() if name != "max_tokens"}
+            if temperature is not None:
+                own.pop("temperature", None)
+            if own.get("min_tokens"):
+                own["min_tokens"] = min(own["min_tokens"], limit)
+            vllm.generation_kwargs = own
+            try:
+                yield
+            finally:
+                vllm.max_completion_length, vllm.temperature, vllm.generation_kwargs = before
+            return
+        config, kwargs = trainer.generation_config, trainer.generation_kwargs
+        # Lengths of prompt and completion together say nothing about a collider, whose prompt is another.
+        changed = {name: value for name, value in kwargs.items() if name not in ("max_length", "min_length")}
+        changed["max_new_tokens"] = limit
+        if temperature is not None:
+            changed["temperature"] = temperature
+        if changed.get("min_new_tokens"):  # asked for of candidates: colliders may be shorter
+            changed["min_new_tokens"] = min(changed["min_new_tokens"], limit)
+        trainer.generation_kwargs = changed
+        trainer.generation_config = GenerationConfig(**changed, disable_compile=True)
+        try:
+            yield
+        finally:
+            trainer.generation_config, trainer.generation_kwargs = config, kwargs
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Scores
+    # -----------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def watching_scores(self) -> Iterator[HiddenRecorder]:
+        """TRL's own scoring passes of the policy inside also give the representations of what they score."""
+        self._recorder = HiddenRecorder(self.options.representation)
+        try:
+            yield self._recorder
+        finally:
+            self._recorder = None
+
+    def watched(self, model: Any, logits_to_keep: int) -> AbstractContextManager[Any]:
+        """For a scoring pass of TRL's: adds to the recorder that watches, where there is one."""
+        if self._recorder is None or model is not self.model:
+            return ExitStack()
+        return self._recorder.attached(self.backbone, logits_to_keep)
+
+    def _score_padded(
+        self, ids: torch.Tensor, mask: torch.Tensor, completion_length: int, recorder: HiddenRecorder
+    ) -> torch.Tensor:
+        score = GRPOTrainer._get_per_token_logps_and_entropies  # TRL's, not one that counts and watches
+        with recorder.attached(self.backbone, completion_length):
+            return score(self.trainer, self.model, ids, mask, completion_length)[0]
+
+    def _log_probs(self, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        with self.trainer.accelerator.autocast():
+            output = self.model(shift_labels=labels, fused_lm_head=True, **inputs, **no_auxiliary_loss(self.model))
+        return output.log_probs
+
+    def logps_sharing_prompts(
+        self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int, entropy: bool
+    ) -> tuple | None:
+        """
+        What TRL's forward with gradient returns, from one in which a prompt that rows share is read once. None where
+        they share none: as many forwards on every process, whatever its own share of the prompts.
+        """
+        width = input_ids.shape[1] - logits_to_keep
+        if self.most(int(width < 2)) or not self.most(int(repeats_prompts(input_ids, attention_mask, width))):
+            return None
+        with self.trainer.accelerator.autocast():
+            result = logps_sharing_prompts(model, self.model.config, input_ids, attention_mask, logits_to_keep, entropy)
+        self.count("trained", result.tokens)
+        return result.logps, result.entropies, None
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Rewards
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def reward(self, inputs: list[dict[str, Any]], prompts: list[Prompt], ids: list[Ids]) -> torch.Tensor:
+        trainer = self.trainer
+        texts: list[Any] = trainer._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        if not isinstance(prompts[0], str):
+            texts = [[{"role": "assistant", "content": text}] for text in texts]
+        with self._no_logs_of_reward_functions():
+            per_function = GRPOTrainer._calculate_rewards(trainer, inputs, prompts, texts, ids)
+        # As `reward`: the weighted sum of what is finite; none where nothing is.
+        finite = torch.where(per_function.isfinite(), per_function, torch.nan)
+        total = (finite * trainer.reward_weights.to(finite.device)).nansum(dim=1)
+        return torch.where(per_function.isfinite().any(dim=1), total, torch.nan)
+
+    @contextmanager
+    def _no_logs_of_reward_functions(self) -> Iterator[None]:
+        """Columns and metrics that reward functions log are of candidates: what they say of colliders is dropped."""
+        names = ("_log_completion_extra", "_log_metric")
+        for name in names:
+            setattr(self.trainer, name, lambda *args, **kwargs: None)
+        try:
+            yield
+        finally:
+            for name in names:
+                delattr(self.trainer, name)
