@@ -26,7 +26,7 @@ from gcpo.causal.colliders import Group
 from gcpo.evaluation.tasks import SYSTEM_PROMPT, reasoning_gym_dataset
 from gcpo.forward import representations
 from gcpo.forward.generation import Rollout
-from gcpo_kernels import reference
+from gcpo_kernels import maths
 
 REPRESENTATIONS = ("last", "mean")
 # What the savings are measured against, stated in full: GCPOConfig's defaults are savings themselves.
@@ -183,7 +183,7 @@ class Lab:
             query, contexts, weights = (output[k] for k in ("query_logps", "context_logps", "context_weights"))
             floor = trainer.args.proj_floor
             estimate.query_logp = query
-            estimate.log_p, estimate.clamped = reference.project(query, contexts, weights[:, None], floor)
+            estimate.log_p, estimate.clamped = maths.project(query, contexts, weights[:, None], floor)
         return estimate
 
     def sample_truth(self, sample: Sample, z: torch.Tensor, m: int) -> tuple[Terms, int, int]:

@@ -150,6 +150,21 @@ print(gcpo_kernels.available_backends("cpu"))
     assert done.stdout.strip() == "('torch',)"
 
 
+def test_the_oracle_stands_alone() -> None:
+    """Nothing that it judges runs it, and it runs nothing of that: a mistake in one place would be in both."""
+    for path in [*ROOT.glob("gcpo_kernels/**/*.py"), *ROOT.glob("gcpo/**/*.py")]:
+        imported = set()
+        for node in ast.walk(ast.parse(read(path))):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {alias.name for alias in node.names}
+                imported |= {f"{node.module}.{name}" for name in names} if isinstance(node, ast.ImportFrom) else names
+        name = path.relative_to(ROOT).as_posix()
+        if name == "gcpo_kernels/reference.py":
+            assert {module.split(".")[0] for module in imported} <= {"math", "typing", "torch"}
+        elif name != "gcpo/commands/doctor.py":
+            assert not [module for module in imported if module.startswith("gcpo_kernels.reference")], name
+
+
 def test_every_public_function_is_met() -> None:
     """A function that is exported is documented, and is among what the tests of every function go through."""
     functions = {name: getattr(gcpo_kernels, name) for name in gcpo_kernels.__all__ if name != "available_backends"}
