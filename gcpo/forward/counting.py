@@ -44,7 +44,7 @@ class Span:
     def __getitem__(self, at: Any) -> Any:
         if isinstance(at, slice):
             first, last, _ = at.indices(len(self))
-            return Span(tuple(self._between(first, last)))
+            return Span(tuple(self._between(first, last))) if first < last else Span(())
         at = at + len(self) if at < 0 else at
         number = bisect_right(self._ends, at)
         what, _, stop = self.runs[number]

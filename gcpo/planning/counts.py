@@ -180,6 +180,9 @@ class _Rollout:
             abilities=abilities,
         )
         self.shuffle = torch.Generator().manual_seed(seed)
+        # Tokens of each completion that TRL's own passes see: it masks truncated ones before them.
+        hides = config.mask_truncated_completions
+        self.seen = [0 if hides and ids[-1] not in self.policy.ending_ids else len(ids) for ids in self.completions]
         keeps = self.is_causal and self.policy.keeps_states
         once = self.policy.reads_once if self.is_causal else abilities.caches_prefixes
         self.policy.count_generation("rollout", "", self.prompt_ids, once=once, keeps=keeps)
@@ -190,9 +193,9 @@ class _Rollout:
             config.use_vllm and config.vllm_importance_sampling_correction
         )
         for needed, what in ((scores_old, "under q, for the ratio"), (config.beta != 0, "reference model")):
-            for x, y in zip(self.prompt_ids, self.completions, strict=True) if needed else ():
-                self.policy.count("scored_query", len(x) + len(y))
-                self.policy.passes[Pass("scoring", what, "score", len(x) + len(y), len(y))] += 1
+            for x, t in zip(self.prompt_ids, self.seen, strict=True) if needed else ():
+                self.policy.count("scored_query", len(x) + t)
+                self.policy.passes[Pass("scoring", what, "score", len(x) + t, t)] += 1
         contexts = None
         if self.is_causal:
             rollout = Rollout(prompts, self.prompt_ids, self.completions)
@@ -220,7 +223,7 @@ class _Rollout:
                 for x in distinct.values():
                     self._count_trained(Pass("loss", f"{what}, queries", "train", len(x) - 1))
             for k in rows:
-                q, t = len(prompts[k]), len(self.completions[k])
+                q, t = len(prompts[k]), self.seen[k]
                 read = (1 + t, t, q - 1) if shares else (q + t, t)
                 self._count_trained(Pass("loss", f"{what}, completions" if shares else what, "train", *read))
 
