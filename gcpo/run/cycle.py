@@ -1,5 +1,6 @@
-"""The settings that a rollout and its cycle of updates depend on, and in which of them a checkpoint differs."""
+"""The size of a rollout, the settings that it and its cycle of updates depend on, and where a checkpoint differs."""
 
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -78,3 +79,29 @@ def changed_settings(saved: dict[str, str], current: dict[str, str], keeps_rollo
         for name in names
         if saved.get(name) != current.get(name)
     ]
+
+
+def prompts_per_rollout(config: GRPOConfig) -> int:
+    """Prompts of one rollout, over all processes."""
+    return int(config.generation_batch_size or 1) // int(config.num_generations or 1)
+
+
+def check_size(config: GRPOConfig, num_prompts: int | None) -> None:
+    """Refuse a dataset smaller than one rollout: only whole ones are trained on, so nothing would be."""
+    wanted = prompts_per_rollout(config)
+    if num_prompts is not None and num_prompts < wanted:
+        raise ValueError(
+            f"The dataset has {num_prompts} prompts, one rollout takes {wanted}: lower `per_device_train_batch_size`, "
+            "`gradient_accumulation_steps` or `steps_per_generation`."
+        )
+
+
+def count_steps(config: GRPOConfig, num_prompts: int | None) -> int | None:
+    """Optimizer steps of a run; None where the dataset's length is unknown."""
+    if config.max_steps > 0:
+        return config.max_steps
+    if num_prompts is None:
+        return None
+    rollouts = num_prompts // prompts_per_rollout(config)
+    batches = rollouts * int(config.steps_per_generation or 1) * config.num_iterations
+    return math.ceil(config.num_train_epochs * math.ceil(batches / config.gradient_accumulation_steps))

@@ -9,10 +9,16 @@ What a run leaves in its output folder for `gcpo report` and `gcpo diagnose`, an
 
 import json
 import math
+import platform
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from gcpo import __version__
+from gcpo.run.redaction import redacted
 
 CONFIG, LOG, SAMPLES = "gcpo_run.json", "gcpo_log.jsonl", "gcpo_samples.jsonl"
 
@@ -38,12 +44,37 @@ class Run:
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Steps at which a metric was logged as a finite number, and its values."""
-        logged = [(row["step"], row[key]) for row in self.log if _is_number(row.get(key))]
+        logged = [(row["step"], row[key]) for row in self.log if is_number(row.get(key))]
         return [step for step, _ in logged], [value for _, value in logged]
 
     def values(self, key: str) -> list[float]:
         """The values of `series`."""
         return self.series(key)[1]
+
+    def mean(self, key: str) -> float | None:
+        """Mean of a metric over the steps that logged it; None where none did."""
+        values = self.values(key)
+        return statistics.fmean(values) if values else None
+
+    def median(self, key: str) -> float | None:
+        """Its median."""
+        values = self.values(key)
+        return statistics.median(values) if values else None
+
+    def recent_mean(self, key: str) -> float | None:
+        """Its mean over the second half of the steps that logged it."""
+        values = recent(self.values(key))
+        return statistics.fmean(values) if values else None
+
+
+def recent(values: list[Any]) -> list[Any]:
+    """The second half of a list."""
+    return values[len(values) // 2 :]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a logged value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def read_run(path: str | Path, name: str | None = None) -> Run:
@@ -108,10 +139,18 @@ def read_runs(paths: list[str]) -> list[Run]:
     return runs
 
 
-def write_config(folder: Path, config: dict[str, Any]) -> None:
-    """Write `gcpo_run.json`."""
+def start_record(folder: Path, trainer: str, options: dict[str, Any], resumed: bool) -> None:
+    """
+    Write `gcpo_run.json`: the trainer's class, versions, and the options without the secrets in them. A run that is not
+    `resumed` removes the log and the samples of an earlier one in the same folder.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(json.dumps(config, indent=1, default=str) + "\n")
+    if not resumed:
+        for name in (LOG, SAMPLES):
+            (folder / name).unlink(missing_ok=True)
+    versions = {"gcpo": __version__, "trl": version("trl")}
+    content = {"trainer": trainer, "versions": versions, **redacted(options)}
+    (folder / CONFIG).write_text(json.dumps(content, indent=1, default=str) + "\n")
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
@@ -119,6 +158,55 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(_clean(row), default=str) + "\n")
+
+
+def groups_of_last_rollout(
+    logs: dict[str, Any], num_generations: int, colliders: list[list[str]] | None
+) -> list[dict[str, Any]]:
+    """
+    The prompts of a rollout from what TRL keeps for its completions table: for each its candidates with reward, A,
+    Upsilon and B, and its colliders.
+
+    Args:
+        logs: the trainer's `_logs`; `advantages` are B.
+        num_generations: n.
+        colliders: L texts for each prompt; None for GRPO.
+    """
+    advantages, prompts = list(logs["advantages"]), list(logs["prompt"])
+    columns = {
+        "text": list(map(text_of, logs["completion"])),
+        "A": list(logs["extra"].get("plain_advantage", advantages)),
+        "upsilon": list(logs["extra"].get("upsilon") or [None] * len(prompts)),
+        "B": advantages,
+    }
+    rewards = {name: list(values) for name, values in logs["rewards"].items()}
+    groups = []
+    for group in range(len(prompts) // num_generations):
+        rows = range(group * num_generations, (group + 1) * num_generations)
+        candidates = [
+            {name: values[row] for name, values in columns.items()}
+            | {"rewards": {name: values[row] for name, values in rewards.items()}}
+            for row in rows
+        ]
+        shown = colliders[group] if colliders and group < len(colliders) else []
+        groups.append({"prompt": text_of(prompts[rows[0]]), "candidates": candidates, "colliders": shown})
+    return groups
+
+
+def text_of(message: str | list[dict[str, Any]]) -> str:
+    """A prompt or completion as text, whether TRL holds it as text or as messages."""
+    if isinstance(message, str):
+        return message
+    return "\n".join(str(part.get("content") or "") for part in message)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and the machine, as the demo and the studies write them beside their results."""
+    import torch
+
+    versions = {"gcpo": __version__} | {name: version(name) for name in ("torch", "transformers", "trl")}
+    place = {"python": platform.python_version(), "machine": platform.machine()}
+    return {**versions, **place, "threads": torch.get_num_threads()}
 
 
 def read_lines(path: Path) -> list[str]:
@@ -158,10 +246,6 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 def _number(name: str) -> int:
     tail = name.rsplit("-", 1)[-1]
     return int(tail) if tail.isdigit() else -1
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _clean(value: Any) -> Any:
