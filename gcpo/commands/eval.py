@@ -68,6 +68,7 @@ def run(flags: list[str]) -> int:
 
         from gcpo.evaluation.evaluate import EvaluationError, evaluate_pass_at_k
         from gcpo.evaluation.questions import load_questions
+        from gcpo.run.machine import default_device
 
         if args.output is not None:
             check_output(args.output)
@@ -76,8 +77,7 @@ def run(flags: list[str]) -> int:
                 raise ValueError(f"`--pass_at` must be between 1 and --num_samples ({args.num_samples}), got {k}.")
         if args.limit is not None and args.limit < 1:
             raise ValueError(f"`--limit` must be at least 1, got {args.limit}.")
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        device = args.device or accelerator or "cpu"
+        device = args.device or default_device()
         try:
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:

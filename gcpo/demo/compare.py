@@ -17,10 +17,11 @@ from gcpo.demo.settings import Scale
 from gcpo.demo.tiny import TINY_TEMPLATES, save_smollm2, save_tiny, tiny_model, tiny_tokenizer, warm_start
 from gcpo.evaluation.tasks import reasoning_gym_reward, train_and_held_out
 from gcpo.reports.plots import save_overview
+from gcpo.run.machine import environment
 from gcpo.run.meter import SECONDS, TOKENS, AccountedGRPOTrainer
 from gcpo.run.progress import StepProgress
 from gcpo.run.quiet import quiet
-from gcpo.run.records import Run, environment
+from gcpo.run.records import Run
 
 # Options of a task with which a model is right some of the time; of other tasks, their defaults.
 TASKS: dict[str, dict[str, dict[str, Any]]] = {

@@ -15,7 +15,7 @@ from datasets import Dataset, load_dataset
 from math_verify import parse, verify
 
 from gcpo.evaluation.sandbox import run_python
-from gcpo.evaluation.tasks import Completion
+from gcpo.evaluation.tasks import Completion, as_prompt, judged_text
 from gcpo.run.records import read_lines
 
 MATH_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -100,9 +100,9 @@ def load_benchmark(name: str, data_dir: str | Path | None = None, conversational
         try:
             rows = list(load_dataset(benchmark.repository, split=benchmark.split))
         except (OSError, ValueError) as error:
+            reason = f"{type(error).__name__}: {str(error)[:200]}"
             raise FileNotFoundError(
-                f"{name!r} could not be loaded from the hub as {benchmark.repository} ({type(error).__name__}: "
-                f"{str(error)[:200]}). {_layout(name)}"
+                f"{name!r} could not be loaded from the hub as {benchmark.repository} ({reason}). {_layout(name)}"
             ) from error
         where = benchmark.repository
     if not rows:
@@ -151,7 +151,7 @@ def math_reward(completions: list[Completion], answer: list[str | float], **kwar
         gold_text = as_text(right, "answer", f"Row {k} of the batch")
         bare = "\\boxed" not in gold_text and not re.search(r"(?<!\\)\$", gold_text)
         gold = parse(_final_answer(f"${gold_text}$" if bare else gold_text), parsing_timeout=parse_limit)
-        given = parse(_final_answer(_text(completion)), parsing_timeout=parse_limit)
+        given = parse(_final_answer(judged_text(completion)), parsing_timeout=parse_limit)
         scores.append(float(verify(gold or [gold_text.strip()], given, timeout_seconds=verify_limit)))
     return scores
 
@@ -170,7 +170,7 @@ def code_reward(
     """
     scores = []
     for completion, beginning, tests, name in zip(completions, stub, test, entry_point, strict=True):
-        program = f"{complete_program(_text(completion), beginning, name)}\n\n{tests}\n\ncheck({name})\n"
+        program = f"{complete_program(judged_text(completion), beginning, name)}\n\n{tests}\n\ncheck({name})\n"
         scores.append(float(run_python(program).passed))
     return scores
 
@@ -196,7 +196,7 @@ def ask_math(row: dict[str, Any], conversational: bool = True, where: str = "The
         ValueError: one of the two is neither text nor a number.
     """
     text = f"{as_text(row['problem'], 'problem', where)}\n\n{MATH_PROMPT}"
-    return {"prompt": _as_prompt(text, conversational), "answer": as_text(row["answer"], "answer", where)}
+    return {"prompt": as_prompt(text, conversational), "answer": as_text(row["answer"], "answer", where)}
 
 
 def as_text(value: Any, column: str, where: str) -> str:
@@ -210,12 +210,8 @@ def as_text(value: Any, column: str, where: str) -> str:
 
 def _ask_code(row: dict[str, Any], conversational: bool) -> dict[str, Any]:
     stub = row["prompt"]
-    prompt = _as_prompt(f"{CODE_PROMPT}\n\n```python\n{stub}```", True) if conversational else stub
+    prompt = as_prompt(f"{CODE_PROMPT}\n\n```python\n{stub}```", True) if conversational else stub
     return {"prompt": prompt, "stub": stub, "test": row["test"], "entry_point": row["entry_point"]}
-
-
-def _as_prompt(text: str, conversational: bool) -> Any:
-    return [{"role": "user", "content": text}] if conversational else text
 
 
 def _take(row: dict[str, Any], benchmark: Benchmark, where: str, name: str) -> dict[str, Any]:
@@ -269,7 +265,3 @@ def _layout(name: str) -> str:
     return (
         f"Without a hub, `--data_dir FOLDER` reads FOLDER/{name}.jsonl, one JSON object per line: {json.dumps(example)}"
     )
-
-
-def _text(completion: Completion) -> str:
-    return completion if isinstance(completion, str) else completion[-1].get("content") or ""

@@ -9,7 +9,6 @@ What a run leaves in its output folder for `gcpo report` and `gcpo diagnose`, an
 
 import json
 import math
-import platform
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -198,15 +197,6 @@ def text_of(message: str | list[dict[str, Any]]) -> str:
     if isinstance(message, str):
         return message
     return "\n".join(str(part.get("content") or "") for part in message)
-
-
-def environment() -> dict[str, Any]:
-    """Versions and the machine, as the demo and the studies write them beside their results."""
-    import torch
-
-    versions = {"gcpo": __version__} | {name: version(name) for name in ("torch", "transformers", "trl")}
-    place = {"python": platform.python_version(), "machine": platform.machine()}
-    return {**versions, **place, "threads": torch.get_num_threads()}
 
 
 def read_lines(path: Path) -> list[str]:

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gcpo.run.machine import environment
 from gcpo.run.progress import progress_bar
-from gcpo.run.records import environment
 from gcpo.run.redaction import redacted
 from gcpo.run.table import markdown
 from gcpo.study import budget, tables
