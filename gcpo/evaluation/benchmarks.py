@@ -35,15 +35,7 @@ _AFTER_BODY = re.compile(r"\n(?=\S)(?!\s*[)\]}#@])")
 
 @dataclass(frozen=True)
 class Benchmark:
-    """
-    Where a benchmark's problems are, and under which names.
-
-    Attributes:
-        repository: its name on the hub.
-        split: split of the problems.
-        kind: `"math"` (columns `problem`, `answer`) or `"code"` (`prompt`, `test`, `entry_point`).
-        size: number of problems.
-    """
+    """A benchmark's name on the hub and split, its kind (`"math"` or `"code"`), and how many problems it has."""
 
     repository: str
     split: str
@@ -187,13 +179,8 @@ def complete_program(text: str, stub: str, entry_point: str) -> str:
 
 def ask_math(row: dict[str, Any], conversational: bool = True, where: str = "The row") -> dict[str, Any]:
     """
-    A row with `problem` and `answer` as one with `prompt` and `answer`, the latter as text.
-
-    Args:
-        where: names the row in errors.
-
-    Raises:
-        ValueError: one of the two is neither text nor a number.
+    A row with `problem` and `answer` as one with `prompt` and `answer`, the latter as text. A ValueError, which names
+    the row as `where`, if one of the two is neither text nor a number.
     """
     text = f"{as_text(row['problem'], 'problem', where)}\n\n{MATH_PROMPT}"
     return {"prompt": as_prompt(text, conversational), "answer": as_text(row["answer"], "answer", where)}

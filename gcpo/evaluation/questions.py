@@ -26,11 +26,8 @@ def load_questions(
 
     Args:
         name: `benchmark:NAME`, `reasoning_gym:NAME`, a path, or a name on the hub.
-        task: how a task's items are made; of these, `task_size` are held out.
-        config: configuration of a dataset on the hub.
-        split: of it or of a path; "test" when None, or the only one.
+        task: how a task's items are made; all of them are held-out ones.
         reward_func: name of the verifier; the benchmark's or task's own when None.
-        data_dir: folder with a benchmark's file.
         allow_code: whether a verifier may run programs.
 
     Raises:

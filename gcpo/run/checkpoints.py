@@ -17,14 +17,8 @@ REFERENCE = "gcpo_reference.safetensors"  # of a checkpoint: the weights of a re
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 # What must be equal for one model's weights to fit another.
 _SHAPES = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-)
+    "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
+).split()
 
 
 def checkpoints(folder: str | Path) -> list[Path]:

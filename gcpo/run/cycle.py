@@ -8,49 +8,20 @@ from trl import GRPOConfig
 
 # How long a cycle is, and how a rollout is split over processes and micro-batches.
 LAYOUT = (
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "steps_per_generation",
-    "num_iterations",
-    "num_generations",
-)
+    "per_device_train_batch_size gradient_accumulation_steps steps_per_generation num_iterations num_generations"
+).split()
 # TRL's options that decide what a rollout holds: how it is sampled, rewarded and scored.
 ROLLOUT = (
-    "max_completion_length",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "generation_kwargs",
-    "chat_template_kwargs",
-    "max_tool_calling_iterations",
-    "pad_to_multiple_of",
-    "use_vllm",
-    "vllm_importance_sampling_correction",
-    "vllm_importance_sampling_mode",
-    "vllm_importance_sampling_cap",
-    "vllm_importance_sampling_clip_min",
-    "vllm_importance_sampling_clip_max",
-    "beta",
-    "loss_type",
-    "reward_weights",
-    "scale_rewards",
-    "multi_objective_aggregation",
-    "mask_truncated_completions",
-    "off_policy_mask_threshold",
-)
+    "max_completion_length temperature top_p top_k min_p repetition_penalty generation_kwargs "
+    "chat_template_kwargs max_tool_calling_iterations pad_to_multiple_of use_vllm "
+    "vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_importance_sampling_cap "
+    "vllm_importance_sampling_clip_min vllm_importance_sampling_clip_max beta loss_type reward_weights "
+    "scale_rewards multi_objective_aggregation mask_truncated_completions off_policy_mask_threshold"
+).split()
 # Options of GCPO that change how a rollout is computed, or its loss, and not what it holds.
 OTHERS = (
-    "proj_floor",
-    "kl_clip",
-    "context_batch_size",
-    "share_prefix",
-    "share_prompt",
-    "pack_tokens",
-    "reuse_rollout",
-    "log_collider_reward",
-)
+    "proj_floor kl_clip context_batch_size share_prefix share_prompt pack_tokens reuse_rollout log_collider_reward"
+).split()
 
 
 def cycle_settings(args: GRPOConfig, num_processes: int, rewards: list[str]) -> dict[str, str]:

@@ -18,14 +18,8 @@ from gcpo.run.resume import ResumableGRPOTrainer
 # GRPO's phases and GCPO's. "loss" is the policy's forward and backward; the optimizer runs outside all of them.
 SECONDS = ("rollout", "rewards", "scoring", "colliders", "contexts", "loss")
 TOKENS = (
-    "generated",
-    "scored_query",
-    "trained",
-    "generated_colliders",
-    "generated_contexts",
-    "scored_colliders",
-    "scored_contexts",
-)
+    "generated scored_query trained generated_colliders generated_contexts scored_colliders scored_contexts"
+).split()
 
 # TRL's table of completions, but for images: columns, and those that there are several of.
 _COLUMNS = ("prompt", "completion", "advantages")

@@ -22,22 +22,10 @@ from gcpo.run.redaction import redacted
 _MAY_DIFFER = ("log_", "vllm_server_", "num_completions_to_print")
 # Of TrainingArguments, those that decide how many batches there are, of which size, and what a step does with them.
 _SHARED = (
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "max_steps",
-    "num_train_epochs",
-    "learning_rate",
-    "max_grad_norm",
-    "seed",
-    "data_seed",
-    "bf16",
-    "fp16",
-    "eval_strategy",
-    "eval_steps",
-    "save_strategy",
-    "save_steps",
-)
+    "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps max_steps "
+    "num_train_epochs learning_rate max_grad_norm seed data_seed bf16 fp16 eval_strategy eval_steps save_strategy "
+    "save_steps"
+).split()
 _LAUNCHED = "GCPO_LAUNCHED"
 # How torch's backends say that a peer is gone, or that it did not come in time.
 _LOST = ("closed by peer", "timed out", "timeout", "connection reset", "broken pipe", "remote process exited")

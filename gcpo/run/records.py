@@ -27,13 +27,8 @@ Step = dict[str, Any]
 @dataclass
 class Run:
     """
-    A run as it was read.
-
-    Attributes:
-        name: what to call it.
-        config: its options; empty where they were not recorded.
-        log: its training steps in order, each a dict of metrics with `step`.
-        samples: prompts with candidates and colliders, in order of their steps.
+    A run as it was read: its options (empty where they were not recorded), its training steps in order, each a dict of
+    metrics with `step`, and prompts with candidates and colliders, in order of their steps.
     """
 
     name: str
@@ -168,7 +163,6 @@ def groups_of_last_rollout(
 
     Args:
         logs: the trainer's `_logs`; `advantages` are B.
-        num_generations: n.
         colliders: L texts for each prompt; None for GRPO.
     """
     advantages, prompts = list(logs["advantages"]), list(logs["prompt"])
@@ -222,6 +216,11 @@ def _find_log(folder: Path) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
+def _number(checkpoint: str) -> int:
+    tail = checkpoint.rpartition("-")[2]
+    return int(tail) if tail.isdigit() else -1
+
+
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     lines = read_lines(path)
     for number, line in enumerate(lines, 1):
@@ -231,11 +230,6 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             if number == len(lines):  # a run that was killed while it wrote, or is writing now
                 return
             raise ValueError(f"{path}, line {number} is not JSON ({error}).") from error
-
-
-def _number(name: str) -> int:
-    tail = name.rsplit("-", 1)[-1]
-    return int(tail) if tail.isdigit() else -1
 
 
 def _clean(value: Any) -> Any:
