@@ -11,6 +11,7 @@ import shlex
 import time
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -75,7 +76,9 @@ def parser() -> argparse.ArgumentParser:
 def make_scale(args: argparse.Namespace) -> StudyScale:
     """How much to do, from the flags."""
     flags = {item.name: getattr(args, item.name, None) for item in fields(StudyScale)}
-    given = {name: tuple(value) if name == "seeds" else value for name, value in flags.items() if value is not None}
+    given: dict[str, Any] = {
+        name: tuple(value) if name == "seeds" else value for name, value in flags.items() if value is not None
+    }
     for name, value in given.items():
         if isinstance(value, int) and value < 1:
             raise ValueError(f"`--{'held_out' if name == 'num_held_out' else name}` must be at least 1, got {value}.")

@@ -171,8 +171,8 @@ def _load(folder: Path) -> Any:
 
 def _train(method: str, options: dict[str, Any], folder: Path, train: Dataset) -> GRPOTrainer:
     build, configure = (GCPOTrainer, GCPOConfig) if method == "GCPO" else (AccountedGRPOTrainer, GRPOConfig)
-    on_cpu = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
-    for_report = {"log_completions": True, "num_completions_to_print": 0}
+    on_cpu: dict[str, Any] = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+    for_report: dict[str, Any] = {"log_completions": True, "num_completions_to_print": 0}
     trainer = build(
         _load(folder),
         reasoning_gym_reward,

@@ -34,5 +34,5 @@ def show(title: str, cells: Cells, *notes: str, sections: Sequence[int] = ()) ->
 
 def markdown(cells: Cells) -> list[str]:
     """The lines of a table in Markdown."""
-    lines = [f"| {' | '.join(row)} |" for row in cells]
+    lines = [("| " if row[0] else "|") + " | ".join(row) + " |" for row in cells]
     return [lines[0], "|" + "---|" * len(cells[0]), *lines[1:]]

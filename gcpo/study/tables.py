@@ -128,7 +128,7 @@ def plot_budgets(path: Path, results: list[dict[str, dict[str, float]]], grid: l
         if variance > 0:
             points.append((seconds, variance, budget.name))
     for (estimator, n), points in families.items():
-        style = {"marker": markers[n], "color": colors[estimator], "label": f"{estimator}, n = {n}"}
+        style: dict[str, Any] = {"marker": markers[n], "color": colors[estimator], "label": f"{estimator}, n = {n}"}
         points.sort()
         axis.plot([p[0] for p in points], [p[1] for p in points], **style)
         for seconds, variance, name in points:
