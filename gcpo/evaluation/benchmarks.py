@@ -16,7 +16,7 @@ from math_verify import parse, verify
 
 from gcpo.evaluation.sandbox import run_python
 from gcpo.evaluation.tasks import Completion, as_prompt, judged_text
-from gcpo.run.records import read_lines
+from gcpo.run.records import read_rows
 
 MATH_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
 CODE_PROMPT = "Complete this Python function. Answer with the whole function, in one Python code block."
@@ -86,7 +86,7 @@ def load_benchmark(name: str, data_dir: str | Path | None = None, conversational
         path = Path(data_dir) / f"{name}.jsonl"
         if not path.is_file():
             raise FileNotFoundError(f"`data_dir` must hold {path.name}, got {str(data_dir)!r}. {_layout(name)}")
-        rows = [_read_line(path, k, line) for k, line in enumerate(read_lines(path), 1) if line.strip()]
+        rows = list(read_rows(path))
         where = str(path)
     else:
         try:
@@ -210,16 +210,6 @@ def _take(row: dict[str, Any], benchmark: Benchmark, where: str, name: str) -> d
         found = next((key for key in there if row[key] is not None), there[0])
         taken[column] = as_text(row[found], found, where)
     return taken
-
-
-def _read_line(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number} is not JSON ({error}).") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{path}, line {number} must be a JSON object, got {type(row).__name__}.")
-    return row
 
 
 def _final_answer(text: str) -> str:

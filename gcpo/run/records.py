@@ -91,7 +91,7 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
             f"got {str(path)!r}."
         )
     if log_file.suffix == ".jsonl":
-        rows = list(_rows(log_file))
+        rows = list(read_rows(log_file, may_be_cut=True))
     else:
         try:
             rows = json.loads(log_file.read_text(encoding="utf-8-sig"))["log_history"]
@@ -105,7 +105,7 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
     config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
     samples: dict[int, list[dict[str, Any]]] = {}
     if samples_file.is_file():
-        for row in _rows(samples_file):
+        for row in read_rows(samples_file, may_be_cut=True):
             samples[row["step"]] = row["groups"]
     return Run(
         name or folder.resolve().name,
@@ -193,19 +193,30 @@ def text_of(message: str | list[dict[str, Any]]) -> str:
     return "\n".join(str(part.get("content") or "") for part in message)
 
 
-def read_lines(path: Path) -> list[str]:
+def read_rows(path: Path, may_be_cut: bool = False) -> Iterator[dict[str, Any]]:
     """
-    The lines of a file of JSON lines in UTF-8, with a byte order mark or without. Only a line break ends a line:
-    `str.splitlines` would also split at U+2028 and others that may stand inside a JSON string.
+    The rows of a file of JSON lines in UTF-8, with a byte order mark or without. `may_be_cut`: the last line may be one
+    that a run was killed over, or is writing now.
 
     Raises:
-        ValueError: the file is not UTF-8.
+        ValueError: the file is not UTF-8, or a line is no JSON object; naming the line, counted from 1.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    try:  # `str.splitlines` would also split at U+2028 and others that may stand inside a JSON string
+        lines = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be text in UTF-8 ({error}).") from error
-    return lines if lines[-1] else lines[:-1]  # a line break ends the last line, it begins no other
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if may_be_cut and number == len(lines):
+                return
+            raise ValueError(f"{path}, line {number} is not JSON ({error}).") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number} must be a JSON object, got {type(row).__name__}.")
+        yield row
 
 
 def _find_log(folder: Path) -> Path | None:
