@@ -232,17 +232,6 @@ def _number(checkpoint: str) -> int:
     return int(tail) if tail.isdigit() else -1
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    lines = read_lines(path)
-    for number, line in enumerate(lines, 1):
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            if number == len(lines):  # a run that was killed while it wrote, or is writing now
-                return
-            raise ValueError(f"{path}, line {number} is not JSON ({error}).") from error
-
-
 def _clean(value: Any) -> Any:
     """JSON has no NaN: None instead, as TRL logs a metric without values."""
     if isinstance(value, float):
