@@ -177,7 +177,7 @@ def test_every_public_function_is_met() -> None:
         "tests/test_transforms.py": with_backend,
         "tests/gpu/test_gpu_budget.py": with_backend,
         "tests/triton/*.py": with_backend,
-        "gcpo/commands/doctor.py": with_backend,
+        "gcpo/run/machine.py": with_backend,
     }
     assert len(with_backend) == 7
     for place, wanted in places.items():
@@ -238,6 +238,12 @@ def test_every_package_is_installed() -> None:
         for path in (ROOT / top).glob("**/__init__.py")
     }
     assert listed == found
+
+
+def test_every_top_package_says_that_it_is_typed() -> None:
+    data = tomllib.loads(read(ROOT / "pyproject.toml"))["tool"]["setuptools"]["package-data"]
+    for top in ("gcpo", "gcpo_kernels"):
+        assert (ROOT / top / "py.typed").is_file() and "py.typed" in data[top], top
 
 
 def test_the_checks_find_what_they_look_for() -> None:

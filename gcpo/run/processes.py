@@ -1,8 +1,14 @@
-"""What the processes of one run owe each other: the same options, whole groups, and an end when one of them is lost."""
+"""
+The processes of one run: how they are started, and what they owe each other, which is the same options, whole groups,
+and an end when one of them is lost.
+"""
 
+import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,22 +22,11 @@ from gcpo.run.redaction import redacted
 _MAY_DIFFER = ("log_", "vllm_server_", "num_completions_to_print")
 # Of TrainingArguments, those that decide how many batches there are, of which size, and what a step does with them.
 _SHARED = (
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "max_steps",
-    "num_train_epochs",
-    "learning_rate",
-    "max_grad_norm",
-    "seed",
-    "data_seed",
-    "bf16",
-    "fp16",
-    "eval_strategy",
-    "eval_steps",
-    "save_strategy",
-    "save_steps",
-)
+    "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps max_steps "
+    "num_train_epochs learning_rate max_grad_norm seed data_seed bf16 fp16 eval_strategy eval_steps save_strategy "
+    "save_steps"
+).split()
+_LAUNCHED = "GCPO_LAUNCHED"
 # How torch's backends say that a peer is gone, or that it did not come in time.
 _LOST = ("closed by peer", "timed out", "timeout", "connection reset", "broken pipe", "remote process exited")
 
@@ -95,3 +90,29 @@ def explained_loss_of_process(timeout: float) -> Iterator[None]:
             f"a collective operation within `ddp_timeout` = {timeout:g} s. Its own output says why. Continue from the "
             "last checkpoint once that is mended."
         ) from error
+
+
+def wants_launch(config: GRPOConfig, launch_args: list[str]) -> bool:
+    """Whether this process is to start others instead of training itself."""
+    from accelerate.commands.config.config_args import default_config_file
+
+    if any(name in os.environ for name in (_LAUNCHED, "LOCAL_RANK", "WORLD_SIZE")):
+        return False
+    several = not config.use_cpu and torch.accelerator.device_count() > 1
+    return bool(launch_args) or several or Path(default_config_file).is_file()
+
+
+def launch(command: list[str], launch_args: list[str]) -> int:
+    """Start `gcpo` with a command's flags under `accelerate launch`, as `trl grpo` does; the exit code."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    argv = [*resolve_accelerate_config_argument(launch_args), "--module", "gcpo.cli", *command]
+    os.environ[_LAUNCHED] = "1"
+    try:
+        launch_command(launch_command_parser().parse_args(argv))
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    finally:
+        del os.environ[_LAUNCHED]
+    return 0
