@@ -270,16 +270,16 @@ MUTATIONS = (
     ),
     Mutation(
         "groups without a collider keep the second KL term",
-        "gcpo/trainer.py",
-        'counted = mask * inputs["has_collider"].unsqueeze(1)',
-        "counted = mask",
+        "gcpo/causal/loss.py",
+        "mask = mask * terms.counted.unsqueeze(1)",
+        "mask = mask * 1",
         FAULTS,
     ),
     Mutation(
         "accumulation not divided out",
-        "gcpo/trainer.py",
-        "scale: float = 1.0 / accumulation",
-        "scale: float = 1.0",
+        "gcpo/kl_terms.py",
+        "scale, items, length = 1.0 / accumulation, None",
+        "scale, items, length = 1.0, None",
         "tests/test_hazards_trainer.py -k accumulation",
     ),
     Mutation(
