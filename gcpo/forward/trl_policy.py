@@ -19,7 +19,6 @@ from gcpo.forward.generation import GenerationRecorder, own_random_stream, read_
 from gcpo.forward.models import ModelForwards, learns_positions, no_auxiliary_loss, padded_width, without_dropout
 from gcpo.forward.representations import HiddenRecorder
 from gcpo.forward.shared_prompt import logps_sharing_prompts, repeats_prompts
-from gcpo.run.meter import AccountedGRPOTrainer
 
 
 class TrlPolicy(ModelForwards):
@@ -30,8 +29,8 @@ class TrlPolicy(ModelForwards):
 
     allows_nan = True  # a step whose gradients are not finite is left out (gcpo.run.guard)
 
-    def __init__(self, trainer: AccountedGRPOTrainer):
-        self.trainer: Any = trainer
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
         self.options = self.trainer.args
         self.eos_token_ids = self.trainer.eos_token_ids
         self.pad_token_id = self.trainer._tokenizer.pad_token_id

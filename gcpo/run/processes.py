@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from trl import GRPOConfig
 
+from gcpo._trl import get_config_model_id
 from gcpo.run.redaction import redacted
 
 # Of GRPOConfig's own fields, those that may differ: what is logged where, and where a server is.
@@ -116,3 +118,22 @@ def launch(command: list[str], launch_args: list[str]) -> int:
     finally:
         del os.environ[_LAUNCHED]
     return 0
+
+
+@contextmanager
+def explained_server(args: Any, model: Any) -> Iterator[None]:
+    """A vLLM server that does not answer inside, as an error that says how to start one."""
+    try:
+        yield
+    except OSError as error:  # requests' own ConnectionError is no ConnectionError
+        if not args.use_vllm or "can't be reached" not in str(error):
+            raise
+        url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        raise ConnectionError(
+            f"No vLLM server answers at {redacted(url)} (`vllm_server_timeout`: {args.vllm_server_timeout} s). "
+            f"Start one on GPUs that the trainer does not use:\n"
+            f"    VLLM_SERVER_DEV_MODE=1 vllm serve {name} --port {urlsplit(url).port or 80} "
+            '--weight-transfer-config \'{"backend": "nccl"}\' --logprobs-mode processed_logprobs --max-logprobs -1\n'
+            "or share the trainer's with `vllm_mode='colocate'`."
+        ) from error
