@@ -168,8 +168,10 @@ class Workbench:
         """Whether `run` has nothing left to do."""
         return (self._run_folder(arm, seed) / "result.json").exists()
 
-    def trainer(self, arm: Arm, seed: int, folder: Path) -> Any:
-        """The trainer of an arm, ready to train."""
+    def trainer(
+        self, arm: Arm, seed: int, folder: Path, gcpo_class: type[ReferencedGCPOTrainer] = ReferencedGCPOTrainer
+    ) -> Any:
+        """The trainer of an arm, ready to train; of `gcpo_class` where the arm's method is GCPO."""
         options = self._options(arm, seed, folder)
         reward = open_ended_reward if arm.open_ended and self.demo else self.reward
         common: dict[str, Any] = {
@@ -187,7 +189,7 @@ class Workbench:
             trainer: Any = ScaledGRPOTrainer(self.load(), reward, args=config, scales=scales, **common)
         else:
             config = GCPOConfig(**options)
-            trainer = ReferencedGCPOTrainer(self.load(), reward, args=config, reference=arm.reference, **common)
+            trainer = gcpo_class(self.load(), reward, args=config, reference=arm.reference, **common)
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.add_callback(_Tick(self.tick))
