@@ -19,6 +19,7 @@ from gcpo.causal.port import Continuation, Rollout
 from gcpo_kernels import gcpo_loss, group_advantages
 
 EOS = 1
+ENDS_EARLY = {"sequence_bias": [[[EOS], 2.5]]}  # so that completions are of many lengths
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +88,10 @@ PARITY: dict[str, dict[str, Any]] = {
 def test_numbers_are_the_trainers(name: str, loss_type: str, folder: str, model: Any, tmp_path: Path) -> None:
     changed = {"kappa": 0.5, **PARITY[name]}
     conversational = loss_type == "dapo"
-    policy = make_policy(model, options(**changed), temperature=0.7)
+    policy = make_policy(model, options(**changed), temperature=0.7, generation_kwargs=ENDS_EARLY)
     torch.manual_seed(5)
     rollout = policy.rollout(list(prompts(2, conversational=conversational)))
+    assert len(set(map(len, rollout.completion_ids))) > 2
     assert (rollout.states is not None) == (
         policy.options.reuse_rollout and (policy.options.uses_weights or "parallel" in name)
     )
@@ -149,7 +151,8 @@ def test_numbers_are_the_trainers(name: str, loss_type: str, folder: str, model:
 
 @pytest.mark.parametrize("representation", ["last", "mean"])
 def test_what_generation_leaves_is_what_a_pass_gives(representation: str, model: Any) -> None:
-    policy = make_policy(model.train(), options(representation=representation, context_attention=None))
+    given = options(representation=representation, context_attention=None)
+    policy = make_policy(model.train(), given, generation_kwargs=ENDS_EARLY)
     rollout = policy.rollout(list(prompts(2)))
     step, length = make_step(policy), max(map(len, rollout.completion_ids))
     groups = step.make_groups(rollout, seed=1)
@@ -413,7 +416,7 @@ def test_without_a_padding_token_the_end_token_pads(model: Any) -> None:
         tokenizer = make_tokenizer()
         if not pads:
             tokenizer.pad_token = None
-        policy = make_policy(model, tokenizer=tokenizer)
+        policy = make_policy(model, tokenizer=tokenizer, generation_kwargs=ENDS_EARLY)
         assert policy.pad_token_id == (0 if pads else EOS)
         torch.manual_seed(1)
         rollout = policy.rollout([{"prompt": "1+1="}, {"prompt": "10+10="}])
@@ -461,7 +464,7 @@ def test_refused_prompts(rows: list[dict[str, Any]], message: str, model: Any) -
 def test_a_prompt_that_only_its_contexts_make_too_long(model: Any) -> None:
     policy = make_policy(model)
     rollout = policy.rollout([{"prompt": "1" * 2030}])
-    with pytest.raises(ValueError, match="A fusion prompt needs .* more than the model's 2048 positions. Lower"):
+    with pytest.raises(ValueError, match=r"A fusion prompt needs .* more than the model's 2048 positions. Lower"):
         make_step(policy).terms(rollout, 10)
 
 
