@@ -19,7 +19,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,13 @@ import torch
 import transformers
 
 from bench.agreement import compare_log_p, compare_upsilon, mean_and_error
-from bench.fidelity_runs import REPRESENTATIONS, Estimate, Lab, Sample, Terms
+from bench.fidelity_runs import REPRESENTATIONS, Estimate, Inputs, Lab, Sample, join
 from bench.files import write_json
 from bench.overhead_runs import prepare_model
 from bench.step_overhead import environment
 from gcpo import GCPOConfig
 from gcpo.causal.estimators import estimate_weights
+from gcpo.causal.port import WeightInputs
 
 FULL = "scored"
 # Options of GCPOConfig. What is not said is as in the first: whole candidates, full attention, every context.
@@ -64,18 +65,18 @@ class Row:
     bases: tuple[torch.Tensor, torch.Tensor]
 
 
-def upsilon_rows(
-    truth: Terms, estimates: dict[str, Terms], config: GCPOConfig, representation: str, m: int
-) -> Iterator[Row]:
-    def upsilon(terms: Terms, baseline: str, samples: slice = slice(None)) -> torch.Tensor:
-        own = terms.only(representation)
+def upsilon_rows(truth: WeightInputs, estimates: dict[str, WeightInputs], config: GCPOConfig, m: int) -> Iterator[Row]:
+    """Of one representation."""
+
+    def upsilon(inputs: WeightInputs, baseline: str, samples: slice = slice(None)) -> torch.Tensor:
         options = copy.copy(config)
-        options.baseline, options.estimator = baseline, "loo" if own.context_z is None else "sampled"
-        context_z = None if own.context_z is None else own.context_z[:, :, :, samples]
-        return estimate_weights(options, own.z, own.collider_z, context_z, own.collider_mask)[0]
+        options.baseline, options.estimator = baseline, "loo" if inputs.context_z is None else "sampled"
+        if inputs.context_z is not None:
+            inputs = replace(inputs, context_z=inputs.context_z[:, :, :, samples])
+        return estimate_weights(options, inputs)[0]
 
     # With one collider the two terms of the projection cancel.
-    nothing = Terms(truth.z, truth.z[:, :1], None, truth.collider_mask[:, :1])
+    nothing = WeightInputs(truth.z, truth.z[:, :1], None, truth.collider_mask[:, :1])
     base = {baseline: upsilon(nothing, baseline) for baseline in ("mean", "loo")}
     both, paper, half = (base["mean"], base["mean"]), upsilon(truth, "mean"), m // 2
     second = upsilon(truth, "mean", slice(half, 2 * half))
@@ -85,21 +86,21 @@ def upsilon_rows(
     yield Row("no projection (or 1 collider)", None, base["mean"], paper, both)
     yield Row("no projection, baseline loo", None, base["loo"], paper, (base["loo"], base["mean"]))
     yield Row(f"sampled, m = {m}, baseline loo", None, upsilon(truth, "loo"), paper, (base["loo"], base["mean"]))
-    for name, terms in estimates.items():
-        own = "mean" if terms.collider_z is None else "loo"  # the default of the estimator
-        yield Row(name, name, upsilon(terms, own), paper, (base[own], base["mean"]))
+    for name, inputs in estimates.items():
+        own = "mean" if inputs.collider_z is None else "loo"  # the default of the estimator
+        yield Row(name, name, upsilon(inputs, own), paper, (base[own], base["mean"]))
         if name in (FULL, "loo"):
             other = "loo" if own == "mean" else "mean"
             bases = (base[other], base["mean"])
-            yield Row(f"{name}, baseline {other}", name, upsilon(terms, other), paper, bases)
+            yield Row(f"{name}, baseline {other}", name, upsilon(inputs, other), paper, bases)
 
 
 def compare_all(
-    samples: list[Sample], truth: Terms, estimates: dict[str, list[Estimate]], config: GCPOConfig, m: int
+    samples: list[Sample], truth: Inputs, estimates: dict[str, list[Estimate]], config: GCPOConfig, m: int
 ) -> dict[str, Any]:
     """Both tables and what each variant cost, as JSON takes them."""
     weighing = {  # the others' Upsilon is that of loo
-        name: Terms.join([one.terms for one in parts])
+        name: join([one.inputs for one in parts])
         for name, parts in estimates.items()
         if VARIANTS[name].get("estimator") == "scored" or VARIANTS[name].get("kappa") == 0.0
     }
@@ -107,7 +108,8 @@ def compare_all(
     upsilon: dict[str, Any] = {}
     for representation in REPRESENTATIONS:
         rows = upsilon[representation] = {}
-        for row in upsilon_rows(truth, weighing, config, representation, m):
+        own = {name: inputs[representation] for name, inputs in weighing.items()}
+        for row in upsilon_rows(truth[representation], own, config, m):
             compared = compare_upsilon(row.ours, row.truth, advantages, row.bases)
             rows[row.name] = {"variant": row.variant, **compared, "values": row.ours.tolist()}
 
@@ -242,7 +244,7 @@ def plain(value: Any) -> Any:
 def measure(lab: Lab, names: list[str], m: int) -> Iterator[dict[str, Any]]:
     """The results so far, after each prompt."""
     samples: list[Sample] = []
-    truths: list[Terms] = []
+    truths: list[Inputs] = []
     estimates: dict[str, list[Estimate]] = {name: [] for name in names}
     clock = {"seconds_rollouts": 0.0, "seconds_truth": 0.0, "tokens_truth_read": 0.0, "tokens_truth_sampled": 0.0}
     began = time.perf_counter()
@@ -257,14 +259,15 @@ def measure(lab: Lab, names: list[str], m: int) -> Iterator[dict[str, Any]]:
             used = estimates[name][-1]
             print(f"  {name}: {sum(used.tokens.values()):,.0f} tokens, {used.cpu_seconds:.1f} CPU s", flush=True)
         start = time.perf_counter()
-        terms, read, sampled = lab.sample_truth(sample, estimates[FULL][-1].terms.z, m)
-        truths.append(terms)
+        z = {kind: inputs.z for kind, inputs in estimates[FULL][-1].inputs.items()}
+        inputs, read, sampled = lab.sample_truth(sample, z, m)
+        truths.append(inputs)
         clock["seconds_truth"] += time.perf_counter() - start
         clock["tokens_truth_read"] += read
         clock["tokens_truth_sampled"] += sampled
         task, elapsed = lab.prompts[number]["task"], time.perf_counter() - began
         print(f"prompt {number + 1} of {len(lab.prompts)} ({task}): {sampled:,} sampled, {elapsed:.0f} s", flush=True)
-        results = compare_all(samples, Terms.join(truths), estimates, trainer.args, m)
+        results = compare_all(samples, join(truths), estimates, trainer.args, m)
         tasks = list(lab.prompts["task"])[: number + 1]
         yield {"rollouts": describe(samples, tasks, trainer.eos_token_ids, clock), **results}
 

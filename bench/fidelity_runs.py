@@ -1,17 +1,13 @@
 """
 What `bench.fidelity` measures: rollouts of one model, and each variant of the causal step run on them through
-`GCPOTrainer` itself. All that touches the insides of the causal step is here.
+the policy of `GCPOTrainer`.
 """
 
-import copy
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -20,12 +16,8 @@ from transformers import AutoTokenizer
 from bench.context_samples import sample_under
 from bench.overhead_runs import load_model, reward
 from gcpo import GCPOConfig, GCPOTrainer
-from gcpo.causal import estimators
-from gcpo.causal import step as causal_step
-from gcpo.causal.colliders import Group
+from gcpo.causal.port import CausalTerms, Group, Rollout, WeightInputs
 from gcpo.evaluation.tasks import SYSTEM_PROMPT, reasoning_gym_dataset
-from gcpo.forward import representations
-from gcpo.forward.generation import Rollout
 from gcpo_kernels import maths
 
 REPRESENTATIONS = ("last", "mean")
@@ -53,42 +45,42 @@ class Sample:
         return self.output["completion_mask"].bool()
 
 
-@dataclass
-class Terms:
-    """Arguments of `estimate_weights`, for one prompt or several: representations are last and mean, side by side."""
+# What an Upsilon is estimated from, by representation: for one prompt, or for several that were joined.
+Inputs = dict[str, WeightInputs]
 
-    z: torch.Tensor  # (P, n, 2H)
-    collider_z: torch.Tensor | None  # (P, L, 2H)
-    context_z: torch.Tensor | None  # (P, n, L, m, 2H)
-    collider_mask: torch.Tensor  # (P, L)
 
-    @classmethod
-    def join(cls, parts: list["Terms"]) -> "Terms":
-        columns = {name: [getattr(part, name) for part in parts] for name in cls.__dataclass_fields__}
-        joined: dict[str, Any] = {k: None if some[0] is None else torch.cat(some) for k, some in columns.items()}
-        return cls(**joined)
+def join(parts: list[Inputs]) -> Inputs:
+    """Those of several prompts as one."""
+    return {kind: _join([part[kind] for part in parts]) for kind in REPRESENTATIONS}
 
-    def only(self, representation: str) -> "Terms":
-        half = self.z.shape[-1] // 2
-        columns = slice(0, half) if representation == "last" else slice(half, None)
-        z, collider_z, context_z = (
-            None if x is None else x[..., columns] for x in (self.z, self.collider_z, self.context_z)
-        )
-        assert z is not None
-        return Terms(z, collider_z, context_z, self.collider_mask)
+
+def _join(parts: list[WeightInputs]) -> WeightInputs:
+    columns = {name: [getattr(part, name) for part in parts] for name in vars(parts[0])}
+    joined: dict[str, Any] = {name: None if some[0] is None else torch.cat(some) for name, some in columns.items()}
+    return WeightInputs(**joined)
 
 
 @dataclass
 class Estimate:
-    """What a variant says of one prompt, and what it cost."""
+    """What a variant says of one prompt, and what a step of it with representation "last" cost."""
 
-    terms: Terms
+    inputs: Inputs
     log_p: torch.Tensor | None = None  # (n, T): log p'
     clamped: torch.Tensor | None = None  # (n, T) bool
     query_logp: torch.Tensor | None = None  # (n, T)
     tokens: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     cpu_seconds: float = 0.0
+
+
+class DrawingTrainer(GCPOTrainer):
+    """Draws colliders for a rollout twice, and stops there: its advantages stay A."""
+
+    def causal_terms(self, rollout: Rollout, *args: Any) -> CausalTerms:
+        self.rollout = rollout
+        seed = self._policy.step_seed
+        self.groups, self.other_groups = (self._causal.make_groups(rollout, seed + draw) for draw in range(2))
+        return CausalTerms(self.groups, slice(0, len(rollout.prompts)))
 
 
 class Lab:
@@ -108,16 +100,16 @@ class Lab:
         self.options, self.seed = options, seed
         self.generator = torch.Generator().manual_seed(seed)  # of the truth's samples
         self._output_dir = tempfile.TemporaryDirectory()
-        self._trainers: dict[str, GCPOTrainer] = {}
+        self._trainers: dict[str, DrawingTrainer] = {}
 
-    def trainer(self, **options: Any) -> GCPOTrainer:
+    def trainer(self, **options: Any) -> DrawingTrainer:
         """The trainer of the one model with these options on top of the common ones."""
         name = repr(sorted(options.items()))
         if name not in self._trainers:
             self._trainers[name] = self._make_trainer(options)
         return self._trainers[name]
 
-    def _make_trainer(self, options: dict[str, Any]) -> GCPOTrainer:
+    def _make_trainer(self, options: dict[str, Any]) -> DrawingTrainer:
         n = self.options["num_generations"]
         settings = {
             "output_dir": self._output_dir.name,
@@ -130,101 +122,77 @@ class Lab:
             "save_strategy": "no",
             "disable_tqdm": True,
             "seed": self.seed,
-            # Each variant reads candidates and colliders anew, for both representations at once.
-            "reuse_rollout": False,
+            "reuse_rollout": False,  # each variant reads candidates and colliders anew
             **WHOLE,
             **self.options,
             **options,
         }
-        trainer = GCPOTrainer(
+        trainer = DrawingTrainer(
             self.model,
             reward,
             args=GCPOConfig(**settings),
             train_dataset=self.prompts,
             processing_class=self.tokenizer,
         )
-        trainer._causal.z_size *= len(REPRESENTATIONS)
         self.model.train()
         return trainer
 
     def roll_out(self, number: int) -> Sample:
         """Candidates, rewards and colliders of a prompt; colliders are shown whole candidates."""
-        kept: dict[str, Any] = {}
         trainer = self.trainer()
-        step = trainer._causal
-
-        def keep(output: dict[str, Any], rollout: Rollout, z: torch.Tensor | None) -> None:
-            kept["output"], kept["rollout"], kept["group"] = dict(output), rollout, step.make_groups(rollout)[0]
-            with mock.patch.object(step.config, "seed", self.seed + 1):
-                kept["other_group"] = step.make_groups(rollout)[0]
-
         torch.manual_seed(self.seed + number)
-        with mock.patch.object(step, "extend", keep):
-            trainer._generate_and_score_completions([self.prompts[number]] * self.options["num_generations"])
-        return Sample(**kept)
+        output = trainer._generate_and_score_completions([self.prompts[number]] * self.options["num_generations"])
+        return Sample(output, trainer.rollout, trainer.groups[0], trainer.other_groups[0])
+
+    def terms(self, sample: Sample, options: dict[str, Any], other_colliders: bool = False) -> CausalTerms:
+        """A variant's causal step on a rollout and its colliders; `num_colliders` takes the first of them."""
+        trainer = self.trainer(**options)
+        group, colliders = sample.other_group if other_colliders else sample.group, trainer.args.num_colliders
+        group = replace(group, colliders=group.colliders[:colliders], has_content=group.has_content[:colliders])
+        return trainer._causal.terms(sample.rollout, sample.mask.shape[1], groups=[group])
 
     def estimate(self, sample: Sample, options: dict[str, Any], other_colliders: bool = False) -> Estimate:
-        """Run a variant's causal step on a rollout and its colliders; `num_colliders` takes the first of them."""
+        """What a variant says, in a step for each representation."""
         trainer = self.trainer(**options)
-        group = copy.copy(sample.other_group if other_colliders else sample.group)
-        group.colliders = group.colliders[: trainer.args.num_colliders]
-        group.has_content = group.has_content[: trainer.args.num_colliders]
-        output = dict(sample.output)
-        trainer._logs["advantages"].extend(output["advantages"].tolist())  # as TRL does, for its completions table
         trainer._account.flush()
         start = time.process_time()
-        given = mock.patch.object(trainer._causal, "make_groups", return_value=[group])
-        with given, _keeping_terms() as kept, torch.no_grad():
-            trainer._causal.extend(output, sample.rollout, None)
+        terms = self.terms(sample, options, other_colliders)
         spent = time.process_time() - start
         seconds, tokens = trainer._account.flush()
-        estimate = Estimate(kept[0], tokens=tokens, seconds=seconds, cpu_seconds=spent)
-        if trainer.args.kappa > 0:
-            query, contexts, weights = (output[k] for k in ("query_logps", "context_logps", "context_weights"))
+        mean = self.terms(sample, {**options, "representation": "mean"}, other_colliders)
+        assert terms.weight_inputs is not None and mean.weight_inputs is not None
+        inputs = {"last": terms.weight_inputs, "mean": mean.weight_inputs}
+        estimate = Estimate(inputs, tokens=tokens, seconds=seconds, cpu_seconds=spent)
+        if terms.kl is not None:
+            query, contexts, weights = terms.kl.query_logp, terms.kl.context_logp, terms.kl.context_weights
             floor = trainer.args.proj_floor
             estimate.query_logp = query
             estimate.log_p, estimate.clamped = maths.project(query, contexts, weights[:, None], floor)
         return estimate
 
-    def sample_truth(self, sample: Sample, z: torch.Tensor, m: int) -> tuple[Terms, int, int]:
+    def sample_truth(self, sample: Sample, z: dict[str, torch.Tensor], m: int) -> tuple[Inputs, int, int]:
         """
-        Terms of the `sampled` estimate with m outputs under every full context of whole candidates, and how many
-        tokens were read and sampled for it. `z` is (1, n, 2H).
+        Inputs of the `sampled` estimate with m outputs under every full context of whole candidates, and how many
+        tokens were read and sampled for it. `z` is (1, n, H), by representation.
         """
         trainer = self.trainer(estimator="sampled")
-        rows, read, sampled = [], 0, 0
-        for i in range(z.shape[1]):
-            contexts = [trainer._causal._context([sample.group], (0, i), l) for l in range(trainer.args.num_colliders)]
-            drawn = sample_under(
-                self.model,
-                contexts,
-                m,
-                trainer.max_completion_length,
-                trainer.temperature,
-                trainer.eos_token_ids,
-                self.generator,
+        drawn = []
+        for i in range(len(sample.group.candidates)):
+            contexts = [trainer._causal.context([sample.group], (0, i), l) for l in range(trainer.args.num_colliders)]
+            drawn.append(
+                sample_under(
+                    self.model,
+                    contexts,
+                    m,
+                    trainer.max_completion_length,
+                    trainer.temperature,
+                    trainer.eos_token_ids,
+                    self.generator,
+                )
             )
-            rows.append(torch.cat([drawn.last, drawn.mean], dim=-1))
-            read, sampled = read + drawn.tokens_read, sampled + drawn.tokens_sampled
         mask = torch.tensor([sample.group.has_content])
-        return Terms(z, None, torch.stack(rows)[None], mask), read, sampled
-
-
-@contextmanager
-def _keeping_terms() -> Iterator[list[Terms]]:
-    """Inside, completions get both representations side by side, and what weights are estimated from is kept."""
-    kept: list[Terms] = []
-    represent, estimate_weights = representations.represent, estimators.estimate_weights
-
-    def both(hidden: torch.Tensor, mask: torch.Tensor, representation: str) -> torch.Tensor:
-        return torch.cat([represent(hidden, mask, kind) for kind in REPRESENTATIONS], dim=-1)
-
-    def keep(config: GCPOConfig, *terms: Any) -> Any:
-        kept.append(Terms(*terms))
-        return estimate_weights(config, *terms)
-
-    with (
-        mock.patch.object(representations, "represent", both),
-        mock.patch.object(causal_step, "estimate_weights", keep),
-    ):
-        yield kept
+        inputs = {
+            kind: WeightInputs(z[kind], None, torch.stack([getattr(row, kind) for row in drawn])[None], mask)
+            for kind in REPRESENTATIONS
+        }
+        return inputs, sum(row.tokens_read for row in drawn), sum(row.tokens_sampled for row in drawn)

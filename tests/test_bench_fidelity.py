@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from unittest import mock
+from dataclasses import replace
 
 import pytest
 import torch
@@ -116,22 +116,22 @@ def lab(tmp_path_factory):
 @pytest.mark.parametrize("name", ["scored", "scored, parallel", "scored, 2 colliders", "loo"])
 def test_a_variants_upsilon_is_the_trainers(name, lab):
     sample, options = lab.roll_out(0), {"candidate_context_tokens": 2, **fidelity.VARIANTS[name]}
-    estimate = lab.estimate(sample, options)
+    inputs, advantages = lab.estimate(sample, options).inputs, sample.output["advantages"]
     for representation in ("last", "mean"):
         trainer = lab.trainer(representation=representation, **options)
-        trainer._causal.z_size = trainer.model.config.hidden_size
-        own = estimate.terms.only(representation)
-        terms = own.z, own.collider_z, own.context_z, own.collider_mask
-        output, group = dict(sample.output), sample.group
         colliders = trainer.args.num_colliders
-        group = mock.Mock(wraps=group, **{**vars(group), "colliders": group.colliders[:colliders]})
+        group = replace(sample.group, colliders=sample.group.colliders[:colliders])
         group.has_content = group.has_content[:colliders]
-        trainer._logs["advantages"].extend(output["advantages"].tolist())
-        with mock.patch.object(trainer._causal, "make_groups", return_value=[group]), torch.no_grad():
-            trainer._causal.extend(output, sample.rollout, None)
-        upsilon = estimate_weights(trainer.args, *terms)[0].flatten()
-        torch.testing.assert_close(output["advantages"], sample.output["advantages"] * upsilon, atol=1e-5, rtol=1e-5)
-        assert upsilon.std() > 1e-4 and sample.output["advantages"].abs().max() > 0.1
+        terms = trainer._causal.terms(sample.rollout, sample.mask.shape[1], groups=[group])
+        upsilon = estimate_weights(trainer.args, inputs[representation])[0].flatten()
+        torch.testing.assert_close(terms.weigh(advantages), advantages * upsilon, atol=1e-5, rtol=1e-5)
+        assert upsilon.std() > 1e-4 and advantages.abs().max() > 0.1
+        for i, ids in enumerate(sample.group.candidates):
+            with torch.no_grad():
+                whole = torch.tensor([[*sample.group.prompt_ids, *ids]])
+                hidden = lab.model.base_model(whole).last_hidden_state[0, -len(ids) :]
+            expected = hidden[-1] if representation == "last" else hidden.mean(dim=0)
+            torch.testing.assert_close(inputs[representation].z[0, i], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_fidelity(monkeypatch, tmp_path, capsys):

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from gcpo.causal.port import Continuation, Ids, Policy, Reading
+from gcpo.causal.port import Continuation, Ids, Policy, Reading, length_of
 
 
 def checked_outputs(method: str, outputs: Any, count: int) -> list[Ids]:
@@ -13,6 +13,13 @@ def checked_outputs(method: str, outputs: Any, count: int) -> list[Ids]:
         got = len(outputs) if hasattr(outputs, "__len__") else type(outputs).__name__
         raise ValueError(f"`policy.{method}` must return {count} completions, one for each prompt, got {got}.")
     return outputs
+
+
+def checked_pair(method: str, answer: Any) -> tuple[Any, Any]:
+    """Two things."""
+    if not isinstance(answer, tuple) or len(answer) != 2:
+        raise TypeError(f"`policy.{method}` must return a tuple of two, got {type(answer).__name__}.")
+    return answer
 
 
 def checked_scores(
@@ -42,11 +49,15 @@ def checked_scores(
 def checked_readings(policy: Policy, rows: list[Continuation], keep: bool = False) -> list[Reading]:
     """What `policy.read` says of these rows."""
     readings = policy.read(rows, keep)
-    if len(readings) != len(rows):
-        raise ValueError(f"`policy.read` must return {len(rows)} readings, one for each row, got {len(readings)}.")
+    if not isinstance(readings, list) or len(readings) != len(rows):
+        got = len(readings) if isinstance(readings, list) else type(readings).__name__
+        raise ValueError(f"`policy.read` must return {len(rows)} readings, one for each row, got {got}.")
     for row, reading in zip(rows, readings, strict=True):
         z = reading.z[None] if isinstance(reading.z, torch.Tensor) else reading.z
         checked_scores(policy, "read", reading.logp, z, (len(row.ids) - 1,), [len(row.ids) - 1])
-        if keep and not reading.own:
-            raise ValueError("`policy.read` must return keys and values with `keep=True`, got none.")
+        kept = length_of(reading.own) if reading.own else 0
+        if keep and kept != len(row.ids):
+            raise ValueError(
+                f"`policy.read` must return keys and values of {len(row.ids)} tokens with `keep=True`, got {kept}."
+            )
     return readings

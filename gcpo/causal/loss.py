@@ -29,14 +29,15 @@ def causal_kl_loss(
         mask: tokens that count.
         causal_logp: log-probabilities under x_{i,0}, with gradient, where the policy is conditioned on it. None: logp.
         loss_type, max_completion_length, num_items_in_batch: how tokens are reduced, as in `gcpo_kernels.gcpo_loss`,
-            whose types these are. "bnpo" divides by all unmasked tokens, those of rows that are not counted included.
+            whose types these are. "bnpo", and "dapo" without a number of items, divide by all unmasked tokens, those
+            of rows that are not counted included.
 
     Returns:
         A scalar with gradient, and metrics over the tokens of counted rows: `kl_causal`, `proj_clamped`, with `kl_clip`
         also `kl_causal_clipped`, and `tokens`, how many there were.
     """
-    if loss_type == "bnpo":
-        loss_type, num_items_in_batch = "dapo", mask.sum()
+    if loss_type == "bnpo" or (loss_type == "dapo" and num_items_in_batch is None):
+        loss_type, num_items_in_batch = "dapo", mask.sum()  # of all rows, as the loss that this is added to
     mask = mask * terms.counted.unsqueeze(1)
     loss, metrics = gcpo_loss(
         logp,

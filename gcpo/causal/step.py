@@ -7,7 +7,7 @@ import warnings
 
 import torch
 
-from gcpo.causal.answers import checked_outputs, checked_scores
+from gcpo.causal.answers import checked_outputs, checked_pair, checked_scores
 from gcpo.causal.colliders import generate_colliders, log_colliders, reward_colliders
 from gcpo.causal.contexts import PromptBuilder, check_length
 from gcpo.causal.estimators import estimate_weights
@@ -168,7 +168,7 @@ class CausalStep:
     def _score(
         self, prompts: list[Ids], completions: list[Ids], length: int, tokens: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        logp, z = self.policy.score(prompts, completions, length, tokens)
+        logp, z = checked_pair("score", self.policy.score(prompts, completions, length, tokens))
         lengths = [len(ids) for ids in completions]
         checked_scores(self.policy, "score", logp, z, (len(prompts), length), lengths)
         return logp, z
@@ -278,7 +278,8 @@ class CausalStep:
         longest = max(map(len, contexts)) + (policy.max_completion_length or 0)
         check_length(longest, policy.max_positions, "A context with an output sampled under it")
         # L * m times the rollout's rows: no more of them at once than there.
-        outputs, z = policy.sample_states(contexts, seed + _SAMPLES + 7 * policy.rank, len(rows))
+        sampled = policy.sample_states(contexts, seed + _SAMPLES + 7 * policy.rank, len(rows))
+        outputs, z = checked_pair("sample_states", sampled)
         outputs = checked_outputs("sample_states", outputs, len(contexts))
         checked_scores(policy, "sample_states", None, z, None, [len(ids) for ids in outputs])
         policy.count("generated_contexts", sum(map(len, outputs)))

@@ -116,7 +116,7 @@ class GenerationRecorder:
                 past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=1,
-                **no_auxiliary_loss(policy.model),
+                **no_auxiliary_loss(policy.unwrapped),
             )
         fed = torch.stack(self.fed, dim=1).tolist()
         assert self.z is not None and self._counts is not None

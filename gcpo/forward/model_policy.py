@@ -17,6 +17,17 @@ from gcpo.forward.representations import HiddenRecorder
 from gcpo_kernels import linear_logprob
 from gcpo_kernels.options import check_count, check_number
 
+# What is scored is the softmax of logits / temperature: nothing that a model's own generation config says besides may
+# change what is sampled.
+_PLAIN_SAMPLING = {
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
+
 
 class ModelPolicy(ModelForwards):
     """
@@ -65,8 +76,9 @@ class ModelPolicy(ModelForwards):
         generation_kwargs: dict[str, Any] | None = None,
         seed: int = 0,
     ):
-        for name, value in (("num_generations", num_generations), ("max_completion_length", max_completion_length)):
-            check_count(name, value)
+        check_count("num_generations", num_generations)
+        check_count("max_completion_length", max_completion_length)
+        check_count("context_batch_size", context_batch_size)
         if num_generations < 2:
             raise ValueError(f"`num_generations` must be at least 2, got {num_generations}: a group has others in it.")
         check_number("temperature", temperature, above=0.0)
@@ -102,11 +114,15 @@ class ModelPolicy(ModelForwards):
         Sample n candidates for each of these rows of a dataset, by their column `prompt`: text, or messages of a
         conversation, to which the tokenizer's chat template is applied.
         """
+        if not inputs or any("prompt" not in row for row in inputs):
+            raise ValueError(f"`inputs` must be rows with a column `prompt`, got {inputs or 'an empty list'}.")
         self._steps += 1
         self.metrics = {}
         rows = [row for row in inputs for _ in range(self.num_generations)]
         prompts: list[Prompt] = [row["prompt"] for row in rows]
         prompt_ids = [ids for row in inputs for ids in [self._tokenize(row["prompt"])] * self.num_generations]
+        longest = max(map(len, prompt_ids)) + self.max_completion_length
+        check_length(longest, self.max_positions, "A prompt with its completion")
         with self.phase("rollout"):
             completions, states = self._sample(prompt_ids, self.max_completion_length, None)
         self.count("generated", sum(map(len, completions)))
@@ -119,13 +135,13 @@ class ModelPolicy(ModelForwards):
         """
         x, x_mask = self.pad(rollout.prompt_ids, "left")
         y, y_mask = self.pad(rollout.completion_ids, "right")
-        self.count("trained", int(x_mask.sum() + y_mask.sum()))
+        self.count("trained", sum(map(len, rollout.prompt_ids)) + sum(map(len, rollout.completion_ids)))
         recorder = HiddenRecorder(self.options.representation)
         ids, mask = torch.cat([x, y], dim=1), torch.cat([x_mask, y_mask], dim=1)
         return self._score_padded(ids, mask, y.shape[1], recorder), y_mask
 
     def reward(self, inputs: list[dict[str, Any]], prompts: list[Prompt], ids: list[Ids]) -> torch.Tensor:
-        """Rewards (rows of all processes,) float32; NaN where there is none."""
+        """Rewards (rows of all processes,) float32; NaN where there is none, or one that is not finite."""
         if self.reward_func is None:
             raise ValueError("`reward_func` must be given to reward completions, got None.")
         texts: list[Any] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -133,8 +149,13 @@ class ModelPolicy(ModelForwards):
             texts = [[{"role": "assistant", "content": text}] for text in texts]
         columns = {name: [row[name] for row in inputs] for name in inputs[0] if name != "prompt"}
         rewards = self.reward_func(prompts=prompts, completions=texts, **columns)
-        numbers = [torch.nan if reward is None else float(reward) for reward in rewards]
-        return self.gather(torch.tensor(numbers, device=self.device))
+        if len(rewards) != len(ids):
+            raise ValueError(
+                f"`reward_func` must return {len(ids)} rewards, one for each completion, got {len(rewards)}."
+            )
+        numbers = torch.tensor([torch.nan if reward is None else float(reward) for reward in rewards])
+        # An infinite reward would make its group's mean, and then its advantages, infinite.
+        return self.gather(torch.where(numbers.isfinite(), numbers, torch.nan).to(self.device))
 
     # -----------------------------------------------------------------------------------------------------------------
     # For the causal step
@@ -143,10 +164,6 @@ class ModelPolicy(ModelForwards):
     @property
     def unwrapped(self) -> Any:
         return getattr(self.model, "module", self.model)
-
-    @property
-    def name(self) -> str:
-        return self.unwrapped.config.model_type
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -215,10 +232,15 @@ class ModelPolicy(ModelForwards):
         return outputs, torch.stack([item.z for item in sorted(scored, key=lambda item: item.key)])
 
     def _tokenize(self, prompt: Prompt) -> Ids:
+        if not isinstance(prompt, str | list) or prompt == []:
+            raise ValueError(f"`prompt` must be text, or a list of messages with `role` and `content`, got {prompt!r}.")
         if isinstance(prompt, str):
-            return list(self.tokenizer(prompt)["input_ids"])
-        encoded = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
-        return list(encoded["input_ids"])
+            ids = self.tokenizer(prompt)["input_ids"]
+        else:
+            ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        if not len(ids):
+            raise ValueError(f"`prompt` must hold a token, got {prompt!r}.")
+        return list(ids)
 
     def _sample(
         self, prompts: list[Ids], limit: int, temperature: float | None, keep: bool = True
@@ -228,12 +250,11 @@ class ModelPolicy(ModelForwards):
         config = GenerationConfig(
             max_new_tokens=limit,
             do_sample=True,
-            top_k=0,
             temperature=self.temperature if temperature is None else temperature,
             pad_token_id=self.pad_token_id,
             eos_token_id=self.eos_token_ids,
             disable_compile=True,
-            **self.generation_kwargs,
+            **{**_PLAIN_SAMPLING, **self.generation_kwargs},
         )
         keep = keep and self.options.reuse_rollout and self.options.uses_rollout_states
         recorder = GenerationRecorder(self.options.representation, self.eos_token_ids, limit, ids.shape[1])
@@ -244,7 +265,7 @@ class ModelPolicy(ModelForwards):
                 stack.enter_context(read_repeated_prompts_once(self.backbone))
             if keep:
                 stack.enter_context(recorder.attached(self.backbone))
-            output = self.unwrapped.generate(ids, attention_mask=mask, generation_config=config)
+            output = self.unwrapped.generate(input_ids=ids, attention_mask=mask, generation_config=config)
             completions = [self._until_end(row) for row in output[:, ids.shape[1] :].tolist()]
             return completions, recorder.finish(self, prompts, completions) if keep else None
 
@@ -261,11 +282,12 @@ class ModelPolicy(ModelForwards):
         autocast = ExitStack() if self.accelerator is None else self.accelerator.autocast()
         try:
             with autocast:  # through the model, so that what wraps it has its say; but for one place without its logits
-                self.model(**inputs, logits_to_keep=1, **no_auxiliary_loss(self.unwrapped))
+                keeps = "past_key_values" in inputs
+                self.model(**inputs, use_cache=keeps, logits_to_keep=1, **no_auxiliary_loss(self.unwrapped))
         finally:
             handle.remove()
         head, asked = self.unwrapped.get_output_embeddings(), labels != -100
-        hidden = found[-1][asked]
+        hidden = found[-1][:, -labels.shape[1] :][asked]  # an adapter may put virtual tokens before them
         scores: Any = linear_logprob(
             hidden,
             head.weight,
@@ -294,7 +316,7 @@ def _head_options(model: Any) -> dict[str, Any]:
     if not isinstance(head, torch.nn.Linear):
         raise ValueError(
             "The output layer must be a linear layer without an adapter, for it is read by its weight, got "
-            f"{type(head).__name__}. Leave it out of the adapter's `target_modules`."
+            f"{type(head).__name__}. Leave it out of what the adapter changes."
         )
     scale = next(
         (

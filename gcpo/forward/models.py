@@ -37,15 +37,15 @@ class ModelForwards(ScheduledPolicy):
 
     @property
     def name(self) -> str:
-        return self.model.config.model_type
+        return self.unwrapped.config.model_type
 
     @property
     def hidden_size(self) -> int:
-        return self.model.config.get_text_config().hidden_size
+        return self.unwrapped.config.get_text_config().hidden_size
 
     @property
     def max_positions(self) -> int | None:
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return getattr(self.unwrapped.config.get_text_config(), "max_position_embeddings", None)
 
     @property
     def backbone(self) -> nn.Module:
@@ -100,7 +100,7 @@ class ModelForwards(ScheduledPolicy):
 
     def _forward_continuations(self, rows: list[Continuation], keep: bool, counts: bool) -> list[Reading]:
         past = [[piece for piece in row.past if piece] for row in rows]
-        cache, past_mask = join(past, self.model.config, self.device)
+        cache, past_mask = join(past, self.unwrapped.config, self.device)
         ids, mask = self.pad([row.ids for row in rows], "right")
         first = torch.tensor([row.first_position for row in rows], device=self.device)
         positions = first[:, None] + torch.arange(ids.shape[1], device=self.device)
@@ -143,13 +143,13 @@ class ModelForwards(ScheduledPolicy):
 
     def _tree_mask(self, row: PackedRow) -> Any:
         """The row's attention mask as the model's attention takes it: blocks, bool or additive, the last two 4-D."""
-        kind = self.model.config.get_text_config()._attn_implementation
+        kind = self.unwrapped.config.get_text_config()._attn_implementation
         if kind == "flex_attention":
             return row.block_mask(self.device)
         allowed = row.allowed().to(self.device)[None, None]
         if kind == "sdpa":
             return allowed  # of no type that autocast could make differ from the queries'
-        dtype = self.model.dtype
+        dtype = self.unwrapped.dtype
         return torch.zeros(allowed.shape, dtype=dtype, device=self.device).masked_fill(~allowed, torch.finfo(dtype).min)
 
     def pad(self, ids: list[Ids], side: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,15 +6,14 @@ fresh samples, for every budget: group size n, colliders L, samples per context 
 """
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 
 from gcpo.run.quiet import quiet
 from gcpo.study.definitions import NO_KL, Arm
+from gcpo.study.trainers import RepeatingTrainer
 from gcpo.study.workbench import Workbench
 
 
@@ -103,23 +102,9 @@ def _repeat(
         "per_device_train_batch_size": prompts * budget.n,
     }
     with quiet():
-        trainer = bench.trainer(Arm(budget.name, options=options), seed, bench.folder / "runs" / "samples")
-        extend = trainer._causal.extend
-        drawn: list[torch.Tensor] = []
-        seconds: list[float] = []
-        ids: list[list[int]] = []
-
-        def again(output: dict[str, Any], rollout: Any, z: Any) -> None:
-            ids.extend(rollout.completion_ids)
-            for repeat in range(repeats):
-                trainer.state.global_step = repeat  # what colliders and samples are seeded with
-                ones = {**output, "advantages": torch.ones_like(output["advantages"], dtype=torch.float32)}
-                began = time.perf_counter()
-                extend(ones, rollout, z)
-                seconds.append(time.perf_counter() - began)
-                drawn.append(ones["advantages"].flatten())
-
-        trainer._causal.extend = again
+        arm = Arm(budget.name, options=options)
+        trainer = bench.trainer(arm, seed, bench.folder / "runs" / "samples", RepeatingTrainer)
+        trainer.repeats = repeats
         trainer.model.train()
         trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
-    return torch.stack(drawn), sorted(seconds)[len(seconds) // 2], ids
+    return torch.stack(trainer.upsilon), sorted(trainer.seconds)[repeats // 2], trainer.candidates

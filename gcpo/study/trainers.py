@@ -1,11 +1,13 @@
 """The controls that studies compare GCPO with: small changes to a rollout, between its making and the loss."""
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from gcpo import GCPOTrainer
+from gcpo.causal import CausalTerms, Rollout
 from gcpo.run.meter import AccountedGRPOTrainer
 
 REFERENCES = ("causal", "query", "context", "ensemble")
@@ -74,3 +76,32 @@ class ReferencedGCPOTrainer(_Distinct, GCPOTrainer):
             mean = (context_logps.exp() * weights.unsqueeze(1)).sum(dim=-1)
             output["query_logps"] = mean.clamp(min=self.args.proj_floor).log()
         return output
+
+
+class RepeatingTrainer(ReferencedGCPOTrainer):
+    """
+    GCPO that estimates the weights of each rollout several times, with colliders and samples of their own.
+
+    Attributes:
+        repeats: how many times.
+        upsilon: (P * n,) of each time.
+        seconds: what each took.
+        candidates: token ids of the rollout's completions.
+    """
+
+    repeats = 1
+
+    def causal_terms(
+        self, rollout: Rollout, length: int, query_logp: torch.Tensor | None, z: torch.Tensor | None
+    ) -> CausalTerms:
+        self.candidates = rollout.completion_ids
+        self.upsilon: list[torch.Tensor] = []
+        self.seconds: list[float] = []
+        for repeat in range(self.repeats):
+            seed = self._policy.step_seed + 1_000_003 * repeat  # the draws of the step that many steps later
+            began = time.perf_counter()
+            terms = self._causal.terms(rollout, length, query_logp, z, seed=seed)
+            self.seconds.append(time.perf_counter() - began)
+            assert terms.upsilon is not None
+            self.upsilon.append(terms.upsilon)
+        return terms

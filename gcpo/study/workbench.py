@@ -157,8 +157,10 @@ class Workbench:
         """Whether `run` has nothing left to do."""
         return (self._run_folder(arm, seed) / "result.json").exists()
 
-    def trainer(self, arm: Arm, seed: int, folder: Path) -> Any:
-        """The trainer of an arm, ready to train."""
+    def trainer(
+        self, arm: Arm, seed: int, folder: Path, gcpo_class: type[ReferencedGCPOTrainer] = ReferencedGCPOTrainer
+    ) -> Any:
+        """The trainer of an arm, ready to train; of `gcpo_class` where the arm's method is GCPO."""
         options = self._options(arm, seed, folder)
         reward = self._reward_of(arm)
         common: dict[str, Any] = {
@@ -176,7 +178,7 @@ class Workbench:
             trainer: Any = ScaledGRPOTrainer(self.load(), reward, args=config, scales=scales, **common)
         else:
             config = GCPOConfig(**options)
-            trainer = ReferencedGCPOTrainer(self.load(), reward, args=config, reference=arm.reference, **common)
+            trainer = gcpo_class(self.load(), reward, args=config, reference=arm.reference, **common)
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.add_callback(_Tick(self.tick))
