@@ -82,7 +82,7 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         history.append(rewards.mean().item())
-        shown = f"step {step}: reward {history[-1]:.3f}, Upsilon {policy.metrics['upsilon/mean']:.2f}"
+        shown = f"step {step}: reward {history[-1]:.3f}, Upsilon {policy.metrics.get('upsilon/mean', 1.0):.2f}"
         print(f"{shown}, second KL {metrics['kl_causal'].item():.4f}")
     return history
 

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,7 +11,10 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from tiny_policy import SHORT_TEMPLATES, count_low, make_tokenizer, prompts, save_policy
+from transformers import AutoModelForCausalLM
 
+from gcpo import CausalOptions
 from gcpo_kernels import gcpo_loss
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -24,11 +28,63 @@ def load(name: str) -> ModuleType:
     return module
 
 
-def test_the_loop_of_ones_own_learns(capsys: pytest.CaptureFixture[str]) -> None:
-    rewards = load("custom_loop").main(steps=30)
-    assert len(rewards) == 30
-    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.15
-    assert "step 29: reward" in capsys.readouterr().out
+def low_share(completions: list[Any], **columns: Any) -> list[float]:
+    """Reward: the share of a completion's characters that come before "P"; 0 for an empty one."""
+    return [
+        low / max(len(text[0]["content"]), 1) for low, text in zip(count_low(completions), completions, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_loop_of_ones_own_learns(seed: int, policy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """From a half of the characters to nearly all, with prompts and completions of several lengths."""
+    torch.manual_seed(seed)
+    model, seen = AutoModelForCausalLM.from_pretrained(policy), set()
+
+    def reward(completions: list[Any], **columns: Any) -> list[float]:
+        seen.update(len(completion[0]["content"]) for completion in completions)
+        return low_share(completions)
+
+    rewards = load("custom_loop").train(
+        model,
+        make_tokenizer(),
+        CausalOptions(collider_max_completion_length=6, num_colliders=2, **SHORT_TEMPLATES),
+        list(prompts(12, conversational=True)),
+        reward,
+        steps=25,
+        learning_rate=2e-2,
+        max_completion_length=8,
+    )
+    assert len(rewards) == 25 and len(seen) > 2
+    assert sum(rewards[:3]) / 3 < 0.75 and sum(rewards[-5:]) / 5 > 0.9
+    assert "step 24: reward" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("off", [{"kappa": 0.0}, {"estimator": "none"}, {"kappa": 0.0, "estimator": "none"}])
+def test_the_loop_with_a_part_switched_off(off: dict[str, Any], policy: str) -> None:
+    options = CausalOptions(collider_max_completion_length=4, **off, **SHORT_TEMPLATES)
+    model = AutoModelForCausalLM.from_pretrained(policy)
+    rows = list(prompts(2, conversational=True))
+    assert len(load("custom_loop").train(model, make_tokenizer(), options, rows, low_share, steps=1)) == 1
+
+
+def test_the_loop_needs_torch_and_transformers_alone(policy: str) -> None:
+    """The whole script on its own questions, where nothing that comes with TRL can be imported."""
+    code = f"""
+import runpy, sys
+for name in ("trl", "accelerate", "datasets", "peft"):
+    sys.modules[name] = None  # an import of it fails
+sys.argv = ["custom_loop", {policy!r}, "--steps", "1"]
+runpy.run_path({str(EXAMPLES / "custom_loop.py")!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=EXAMPLES.parent)
+    assert done.returncode == 0, done.stderr
+    assert "step 0: reward" in done.stdout
 
 
 @pytest.fixture(scope="module")
