@@ -42,6 +42,7 @@ class GCPOConfig(CausalOptions, GRPOConfig):
             GRPOConfig.__post_init__(self)
         self._check_late_refusals()
         CausalOptions.__post_init__(self)
+        self.baseline = self.group_baseline  # as a run's record shows it
 
     @classmethod
     def paper(cls, **overrides: Any) -> "GCPOConfig":

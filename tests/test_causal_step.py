@@ -1,10 +1,13 @@
 """The causal step without a model: colliders, scores and states are given, what it makes of them is computed here."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from scripted_policy import END, ListBuilder, ScriptedPolicy, World, scores_of
 
 from gcpo.causal import CausalOptions, CausalStep, Rollout
+from gcpo.causal.loss import causal_kl_loss
 from gcpo_kernels import reference
 
 # Scripted policies that cannot read after keys and values are what many of these tests are about.
@@ -183,3 +186,33 @@ def test_several_processes_give_what_one_gives(size, changed):
         assert scripted.logged == pytest.approx(one.logged)
     totals = [scripted.tokens.get("generated_colliders", 0) for scripted, _ in found]
     assert sum(totals) == one.tokens["generated_colliders"]
+
+
+def test_with_all_parts_off_nothing_is_drawn():
+    scripted, step = step_of(kappa=0.0, estimator="none")
+    terms = step.terms(rollout_of(), LENGTH)
+    assert not scripted.asked and not scripted.tokens and not scripted.logged
+    assert (terms.groups, terms.upsilon, terms.kl, terms.rows) == ([], None, None, slice(0, 8))
+    assert terms.weigh(torch.ones(8)).tolist() == [1.0] * 8
+
+
+def test_the_papers_form_needs_the_policy_under_the_context():
+    _, step = step_of(causal_policy_context="context")
+    terms, logp = step.terms(rollout_of(), LENGTH), torch.full((8, LENGTH), -1.0)
+    mask = torch.tensor([[float(t < len(y)) for t in range(LENGTH)] for y in CANDIDATES])
+    with pytest.raises(ValueError, match=r"`causal_logp`.*first_contexts"):
+        causal_kl_loss(terms.kl, step.options, logp, mask)
+    under = [causal_kl_loss(terms.kl, step.options, logp, mask, causal_logp=logp + d)[0] for d in (0.0, -1.0)]
+    assert under[0] != under[1]
+
+
+def test_advantages_are_those_of_this_process():
+    _, step = step_of(kappa=0.0)
+    with pytest.raises(ValueError, match="`advantages` must be those of this process's 8 rows, got 16"):
+        step.terms(rollout_of(), LENGTH).weigh(torch.ones(16))
+
+
+def test_the_baseline_follows_the_estimator_it_is_used_with():
+    assert CausalOptions().group_baseline == "loo"
+    assert replace(CausalOptions(), estimator="scored").group_baseline == "mean"
+    assert replace(CausalOptions(baseline="loo"), estimator="scored").group_baseline == "loo"

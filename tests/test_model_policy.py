@@ -488,3 +488,31 @@ def test_rewards(model: Any) -> None:
         policy.reward(rows[:3], [row["prompt"] for row in rows[:3]], ids[:3])
     with pytest.raises(ValueError, match="`reward_func` must be given"):
         make_policy(model, reward_func=None).reward(rows, [""] * 4, ids)
+
+
+def test_generation_kwargs_are_those_that_the_policy_leaves_open(model: Any) -> None:
+    for name in ("max_new_tokens", "temperature", "num_return_sequences", "stop_strings"):
+        with pytest.raises(ValueError, match=f"`generation_kwargs` must leave out .*{name}"):
+            make_policy(model, generation_kwargs={name: 2})
+    policy = make_policy(model, generation_kwargs={"min_new_tokens": 9})
+    (collider,) = policy.generate([[20, 21]], 0, limit=5, temperature=None)
+    assert len(collider) == 5  # what is asked for of candidates does not bind a shorter collider
+    with pytest.raises(ValueError, match="`reward_func` must return 1 rewards, one for each completion, got NoneType"):
+        make_policy(model, reward_func=lambda **columns: None).reward([{"prompt": "a"}], ["a"], [[9]])
+
+
+def test_the_papers_form(model: Any) -> None:
+    """pi_theta under x_{i,0}: the policy's log-probabilities under what the terms name, with their gradient."""
+    given = options(causal_policy_context="context", context_attention=None, kl_fraction=1.0)
+    policy = make_policy(model, given, generation_kwargs=ENDS_EARLY)
+    rollout = policy.rollout([{"prompt": "1+1="}, {"prompt": "22+2="}])
+    length = max(map(len, rollout.completion_ids))
+    terms = make_step(policy).terms(rollout, length)
+    logp, mask = policy.logps(rollout)
+    causal_logp, _ = policy.logps(rollout, terms.first_contexts)
+    assert terms.kl is not None and (causal_logp - logp).abs().max() > 1e-2
+    # Nothing has been trained since: under the context, it is what the step scored there.
+    torch.testing.assert_close(causal_logp.detach() * mask, terms.kl.context_logp[..., 0] * mask, atol=1e-5, rtol=1e-5)
+    loss, metrics = causal_kl_loss(terms.kl, given, logp, mask, causal_logp=causal_logp)
+    loss.backward()
+    assert float(metrics["kl_causal"]) > 0 and all(p.grad is not None for p in model.parameters())

@@ -25,9 +25,13 @@ def estimate_weights(options: CausalOptions, inputs: WeightInputs) -> tuple[torc
         assert context_z is not None
         samples = context_z
     mask = inputs.collider_mask[:, None, :, None].expand(samples.shape[:4])
-    baseline = options.baseline or "mean"
     upsilon = causal_weights(
-        z, samples, alpha=options.alpha, baseline=baseline, similarity=options.similarity, context_mask=mask
+        z,
+        samples,
+        alpha=options.alpha,
+        baseline=options.group_baseline,
+        similarity=options.similarity,
+        context_mask=mask,
     )
     defined = torch.isfinite(upsilon)
     zbar = z.mean(dim=1, keepdim=True)

@@ -32,10 +32,18 @@ def causal_kl_loss(
             whose types these are. "bnpo", and "dapo" without a number of items, divide by all unmasked tokens, those
             of rows that are not counted included.
 
+    Raises:
+        ValueError: `causal_policy_context="context"`, and no `causal_logp`.
+
     Returns:
         A scalar with gradient, and metrics over the tokens of counted rows: `kl_causal`, `proj_clamped`, with `kl_clip`
         also `kl_causal_clipped`, and `tokens`, how many there were.
     """
+    if options.causal_policy_context == "context" and causal_logp is None:
+        raise ValueError(
+            "`causal_policy_context='context'` needs `causal_logp`, log-probabilities under `terms.first_contexts` "
+            "with gradient (of a ModelPolicy: `policy.logps(rollout, terms.first_contexts)`), got None."
+        )
     if loss_type == "bnpo" or (loss_type == "dapo" and num_items_in_batch is None):
         loss_type, num_items_in_batch = "dapo", mask.sum()  # of all rows, as the loss that this is added to
     mask = mask * terms.counted.unsqueeze(1)

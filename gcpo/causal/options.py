@@ -82,7 +82,7 @@ class CausalOptions:
             where pi_theta is tiny, so that one token can make most of a step. `None`: no bound, as in the paper.
         context_batch_size (`int`, *optional*):
             Rows per forward when scoring under contexts, which are longer than prompts. Defaults to
-            `per_device_train_batch_size`.
+            `per_device_train_batch_size` in a trainer, and to what a `ModelPolicy` is given.
         context_attention (`str`, *optional*):
             `"full"`: a context is one text and its candidates attend to each other, the paper's reading.
             `"parallel"`, cheaper, another estimate: candidates and colliders are read once, each attending to q and
@@ -178,8 +178,11 @@ class CausalOptions:
 
     def __post_init__(self) -> None:
         self.check()
-        if self.baseline is None:
-            self.baseline = "loo" if self.estimator == "loo" else "mean"
+
+    @property
+    def group_baseline(self) -> str:
+        """`baseline`, or what follows from the estimator."""
+        return self.baseline or ("loo" if self.estimator == "loo" else "mean")
 
     @property
     def uses_weights(self) -> bool:

@@ -117,7 +117,7 @@ class KLTerms:
 class CausalTerms:
     """What the causal step makes of a rollout."""
 
-    groups: list[Group]
+    groups: list[Group]  # none with kappa=0 and estimator="none"
     rows: slice  # this process's, of the P * n of all
     upsilon: torch.Tensor | None = None  # (P * n,) of all processes; None with estimator="none"
     weight_inputs: WeightInputs | None = None
@@ -129,6 +129,11 @@ class CausalTerms:
         if self.upsilon is None:
             return advantages
         upsilon = self.upsilon[self.rows].to(advantages.dtype)
+        if len(advantages) != len(upsilon):
+            raise ValueError(
+                f"`advantages` must be those of this process's {len(upsilon)} rows, got {len(advantages)}: of what is "
+                "gathered from all processes, take `[terms.rows]`."
+            )
         return advantages * upsilon.view(-1, *[1] * (advantages.dim() - 1))
 
 

@@ -78,6 +78,9 @@ class CausalStep:
                 shapes, too few outputs or NaN.
         """
         policy, options = self.policy, self.options
+        first = policy.rank * len(rollout.prompts)
+        if not options.is_causal:  # GRPO, at GRPO's cost
+            return CausalTerms([], slice(first, first + len(rollout.prompts)))
         seed = policy.step_seed if seed is None else seed
         if z is None and rollout.states is not None:
             z = rollout.states.z
@@ -85,7 +88,7 @@ class CausalStep:
             query_logp, z = self._score(rollout.prompt_ids, rollout.completion_ids, length, "scored_query")
         if groups is None:
             groups = self.make_groups(rollout, seed)
-        n, first = policy.num_generations, policy.rank * len(rollout.prompts)
+        n = policy.num_generations
         rows = [divmod(first + k, n) for k in range(len(rollout.prompts))]
         terms = CausalTerms(groups, slice(first, first + len(rows)))
         draw = self._draw(groups, terms.rows, seed) if options.scores_contexts else None

@@ -106,6 +106,7 @@ class Abilities:
     can_continue: bool = True  # every layer keeps the keys and values of all tokens
     can_pack: bool = True  # attention takes a mask over packed rows
     in_house: bool = True  # transformers generates in the training process
+    name: str = "a planned model"  # its type
     caches_prefixes: bool = False  # the engine reads prompts that repeat once of its own accord
 
 
@@ -130,7 +131,6 @@ class CountingPolicy(ScheduledPolicy):
     max_completion_length = None
     hidden_size = 1
     rows_per_forward = 2**62
-    name = "counted"
     device = torch.device("cpu")
 
     def __init__(
@@ -148,6 +148,7 @@ class CountingPolicy(ScheduledPolicy):
         self.eos_token_ids = self.ending_ids = [eos_token_id]
         self.step_seed, self.masks_truncated = step_seed, masks_truncated
         self.abilities = abilities or Abilities()
+        self.name = self.abilities.name
         self.can_continue, self.can_pack = self.abilities.can_continue, self.abilities.can_pack
         self.passes: Counter[Pass] = Counter()
         self.tokens: Counter[str] = Counter()
@@ -189,7 +190,7 @@ class CountingPolicy(ScheduledPolicy):
     ) -> list[Ids]:
         """The completions of these prompts, of which those that repeat are read `once`. None: as the causal step's."""
         once = self.reads_once if once is None else once
-        for prompt in {_key(ids): ids for ids in prompts}.values() if once else prompts:
+        for prompt in {hashable(ids): ids for ids in prompts}.values() if once else prompts:
             self.passes[Pass(phase, f"{what}prefill", "prefill", len(prompt), 1)] += 1
         outputs = [self.outputs(phase, number) for number in range(len(prompts))]
         for x, y in zip(prompts, outputs, strict=True):
@@ -224,7 +225,7 @@ class CountingPolicy(ScheduledPolicy):
         return [Scored(branch.key, _zeros(len(branch.completion)), _Z) for branch in row.branches]
 
 
-def _key(ids: Ids) -> Hashable:
+def hashable(ids: Ids) -> Hashable:
     return tuple(ids) if isinstance(ids, list) else ids
 
 

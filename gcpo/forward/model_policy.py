@@ -18,6 +18,11 @@ from gcpo.forward.representations import HiddenRecorder
 from gcpo_kernels import linear_logprob
 from gcpo_kernels.options import check_count, check_number
 
+# What of GenerationConfig the policy sets itself, or cannot follow.
+_RESERVED = set(
+    "max_new_tokens max_length do_sample temperature pad_token_id eos_token_id disable_compile num_return_sequences "
+    "num_beams stop_strings return_dict_in_generate".split()
+)
 # What is scored is the softmax of logits / temperature: nothing that a model's own generation config says besides may
 # change what is sampled.
 _PLAIN_SAMPLING = {
@@ -96,6 +101,9 @@ class ModelPolicy(ModelForwards):
         self.eos_token_ids = list(dict.fromkeys(ends))
         self.context_batch_size = context_batch_size
         self.generation_kwargs = generation_kwargs or {}
+        taken = sorted(_RESERVED & self.generation_kwargs.keys())
+        if taken:
+            raise ValueError(f"`generation_kwargs` must leave out what the policy sets itself, got {', '.join(taken)}.")
         self.look_at(self.unwrapped)
         self._head_options = _head_options(self.unwrapped)
         longest = longest_prompt(options, num_generations, max_completion_length)
@@ -129,14 +137,15 @@ class ModelPolicy(ModelForwards):
         self.count("generated", sum(map(len, completions)))
         return Rollout(prompts, prompt_ids, completions, states, rows)
 
-    def logps(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
+    def logps(self, rollout: Rollout, prompts: list[Ids] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """
         log pi(y | q) of a rollout's completions, (B, T) float32 with gradient where that is enabled, and the mask of
-        their tokens, (B, T) int64.
+        their tokens, (B, T) int64. `prompts`: what they are conditioned on instead of q, as `terms.first_contexts`.
         """
-        x, x_mask = self.pad(rollout.prompt_ids, "left")
+        prompts = rollout.prompt_ids if prompts is None else prompts
+        x, x_mask = self.pad(prompts, "left")
         y, y_mask = self.pad(rollout.completion_ids, "right")
-        self.count("trained", sum(map(len, rollout.prompt_ids)) + sum(map(len, rollout.completion_ids)))
+        self.count("trained", sum(map(len, prompts)) + sum(map(len, rollout.completion_ids)))
         recorder = HiddenRecorder(self.options.representation)
         ids, mask = torch.cat([x, y], dim=1), torch.cat([x_mask, y_mask], dim=1)
         return self._score_padded(ids, mask, y.shape[1], recorder), y_mask
@@ -150,10 +159,9 @@ class ModelPolicy(ModelForwards):
             texts = [[{"role": "assistant", "content": text}] for text in texts]
         columns = {name: [row[name] for row in inputs] for name in inputs[0] if name != "prompt"}
         rewards = self.reward_func(prompts=prompts, completions=texts, **columns)
-        if len(rewards) != len(ids):
-            raise ValueError(
-                f"`reward_func` must return {len(ids)} rewards, one for each completion, got {len(rewards)}."
-            )
+        if not hasattr(rewards, "__len__") or len(rewards) != len(ids):
+            got = len(rewards) if hasattr(rewards, "__len__") else type(rewards).__name__
+            raise ValueError(f"`reward_func` must return {len(ids)} rewards, one for each completion, got {got}.")
         numbers = torch.tensor([torch.nan if reward is None else float(reward) for reward in rewards])
         # An infinite reward would make its group's mean, and then its advantages, infinite.
         return self.gather(torch.where(numbers.isfinite(), numbers, torch.nan).to(self.device))
@@ -214,6 +222,9 @@ class ModelPolicy(ModelForwards):
     ) -> tuple[list[Ids], RolloutStates | None]:
         """Completions up to and with their end token, and with `keep` what generating them computed anyway."""
         ids, mask = self.pad(prompts, "left")
+        given = {**_PLAIN_SAMPLING, **self.generation_kwargs}
+        if given.get("min_new_tokens"):  # asked for of candidates: colliders may be shorter
+            given["min_new_tokens"] = min(given["min_new_tokens"], limit)
         config = GenerationConfig(
             max_new_tokens=limit,
             do_sample=True,
@@ -221,7 +232,7 @@ class ModelPolicy(ModelForwards):
             pad_token_id=self.pad_token_id,
             eos_token_id=self.eos_token_ids,
             disable_compile=True,
-            **{**_PLAIN_SAMPLING, **self.generation_kwargs},
+            **given,
         )
         keep = keep and self.options.reuse_rollout and self.options.uses_rollout_states
         recorder = GenerationRecorder(self.options.representation, self.eos_token_ids, limit, ids.shape[1])

@@ -20,7 +20,7 @@ from gcpo.causal.contexts import PromptBuilder
 from gcpo.causal.port import Ids, Prompt, Rollout, RolloutStates
 from gcpo.causal.step import CausalStep
 from gcpo.config import GCPOConfig
-from gcpo.forward.counting import Abilities, CountingPolicy, Pass, Span, piece_of
+from gcpo.forward.counting import Abilities, CountingPolicy, Pass, Span, hashable, piece_of
 from gcpo.planning.architecture import Architecture
 
 _END = ("end",)  # what every completion ends in
@@ -217,7 +217,7 @@ class _Rollout:
         size = self.config.per_device_train_batch_size
         for start in range(0, len(order), size):
             rows = order[start : start + size]
-            distinct = {_hashable(prompts[k]): prompts[k] for k in rows}
+            distinct = {hashable(prompts[k]): prompts[k] for k in rows}
             shares = self.config.share_prompt and len(distinct) < len(rows) and max(map(len, distinct.values())) > 1
             if shares:
                 for x in distinct.values():
@@ -235,10 +235,6 @@ class _Rollout:
 def _ended(what: Any, count: int) -> Span:
     """So many tokens, of which the last is the end token."""
     return Span.of(what, count - 1) + Span.of(_END, 1)
-
-
-def _hashable(ids: Any) -> Any:
-    return tuple(ids) if isinstance(ids, list) else ids
 
 
 def _first_difference(left: Ids, right: Ids) -> int:
