@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import torch
 
-from gcpo_kernels import reference
+from gcpo_kernels import maths
 
 # Where |log p' - log p| of the truth is less, its sign is not compared.
 SMALL = 0.01
@@ -81,7 +81,7 @@ def compare_log_p(
     d, true_d = ours - query_logp, truth - query_logp
     agree = (d.sign() == true_d.sign()).double()
     large, weight = true_d.abs() >= SMALL, torch.expm1(true_d).abs().clamp(max=1.0).double()
-    size = reference.k3(d)
+    size = maths.k3(d)
     return {
         "pearson": pearson(ours, truth),
         "mad": float((ours - truth).abs().mean()),

@@ -18,7 +18,7 @@ from bench.overhead_runs import load_model, reward
 from gcpo import GCPOConfig, GCPOTrainer
 from gcpo.causal.port import CausalTerms, Group, Rollout, WeightInputs
 from gcpo.evaluation.tasks import SYSTEM_PROMPT, reasoning_gym_dataset
-from gcpo_kernels import reference
+from gcpo_kernels import maths
 
 REPRESENTATIONS = ("last", "mean")
 # What the savings are measured against, stated in full: GCPOConfig's defaults are savings themselves.
@@ -167,7 +167,7 @@ class Lab:
             query, contexts, weights = terms.kl.query_logp, terms.kl.context_logp, terms.kl.context_weights
             floor = trainer.args.proj_floor
             estimate.query_logp = query
-            estimate.log_p, estimate.clamped = reference.project(query, contexts, weights[:, None], floor)
+            estimate.log_p, estimate.clamped = maths.project(query, contexts, weights[:, None], floor)
         return estimate
 
     def sample_truth(self, sample: Sample, z: dict[str, torch.Tensor], m: int) -> tuple[Inputs, int, int]:

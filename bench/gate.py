@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from bench.baselines import Implementation
-from bench.peers import plain_loss
+from bench.peers import loss_arguments
 from bench.registry import LEAVES, Case, Tensors
 from gcpo_kernels import reference
 from gcpo_kernels.testing import assert_close_to_truth, assert_gradient, in_float64
@@ -63,7 +63,7 @@ def expected(case: Case, x: Tensors, computes_less: bool = False, exact: bool = 
         return Outcome(reference.causal_weights(wanted["z"], wanted["context_z"]))
     if case.op == "token_loss":
         logp = wanted["logp"].detach().requires_grad_()
-        value = plain_loss(case, wanted, logp)
+        value = _loss(case, wanted, logp)
         return Outcome(value.detach(), {"logp": torch.autograd.grad(value, logp)[0]})
     head = _Head(case, x, torch.float64 if exact else case.dtype)
     logp = head.logp().requires_grad_()
@@ -73,9 +73,13 @@ def expected(case: Case, x: Tensors, computes_less: bool = False, exact: bool = 
         value = -logp.mean()
     else:
         rest = {name: t for name, t in x.items() if name not in ("hidden", "weight", "logits")}
-        value = plain_loss(case, in_float64(rest) if exact else rest, logp)
+        value = _loss(case, in_float64(rest) if exact else rest, logp)
     upstream = torch.autograd.grad(value, logp)[0]
     return Outcome(value.detach(), head.gradients(upstream))
+
+
+def _loss(case: Case, x: Tensors, logp: torch.Tensor) -> torch.Tensor:
+    return reference.gcpo_loss(logp, **loss_arguments(x), **case.options)[0]
 
 
 class _Head:

@@ -12,8 +12,8 @@ from gcpo import GCPOConfig
 from gcpo.causal.contexts import PromptBuilder
 from gcpo.evaluation.tasks import reasoning_gym_dataset
 from gcpo.planning.architecture import Architecture
+from gcpo.planning.counts import Lengths, PlannedScript, abilities_of, count_cycle
 from gcpo.planning.plan import Device, StepPlan, decode_bytes, plan_step
-from gcpo.planning.workload import Lengths, Savings, gcpo_passes, grpo_passes, longest_context
 
 PHASES = ("rollout", "scoring", "colliders", "contexts", "loss")
 
@@ -38,17 +38,21 @@ def predict(args: argparse.Namespace, configs: Configs, results: dict[str, dict[
     base = results["GRPO"]
     rows = args.prompts * args.num_generations
     plain = configs["GRPO"]
-    measured = Lengths(base["tokens"]["trained"] / rows - args.completion_tokens, args.completion_tokens, 0.0)
-    passes = grpo_passes(plain, measured, compact_head=on_gpu)
+    measured = Lengths(round(base["tokens"]["trained"] / rows) - args.completion_tokens, args.completion_tokens, 0)
+    counts = count_cycle(plain, PlannedScript(plain, measured), abilities_of(plain, architecture), is_grpo=True)
     # Operations per second of the forward and backward; then bytes per second of what is left of the rollout.
     unit = Device(1e-12, 1e30, 1.0, 1.0)
-    counted = plan_step(plain, architecture, passes, unit, args.dtype)
+    counted = plan_step(plain, architecture, counts, unit, args.dtype, compact_head=on_gpu)
     rate = counted.total("flops", "loss") / base["seconds"]["loss"]["median"]
     prefill = sum(cost.flops for cost in counted.costs if cost.what == "prefill") / rate
-    read = sum(decode_bytes(item, architecture, plain, args.dtype, 1) for item in passes if item.mode == "decode")
+    read = sum(
+        decode_bytes(item, number, counts, architecture, plain, args.dtype, 1)
+        for item, number in counts.passes.items()
+        if item.mode == "decode"
+    )
     left = max(base["seconds"]["rollout"]["median"] - prefill, 0.1 * base["seconds"]["rollout"]["median"])
     device = Device(rate / 1e12, read / left / 1e9, 1.0, 1.0)
-    grpo = plan_step(plain, architecture, passes, device, args.dtype)
+    grpo = plan_step(plain, architecture, counts, device, args.dtype, compact_head=on_gpu)
     for name, result in results.items():
         plan = grpo if name == "GRPO" else plan_variant(args, configs[name], architecture, measured, device)
         result["predicted"] = {
@@ -66,10 +70,16 @@ def plan_variant(
     prompt = reasoning_gym_dataset("chain_sum", 1)["prompt"][0]
     ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
     lengths = Lengths.measured(
-        PromptBuilder(tokenizer, config), prompt, ids, completion=args.completion_tokens, collider=args.collider_tokens
+        PromptBuilder(tokenizer, config),
+        prompt,
+        ids,
+        args.num_generations,
+        completion=args.completion_tokens,
+        collider=args.collider_tokens,
     )
     lengths = replace(lengths, prompt=measured.prompt)
-    savings = Savings.of(config, longest_context(config, lengths), compact_head=torch.cuda.is_available())
+    abilities = abilities_of(config, architecture)
     if not config.is_causal:  # GRPOReadingPromptsOnce
-        savings = replace(savings, prefills=True)
-    return plan_step(config, architecture, gcpo_passes(config, lengths, savings), device, args.dtype)
+        abilities = replace(abilities, caches_prefixes=True)
+    counts = count_cycle(config, PlannedScript(config, lengths), abilities)
+    return plan_step(config, architecture, counts, device, args.dtype, compact_head=torch.cuda.is_available())

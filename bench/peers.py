@@ -14,7 +14,9 @@ import torch
 from torch.nn import functional as F
 
 from bench.registry import Case, Tensors
-from gcpo_kernels import reference
+from gcpo_kernels import maths
+from gcpo_kernels.options import LossOptions
+from gcpo_kernels.tokens import TokenInputs
 
 
 def loss_arguments(x: Tensors) -> dict[str, Any]:
@@ -23,7 +25,9 @@ def loss_arguments(x: Tensors) -> dict[str, Any]:
 
 
 def plain_loss(case: Case, x: Tensors, logp: torch.Tensor) -> torch.Tensor:
-    return reference.gcpo_loss(logp, **loss_arguments(x), **case.options)[0]
+    dtype = maths.compute_dtype(logp)
+    inputs = TokenInputs(**loss_arguments(x)).clean(dtype)
+    return maths.objective(logp.to(dtype), inputs, LossOptions(**case.options))[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ the plots of kept results that have none.
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from bench import clocks
 from bench.files import write_json, write_text
 from bench.registry import OPERATIONS, TITLES
 from bench.roofline import phase_of, plots
+from gcpo.run.table import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -58,33 +58,27 @@ def title(entry: dict[str, Any]) -> str:
     return f"`{entry['key']}`" + (f" ({entry['model']})" if entry["model"] else "")
 
 
-def rows(entry: dict[str, Any]) -> Iterator[str]:
+def rows(entry: dict[str, Any]) -> list[str]:
     if "problem" in entry:
-        yield entry["problem"]
-        return
+        return [entry["problem"]]
     floor, phase = entry["floor"], phase_of(entry)
     rate = "TFLOP/s" if "flops" in floor[phase] else "GB/s"
-    yield f"| | forward ms | backward ms | both ms | to floor | {rate} | extra memory | error: value / gradient |"
-    yield "|---|---|---|---|---|---|---|---|"
-    cells = [_time(floor.get(name)) for name in ("forward", "backward", "both")]
-    cells = cells if phase == "both" else [cells[0], "", ""]
-    yield f"| *floor: {floor['kind']}* | " + " | ".join([*cells, "1.00x", _rate(floor[phase], rate), "", ""]) + " |"
+    cells = [["", "forward ms", "backward ms", "both ms", "to floor", rate, "extra memory", "error: value / gradient"]]
+    times = [_time(floor.get(name)) for name in ("forward", "backward", "both")]
+    times = times if phase == "both" else [times[0], "", ""]
+    cells.append([f"*floor: {floor['kind']}*", *times, "1.00x", _rate(floor[phase], rate), "", ""])
     for row in entry["results"]:
-        note = "; computes less: mean cross-entropy only" if row["computes_less"] else ""
-        note += "; drops small gradients" if row["approximate"] else ""
+        name = row["name"] + ("; computes less: mean cross-entropy only" if row["computes_less"] else "")
+        name += "; drops small gradients" if row["approximate"] else ""
         if "times" not in row:
             reason = f": {row['reason']}" if row.get("reason") else ""
-            yield f"| {row['name']}{note} | {row['status']}{reason} | | | | | | {_errors(row)} |"
+            cells.append([name, row["status"] + reason, *[""] * 5, _errors(row)])
             continue
         found = row["times"]
-        cells = [_time(found.get(name)) for name in ("forward", "backward", "both")]
-        cells += [
-            f"{found[phase]['to_floor']:.2f}x",
-            _rate(found[phase], rate),
-            _bytes(row["memory_bytes"]),
-            _errors(row),
-        ]
-        yield f"| {row['name']}{note} | " + " | ".join(cells) + " |"
+        times = [_time(found.get(part)) for part in ("forward", "backward", "both")]
+        to_floor = f"{found[phase]['to_floor']:.2f}x"
+        cells.append([name, *times, to_floor, _rate(found[phase], rate), _bytes(row["memory_bytes"]), _errors(row)])
+    return markdown(cells)
 
 
 def _time(found: dict[str, Any] | None) -> str:
@@ -171,28 +165,26 @@ def summary(folder: Path = RESULTS) -> str:
     return "\n".join(lines).strip()
 
 
-def _summary_of(result: dict[str, Any]) -> Iterator[str]:
-    names = list(dict.fromkeys(row["name"] for entry in result["cases"] for row in entry["results"] if "times" in row))
-    yield "| time to floor (extra memory, MiB) | " + " | ".join(names) + " |"
-    yield "|---|" + "---|" * len(names)
+def _summary_of(result: dict[str, Any]) -> list[str]:
+    timed = [row for entry in result["cases"] for row in entry["results"] if "times" in row]
+    names = list(dict.fromkeys(row["name"] for row in timed))
+    table = [["time to floor (extra memory, MiB)", *names]]
     for entry in result["cases"]:
         if "floor" not in entry:
             continue
         phase = phase_of(entry)
-        found = {row["name"]: row for row in entry["results"]}
+        found = {row["name"]: row for row in entry["results"] if "times" in row}
         cells = []
         for name in names:
-            row = found.get(name, {})
-            if "times" not in row:
+            if name not in found:
                 cells.append("")
                 continue
-            memory = row["memory_bytes"]
+            row, memory = found[name], found[name]["memory_bytes"]
             beside = "" if memory is None else f" ({memory / 2**20:,.0f})"
             cells.append(f"{row['times'][phase]['to_floor']:.2f}x{beside}{'*' if row['computes_less'] else ''}")
-        yield f"| `{entry['key']}`: {entry['floor'][phase]['median']:.3g} ms | " + " | ".join(cells) + " |"
-    if any(row["computes_less"] and "times" in row for entry in result["cases"] for row in entry["results"]):
-        yield ""
-        yield "\\* computes less: cross-entropy's mean only, from which no loss per token can be made."
+        table.append([f"`{entry['key']}`: {entry['floor'][phase]['median']:.3g} ms", *cells])
+    less = ["", "\\* computes less: cross-entropy's mean only, from which no loss per token can be made."]
+    return markdown(table) + (less if any(row["computes_less"] for row in timed) else [])
 
 
 def with_block(text: str, block: str) -> str:

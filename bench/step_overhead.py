@@ -39,6 +39,7 @@ from bench.overhead_plan import PHASES, plan_configs, predict
 from bench.overhead_runs import MODELS, Run, Variant, Weights, cpu_memory, device, prepare_model, quiet
 from bench.revision import revision
 from gcpo import GCPOConfig
+from gcpo.run.table import markdown
 
 # Savings switched off, each and all, and savings beyond the defaults. Rows that are the defaults are left out.
 _CHANGES: list[dict[str, Any]] = [
@@ -164,7 +165,7 @@ def show(results: dict[str, dict[str, Any]]) -> str:
     """The results as Markdown: time and tokens, then memory."""
     shared = [f"to {SHARED}"] if SHARED in results else []
     heads = ["s per step", "to GRPO", *shared, "predicted", *PHASES, "tokens scored", "to one pass"]
-    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+    table = [["", *heads]]
     for name, result in results.items():
         cells = [_range(result["step_seconds"], ".2f"), _range(result["ratio"], ".2f", "x")]
         if shared:
@@ -172,16 +173,17 @@ def show(results: dict[str, dict[str, Any]]) -> str:
         cells += [f"{result['predicted']['ratio']:.2f}x"]
         cells += [f"{result['seconds'][phase]['median']:.2f}" for phase in PHASES]
         cells += [f"{result['scored']:,.0f}", f"{result['scored_to_one_pass']:.2f}x"]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        table.append([name, *cells])
+    lines = markdown(table)
     if all(result["memory_ratio"] for result in results.values()):
         columns = (*PHASES, "optimizer")
-        lines += ["", "| peak memory, MiB | step | to GRPO | " + " | ".join(columns) + " |"]
-        lines.append("|---|---|---|" + "---|" * len(columns))
+        table = [["peak memory, MiB", "step", "to GRPO", *columns]]
         for name, result in results.items():
             peaks = result["peak_memory_bytes"]
             cells = [f"{max(peaks.values()) / 2**20:,.0f}", f"{result['memory_ratio']:.3f}x"]
             cells += [f"{peaks[phase] / 2**20:,.0f}" if phase in peaks else "-" for phase in columns]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+            table.append([name, *cells])
+        lines += ["", *markdown(table)]
     return "\n".join(lines)
 
 

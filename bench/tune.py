@@ -32,6 +32,7 @@ from bench.files import write_json
 from bench.gate import Gate, outcome
 from bench.memory import extra_memory
 from bench.registry import LEAVES, Case, cases, make_tensors, tiny_cases
+from gcpo.run.table import markdown
 from gcpo_kernels import torch_backend
 from gcpo_kernels.triton_backend import gate
 
@@ -195,15 +196,15 @@ def sweep(case: Case, settings: list[Setting], device: torch.device, seconds: fl
 
 def table(case: Case, what: str, found: list[dict[str, Any]]) -> str:
     phase = "both" if case.with_gradient else "forward"
-    lines = ["", f"### {what}: `{case.key}`", "", "| setting | ms | to floor | extra memory |", "|---|---|---|---|"]
+    cells = [["setting", "ms", "to floor", "extra memory"]]
     for entry in found:
         if "times" not in entry:
-            lines.append(f"| {entry['setting']} | {entry['problem']} | | |")
+            cells.append([entry["setting"], entry["problem"], "", ""])
             continue
         took, memory = entry["times"][phase], entry.get("memory_bytes")
         beside = "" if memory is None else f"{memory / 2**20:,.1f} MiB"
-        lines.append(f"| {entry['setting']} | {took['median']:.3f} | {took['to_floor']:.3f}x | {beside} |")
-    return "\n".join(lines)
+        cells.append([entry["setting"], f"{took['median']:.3f}", f"{took['to_floor']:.3f}x", beside])
+    return "\n".join(["", f"### {what}: `{case.key}`", "", *markdown(cells)])
 
 
 def gate_table(results: list[dict[str, Any]], name: str) -> dict[str, Any]:

@@ -1,19 +1,18 @@
 """
 Everything private of TRL that this package touches, in one place, with the version it was written against.
 
-Besides the names imported here: `AccountedGRPOTrainer` and `GCPOTrainer` override `_generate`, `_calculate_rewards`,
-`_get_per_token_logps_and_entropies`, `_generate_and_score_completions`, `_compute_loss` and `training_step`, always
-calling the original; they call `_generate_single_turn` and `_log_completion_extra`, and read `_metrics`, `_logs`,
-`_step`, `_tokenizer`, `_is_vlm`. `ResumableGRPOTrainer` saves and restores `_step`, `_buffered_inputs` and
-`_last_world_entropy`, and reads `_dist`.
+Besides the names imported here: `AccountedGRPOTrainer`, `KLTermsTrainer` and `GCPOTrainer` override `_generate`,
+`_generate_single_turn`, `_calculate_rewards`, `_get_per_token_logps_and_entropies`,
+`_generate_and_score_completions`, `_compute_loss` and `training_step`, always calling the original; they call
+`_log_completion_extra`, and read `_metrics`, `_logs`, `_tokenizer`, `_is_vlm`, `_dist`. `TrlPolicy` calls
+`_generate_single_turn`, and of GRPOTrainer itself `_get_per_token_logps_and_entropies` and `_calculate_rewards`; it
+reads `_step`. `ResumableGRPOTrainer` saves and restores `_step`, `_buffered_inputs` and `_last_world_entropy`, and
+reads `_dist`.
 `gcpo train` builds on `trl.scripts.grpo.GRPOScriptArguments` and `trl.cli.accelerate_config`.
 """
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
 
 import trl
 from accelerate.utils import is_peft_model
@@ -21,15 +20,12 @@ from packaging.version import Version
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_callable, pad
 
-from gcpo.run.redaction import redacted
-
 TESTED_VERSION = "1.16"
 
 __all__ = [
     "TESTED_VERSION",
     "check_version",
     "disable_gradient_checkpointing",
-    "explained_server",
     "get_callable_name",
     "get_config_model_id",
     "is_async_callable",
@@ -47,25 +43,6 @@ def check_version(version: str = trl.__version__) -> None:
             f"change in any minor release; install `trl=={TESTED_VERSION}.*` if anything below fails.",
             stacklevel=3,
         )
-
-
-@contextmanager
-def explained_server(args: Any, model: Any) -> Iterator[None]:
-    """A vLLM server that does not answer inside, as an error that says how to start one."""
-    try:
-        yield
-    except OSError as error:  # requests' own ConnectionError is no ConnectionError
-        if not args.use_vllm or "can't be reached" not in str(error):
-            raise
-        url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
-        name = model if isinstance(model, str) else get_config_model_id(model.config)
-        raise ConnectionError(
-            f"No vLLM server answers at {redacted(url)} (`vllm_server_timeout`: {args.vllm_server_timeout} s). "
-            f"Start one on GPUs that the trainer does not use:\n"
-            f"    VLLM_SERVER_DEV_MODE=1 vllm serve {name} --port {urlsplit(url).port or 80} "
-            '--weight-transfer-config \'{"backend": "nccl"}\' --logprobs-mode processed_logprobs --max-logprobs -1\n'
-            "or share the trainer's with `vllm_mode='colocate'`."
-        ) from error
 
 
 def refuse_wrapped_head(model: Any) -> None:

@@ -11,7 +11,6 @@ from trl import GRPOTrainer
 from gcpo._trl import (
     check_version,
     disable_gradient_checkpointing,
-    explained_server,
     get_config_model_id,
     refuse_wrapped_head,
 )
@@ -24,7 +23,7 @@ from gcpo.kl_terms import KLTermsTrainer
 from gcpo.run.admission import check_datasets, check_model, refuse_unsupported
 from gcpo.run.guard import SkipNonFiniteSteps
 from gcpo.run.lengths import check_prompt_lengths
-from gcpo.run.processes import check_processes_agree, explained_loss_of_process
+from gcpo.run.processes import check_processes_agree, explained_loss_of_process, explained_server
 
 _OWN_ARGUMENTS = ("self", "model", "reward_funcs", "args")
 # Columns of TRL's completions table, whose `advantage` is B = A * Upsilon.

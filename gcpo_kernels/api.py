@@ -7,12 +7,11 @@ samples. "float" is float32, bfloat16 or float16 (float64 too on the torch backe
 devices and option values raise ValueError or TypeError naming the argument. Equations are those of arXiv 2508.05428.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from gcpo_kernels import ops, reference
+from gcpo_kernels import maths, ops
 from gcpo_kernels.backends import storage_dtype, triton_ops, use_triton
 from gcpo_kernels.checks import (
     check_causal,
@@ -34,6 +33,7 @@ from gcpo_kernels.options import (
     check_count,
     check_number,
 )
+from gcpo_kernels.tokens import TokenInputs
 
 Metrics = dict[str, torch.Tensor]
 
@@ -125,53 +125,22 @@ def gcpo_loss(
         kl_clip=kl_clip,
     )
     check_rank("logp", logp, (2,), "(B, T)")
-    tensors = {
-        "old_logp": old_logp,
-        "ref_logp": ref_logp,
-        "context_logp": context_logp,
-        "context_weights": context_weights,
-        "query_logp": query_logp,
-        "causal_logp": causal_logp,
-        "importance_sampling_ratio": importance_sampling_ratio,
-    }
-    check_token_arguments(tuple(logp.shape), logp, advantages, mask, options, tensors)
-    if use_triton(backend, logp, advantages, *tensors.values()):
-        return _triton_loss(logp, advantages, mask, options, tensors)
-    dtype = reference.compute_dtype(logp)
-    return reference.objective(logp.to(dtype), reference.token_inputs(mask, advantages, dtype, **tensors), options)
-
-
-def _triton_loss(
-    logp: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    options: LossOptions,
-    tensors: dict[str, torch.Tensor | None],
-) -> tuple[torch.Tensor, Metrics]:
-    check_no_tangents(logp=logp, causal_logp=tensors["causal_logp"])
-    items = options.num_items_in_batch
-    if items is not None and not isinstance(items, torch.Tensor) and torch.compiler.is_compiling():
-        # A number would be a constant of the operator, and compile again for every value.
-        items = torch.ones((), dtype=torch.float32, device=logp.device) * items
-        options = replace(options, num_items_in_batch=items)
-    constants = {name: x if x is None or name == "causal_logp" else x.detach() for name, x in tensors.items()}
-    out = triton_ops.triton_token_loss(
-        logp,
+    given = TokenInputs(
         mask,
-        advantages.detach(),
-        constants["old_logp"],
-        constants["ref_logp"],
-        constants["query_logp"],
-        constants["causal_logp"],
-        constants["importance_sampling_ratio"],
-        constants["context_logp"],
-        constants["context_weights"],
-        items.to(logp.device) if isinstance(items, torch.Tensor) else None,
-        triton_ops.loss_numbers(options),
-    )[0]
-    metrics = out.detach()
-    places = triton_ops.metric_places(options.kl_clip is not None)
-    return out[0], {name: metrics[place] for name, place in places.items()}
+        advantages,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        query_logp=query_logp,
+        causal_logp=causal_logp,
+        importance_sampling_ratio=importance_sampling_ratio,
+        context_logp=context_logp,
+        context_weights=context_weights,
+    )
+    check_token_arguments(tuple(logp.shape), logp, given, options)
+    if use_triton(backend, logp, *given[1:]):
+        return triton_ops.loss_and_metrics(logp, given, options)
+    dtype = maths.compute_dtype(logp)
+    return maths.objective(logp.to(dtype), given.clean(dtype), options)
 
 
 def linear_gcpo_loss(
@@ -251,7 +220,7 @@ def linear_gcpo_loss(
     )
     head = HeadOptions(temperature, logit_scale, logit_softcap)
     group = group_name(process_group)
-    given = weight
+    whole = weight
     weight, bias = gather_head(weight, bias, group)
     check_rank("hidden", hidden, (2, 3), "(B, T, H) or (B * T, H)")
     check_tensor("mask", mask, floating=False, like=hidden)
@@ -265,61 +234,49 @@ def linear_gcpo_loss(
         )
     token_ids = check_ids("token_ids", token_ids, lead, "(B, T)", hidden)
     check_head(hidden, weight, bias, group)
-    dtype = reference.compute_dtype(hidden, weight)
-    tensors = {
-        "old_logp": old_logp,
-        "ref_logp": ref_logp,
-        "context_logp": context_logp,
-        "context_weights": context_weights,
-        "query_logp": query_logp,
-        "causal_logp": causal_logp,
-        "importance_sampling_ratio": importance_sampling_ratio,
-    }
-    check_token_arguments(shape, hidden, advantages, mask, options, tensors)
+    given = TokenInputs(
+        mask,
+        advantages,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        query_logp=query_logp,
+        causal_logp=causal_logp,
+        importance_sampling_ratio=importance_sampling_ratio,
+        context_logp=context_logp,
+        context_weights=context_weights,
+    )
+    check_token_arguments(shape, hidden, given, options)
     if offset_logp is not None:
         check_tensor("offset_logp", offset_logp, shapes=(shape,), wanted="(B, T)", like=hidden)
     if main_grad is not None:
-        check_main_grad(main_grad, weight, gathered=weight is not given)
+        check_main_grad(main_grad, weight, gathered=weight is not whole)
     storage = storage_dtype(hidden, weight)
-    on_triton = use_triton(backend, hidden, weight, bias, advantages, *tensors.values(), storage=storage)
-    inputs = reference.token_inputs(mask, advantages, dtype, **tensors)
+    where = "triton" if use_triton(backend, hidden, weight, bias, *given[1:], storage=storage) else "torch"
+    dtype = maths.compute_dtype(hidden, weight)
+    inputs = given.clean(dtype)
     grad = torch.is_grad_enabled()
     logp, entropy, *gradients = ops.linear_loss(
         hidden.detach().flatten(0, -2),
         weight.detach(),
         None if bias is None else bias.detach(),
         token_ids.flatten(),
-        inputs.mask,
-        inputs.advantages,
-        reference.token_weights(inputs.mask, options, dtype),
-        inputs.old_logp,
-        inputs.ref_logp,
-        inputs.query_logp,
-        None if inputs.causal_logp is None else inputs.causal_logp.detach(),
-        inputs.importance_sampling_ratio,
-        inputs.context_logp,
-        inputs.context_weights,
+        [None if x is None else x.detach() for x in inputs],
+        maths.token_weights(inputs.mask, options, dtype),
         None if offset_logp is None else offset_logp.detach(),
         storage,
         None if main_grad is None else torch.float32,
-        ops.head_arguments(head),
-        [beta, kappa, epsilon_low, epsilon_high, delta or 0.0, proj_floor, kl_clip or 0.0],
-        importance_sampling_level == "sequence",
-        [
-            grad and hidden.requires_grad,
-            grad and weight.requires_grad,
-            grad and bias is not None and bias.requires_grad,
-        ],
-        "triton" if on_triton else "torch",
+        head.pack(),
+        options.per_token().pack(),
+        [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)],
+        where,
         group,
     )
     # The value again from the log-probabilities, on (B, T): it also carries the gradient in causal_logp.
-    if on_triton:
-        value, metrics = _triton_loss(logp, advantages, mask, options, tensors)
+    if where == "triton":
+        value, metrics = triton_ops.loss_and_metrics(logp, given, options)
     else:
-        value, metrics = reference.objective(logp, inputs, options)
-    metrics["entropy"] = reference.masked_mean(entropy, inputs.mask)
-    where = "triton" if on_triton else "torch"
+        value, metrics = maths.objective(logp, inputs, options)
+    metrics["entropy"] = maths.masked_mean(entropy, inputs.mask)
     loss = ops.LossWithGradients.apply(value, hidden.flatten(0, -2), weight, bias, *gradients, main_grad, where)
     return loss, metrics
 
@@ -375,7 +332,7 @@ def linear_logprob(
         bias,
         token_ids.flatten(),
         storage,
-        ops.head_arguments(head),
+        head.pack(),
         "triton" if use_triton(backend, hidden, weight, bias, storage=storage) else "torch",
         group,
     )
@@ -448,7 +405,7 @@ def causal_weights(
     if use_triton(backend, z, context_z):
         check_no_tangents(z=z, context_z=context_z)
         return triton_ops.triton_causal_weights(z, None, context_z, context_mask, float(alpha), baseline, similarity)[0]
-    return reference.causal_weights(
+    return maths.causal_weights(
         z, context_z, alpha=alpha, baseline=baseline, similarity=similarity, context_mask=context_mask
     )
 
@@ -494,7 +451,7 @@ def causal_weights_from_hidden(
         return triton_ops.triton_causal_weights(
             hidden, last_index, context_z, context_mask, float(alpha), baseline, similarity
         )[0]
-    return reference.causal_weights_from_hidden(
+    return maths.causal_weights_from_hidden(
         hidden,
         last_index,
         context_z,
@@ -511,7 +468,7 @@ def leave_one_out_mean(z: torch.Tensor, *, backend: str | None = None) -> torch.
     if use_triton(backend, z):
         check_no_tangents(z=z)
         return triton_ops.triton_leave_one_out(z, torch.float32)
-    return reference.leave_one_out_mean(z)
+    return maths.leave_one_out_mean(z)
 
 
 def group_advantages(
@@ -536,7 +493,7 @@ def group_advantages(
         raise ValueError(f"`group_size` must divide the number of rewards, {rewards.shape[0]}, got {group_size}.")
     check_choice("scale", scale, ADVANTAGE_SCALES)
     check_number("eps", eps, low=0.0)
-    return reference.group_advantages(rewards, group_size, scale=scale, eps=eps)
+    return maths.group_advantages(rewards, group_size, scale=scale, eps=eps)
 
 
 def causal_reference_logprob(
@@ -556,4 +513,5 @@ def causal_reference_logprob(
     check_rank("query_logp", query_logp, (2,), "(B, T)")
     check_number("proj_floor", proj_floor, above=0.0, below=1.0)
     check_contexts(tuple(query_logp.shape), query_logp, context_logp)
-    return reference.causal_reference_logprob(query_logp, context_logp, proj_floor=proj_floor)
+    dtype = maths.compute_dtype(query_logp, context_logp)
+    return maths.project(query_logp.to(dtype), context_logp.to(dtype), None, proj_floor)[0]

@@ -6,6 +6,7 @@ import torch
 from torch.autograd import forward_ad
 
 from gcpo_kernels.options import BASELINES, SIMILARITIES, LossOptions, check_choice, check_number
+from gcpo_kernels.tokens import TokenInputs
 
 
 def check_tensor(
@@ -132,23 +133,21 @@ def check_main_grad(main_grad: Any, weight: torch.Tensor, gathered: bool) -> Non
 def check_token_arguments(
     shape: tuple[int, ...],
     like: torch.Tensor,
-    advantages: Any,
-    mask: Any,
+    given: TokenInputs,
     options: LossOptions,
-    tensors: dict[str, Any],
 ) -> None:
     """Check every per-token argument of the losses against (B, T) = shape."""
     b = shape[0]
-    check_mask("mask", mask, shape, "(B, T)", like)
+    mask, advantages = check_mask("mask", given.mask, shape, "(B, T)", like), given.advantages
     per_row = ((b,), shape)
     check_tensor("advantages", advantages, shapes=per_row, wanted="(B,) or (B, T)", like=like)
     for name in ("old_logp", "ref_logp", "query_logp", "causal_logp"):
-        if tensors[name] is not None:
-            check_tensor(name, tensors[name], shapes=(shape,), wanted="(B, T)", like=like)
-    if (ratio := tensors["importance_sampling_ratio"]) is not None:
+        if (x := getattr(given, name)) is not None:
+            check_tensor(name, x, shapes=(shape,), wanted="(B, T)", like=like)
+    if (ratio := given.importance_sampling_ratio) is not None:
         wanted = "(B, T), (B, 1) or (B,)"
         check_tensor("importance_sampling_ratio", ratio, shapes=(shape, (b, 1), (b,)), wanted=wanted, like=like)
-    context_logp, weights = tensors["context_logp"], tensors["context_weights"]
+    context_logp, weights = given.context_logp, given.context_weights
     if context_logp is not None:
         check_contexts(shape, like, context_logp)
     if weights is not None:
@@ -161,7 +160,7 @@ def check_token_arguments(
             counted = weights if weights.dim() == 1 else weights[(mask != 0).any(dim=1)]
             if not bool(((counted >= 0) & (counted < torch.inf)).all()):
                 raise ValueError(f"`context_weights` must be finite and at least 0, got {counted.tolist()}.")
-    if options.beta > 0 and tensors["ref_logp"] is None:
+    if options.beta > 0 and given.ref_logp is None:
         raise ValueError(f"`beta` = {options.beta} needs `ref_logp`, got None.")
     if options.kappa > 0 and context_logp is None:
         raise ValueError(f"`kappa` = {options.kappa} needs `context_logp`, got None.")

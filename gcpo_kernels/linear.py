@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gcpo_kernels import reference
+from gcpo_kernels import maths
 from gcpo_kernels.options import HeadOptions, LossOptions
-from gcpo_kernels.reference import TokenInputs
+from gcpo_kernels.tokens import TokenInputs
 
 Need = tuple[bool, bool, bool]  # gradients of hidden, weight, bias
 
@@ -174,9 +174,9 @@ class Tiles(ABC):
         self, logp: torch.Tensor, inputs: TokenInputs, weights: torch.Tensor, options: LossOptions
     ) -> torch.Tensor:
         """d sum(weights * per-token loss) / d logp, of tokens (N,), or of whole sequences (B, T)."""
-        ratio = reference.log_ratio(logp, inputs, options.importance_sampling_level)
-        log_proj, _ = reference.causal_target(logp, inputs, options)
-        d_ratio, d_logp, _ = reference.token_objective_gradient(logp, ratio, log_proj, inputs, options)
+        ratio = maths.log_ratio(logp, inputs, options.importance_sampling_level)
+        log_proj, _ = maths.causal_target(logp, inputs, options)
+        d_ratio, d_logp, _ = maths.token_objective_gradient(logp, ratio, log_proj, inputs, options)
         if options.importance_sampling_level == "token":
             return (d_ratio + d_logp) * weights
         per_sequence = torch.where(inputs.mask, d_ratio * weights, 0.0).sum(dim=1, keepdim=True)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from gcpo_kernels import linear, torch_backend
+from gcpo_kernels.maths import compute_dtype
 from gcpo_kernels.options import HeadOptions, LossOptions
-from gcpo_kernels.reference import TokenInputs, compute_dtype
+from gcpo_kernels.tokens import TokenInputs
 
 _NAMESPACE = "gcpo"
 # Operators that wait for the device, to know which tokens count: a CUDA graph cannot hold them.
@@ -29,12 +30,11 @@ def on_device_of(x: Tensor) -> torch.accelerator.device_index:
 
 
 def _tiles(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, storage: torch.dtype, options: list[float], *where: str
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, storage: torch.dtype, packed: list[float], *where: str
 ) -> linear.Tiles:
     """`where`: the backend, and the name of the process group that the vocabulary is divided over, "" for none."""
     backend, group = where
-    temperature, logit_scale, softcap = options
-    head = HeadOptions(temperature, logit_scale, softcap if softcap > 0 else None)
+    head = HeadOptions.unpack(packed)
     dtype = compute_dtype(hidden, weight)
     if backend == "triton":
         from gcpo_kernels.triton_backend.linear import TritonTiles
@@ -49,11 +49,6 @@ def _tiles(
     return ShardedTiles.around(tiles, find_shards(group, hidden, weight))
 
 
-def head_arguments(head: HeadOptions) -> list[float]:
-    """HeadOptions as the operators take it: operator schemas know lists of numbers, not dataclasses."""
-    return [head.temperature, head.logit_scale, 0.0 if head.logit_softcap is None else head.logit_softcap]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # linear_logprob
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,7 +61,7 @@ def linear_logprob(
     bias: Tensor | None,  # (V,)
     token_ids: Tensor,  # (N,)
     storage: torch.dtype,
-    head: list[float],
+    head: list[float],  # HeadOptions, packed
     backend: str = "torch",
     group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,48 +159,19 @@ def linear_loss(
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
     token_ids: Tensor,  # (B * T,)
-    mask: Tensor,  # (B, T) bool, and so on as in TokenInputs
-    advantages: Tensor,
+    tokens: list[Tensor | None],  # TokenInputs, clean
     weights: Tensor,  # (B, T)
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    query_logp: Tensor | None,
-    causal_logp: Tensor | None,
-    importance_sampling_ratio: Tensor | None,
-    context_logp: Tensor | None,
-    context_weights: Tensor | None,
     offset: Tensor | None,  # (B, T): estimates of the log-probabilities, for speed only; None: old_logp, if it is given
     storage: torch.dtype,
     weight_dtype: torch.dtype | None,  # of the weight's gradient; None: the weight's
-    head: list[float],
-    loss: list[float],  # beta, kappa, epsilon_low, epsilon_high, delta (0: none), proj_floor, kl_clip (0: none)
-    by_sequence: bool,
+    head: list[float],  # HeadOptions, packed
+    loss: list[float],  # LossOptions, packed; their reduction is in the weights
     need: list[bool],  # gradients of hidden, weight, bias
     backend: str = "torch",
     group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities, entropies, and the gradients of sum(weights * per-token loss): three matrix products."""
-    options = LossOptions(
-        beta=loss[0],
-        kappa=loss[1],
-        epsilon_low=loss[2],
-        epsilon_high=loss[3],
-        delta=loss[4] if loss[4] > 0 else None,
-        proj_floor=loss[5],
-        kl_clip=loss[6] if loss[6] > 0 else None,
-        importance_sampling_level="sequence" if by_sequence else "token",
-    )
-    inputs = TokenInputs(
-        mask=mask,
-        advantages=advantages,
-        old_logp=old_logp,
-        ref_logp=ref_logp,
-        query_logp=query_logp,
-        causal_logp=causal_logp,
-        importance_sampling_ratio=importance_sampling_ratio,
-        context_logp=context_logp,
-        context_weights=context_weights,
-    )
+    inputs, options = TokenInputs(*tokens), LossOptions.unpack(loss)  # type: ignore[arg-type]
     with _without_autocast(hidden), on_device_of(hidden):
         tiles = _tiles(hidden, weight, bias, storage, head, backend, group)
         needed = (need[0], need[1], need[2])
@@ -213,13 +179,12 @@ def linear_loss(
 
 
 @linear_loss.register_fake
-def _(hidden, weight, bias, token_ids, mask, *rest):
-    # `need` is followed by `backend` and `group` only where those were given.
-    need: Any = next(x for x in reversed(rest) if isinstance(x, list | tuple))
-    storage = next(k for k, x in enumerate(rest) if isinstance(x, torch.dtype))
+def _(
+    hidden, weight, bias, token_ids, tokens, weights, offset, storage, weight_dtype, head, loss, need, *where, **named
+):
     dtype = compute_dtype(hidden, weight)
-    scores = (hidden.new_empty(mask.shape, dtype=dtype) for _ in range(2))
-    return (*scores, *_fake_gradients(hidden, weight, bias, need, rest[storage + 1]))
+    scores = (hidden.new_empty(weights.shape, dtype=dtype) for _ in range(2))
+    return (*scores, *_fake_gradients(hidden, weight, bias, need, weight_dtype))
 
 
 class LossWithGradients(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """Options that travel whole from the public functions to the backends, checked once, where they are made."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,6 +54,48 @@ class LossOptions:
         elif items is not None:
             check_number("num_items_in_batch", items, low=0.0)
 
+    def per_token(self) -> "LossOptions":
+        """The same without what only the reduction over tokens needs."""
+        return replace(self, loss_type="grpo", max_completion_length=None, num_items_in_batch=None)
+
+    def pack(self) -> list[float]:
+        """
+        The options as operators take them, whose schemas know numbers but no dataclasses. A `num_items_in_batch` that
+        is a tensor is left out: it is an argument of its own.
+        """
+        items = self.num_items_in_batch
+        return [
+            self.beta,
+            self.kappa,
+            self.epsilon_low,
+            self.epsilon_high,
+            _or_zero(self.delta),
+            float(IMPORTANCE_SAMPLING_LEVELS.index(self.importance_sampling_level)),
+            float(LOSS_TYPES.index(self.loss_type)),
+            float(self.max_completion_length or 0),
+            -1.0 if items is None or isinstance(items, torch.Tensor) else float(items),
+            self.proj_floor,
+            _or_zero(self.kl_clip),
+        ]
+
+    @classmethod
+    def unpack(cls, numbers: list[float], items: torch.Tensor | None = None) -> "LossOptions":
+        """The options that `pack` made into numbers, with a `num_items_in_batch` that is a tensor."""
+        beta, kappa, low, high, delta, level, loss_type, length, number, floor, kl_clip = numbers
+        return cls(
+            beta,
+            kappa,
+            low,
+            high,
+            delta or None,
+            IMPORTANCE_SAMPLING_LEVELS[int(level)],
+            LOSS_TYPES[int(loss_type)],
+            int(length) or None,
+            number if items is None and number >= 0 else items,
+            floor,
+            kl_clip or None,
+        )
+
 
 @dataclass(frozen=True)
 class HeadOptions:
@@ -68,6 +110,20 @@ class HeadOptions:
         check_number("logit_scale", self.logit_scale)
         if self.logit_softcap is not None:
             check_number("logit_softcap", self.logit_softcap, above=0.0)
+
+    def pack(self) -> list[float]:
+        """The options as operators take them."""
+        return [self.temperature, self.logit_scale, _or_zero(self.logit_softcap)]
+
+    @classmethod
+    def unpack(cls, numbers: list[float]) -> "HeadOptions":
+        temperature, scale, softcap = numbers
+        return cls(temperature, scale, softcap or None)
+
+
+def _or_zero(number: float | None) -> float:
+    """0 for an option that is off: where it is on, it is above 0."""
+    return 0.0 if number is None else number
 
 
 def check_number(

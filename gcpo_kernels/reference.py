@@ -1,384 +1,149 @@
 """
-The maths of GCPO, once, in plain torch: what every backend must equal.
+What every function must compute, written straight from the equations (arXiv 2508.05428): the oracle of the tests, of
+the benchmarks' checks and of `gcpo doctor`.
 
-Everything here is naive, differentiable and runs in float64 when given float64. The public functions of
-`gcpo_kernels.api` have the same names; they check their arguments and choose a backend, these do not. Equation numbers
-are the paper's (arXiv 2508.05428).
+It is for reading and for comparing with. It is naive where the package is careful: it holds (N, V) logits, leaves
+gradients to autograd and checks nothing. It shares no code with what it judges: it imports torch alone, and of both
+packages only `gcpo doctor` imports it. Functions have the names and arguments of the public ones, without those that
+change no result. Float64 inputs give the truth; narrower ones are computed in float32, as plain torch would.
 
-Shapes: B sequences, T tokens, L contexts, V vocabulary, H hidden size, P prompts, n candidates per prompt, m samples.
+Where an equation leaves something open, the convention is in a comment that begins with "Convention".
 """
 
-from dataclasses import dataclass, fields, replace
+import math
 from typing import Any
 
 import torch
-
-from gcpo_kernels.options import HeadOptions, LossOptions
-
-COSINE_EPS = 1e-8
+from torch import Tensor
 
 
-def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
-    """float64 if any tensor is, else float32: the type that all arithmetic is done in."""
-    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+def _wide(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in [x.dtype for x in tensors] else torch.float32
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The causal reference (eqs. 12, 13)
+# The objective (eqs. 10, 12, 13)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def project(
-    query_logp: torch.Tensor,  # (...)
-    context_logp: torch.Tensor,  # (..., L)
-    context_weights: torch.Tensor | None,  # broadcasts with context_logp
-    proj_floor: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    log p' and whether p' was clamped, each of shape (...), where p' = exp(a) - sum_l w_l exp(b_l) + exp(c) with
-    a = context_logp[..., 0], b_l = context_logp[..., l], c = query_logp, clamped to [proj_floor, 1].
-
-    All exponents are taken relative to the largest log-probability involved, so that nothing overflows and p' keeps
-    its relative precision however improbable the token is. A context of weight 0 does not matter, NaN included, except
-    that context 0 always serves as a.
-    """
-    first = context_logp[..., 0]
-    if context_weights is None:
-        weights = context_logp.new_full((), 1.0 / context_logp.shape[-1]).expand_as(context_logp)
-    else:
-        weights = context_weights.to(context_logp.dtype).expand_as(context_logp)
-    counted = weights != 0
-    inside = context_logp.masked_fill(~counted, -torch.inf)
-    top = torch.maximum(torch.maximum(first, query_logp), inside.amax(dim=-1))
-    top = top.masked_fill(top == -torch.inf, 0.0)  # every probability is 0: so is the sum
-    mean = torch.where(counted, weights * torch.exp(inside - top.unsqueeze(-1)), 0.0).sum(dim=-1)
-    # The difference first: with one context it is exactly 0, and p' exactly the query's probability.
-    total = torch.exp(first - top) - mean + torch.exp(query_logp - top)
-    # `total <= 0` is false for NaN, which therefore comes out as NaN.
-    log_proj = torch.where(total <= 0, -torch.inf, top + torch.log(total))
-    low = torch.log(torch.tensor(proj_floor, dtype=torch.float64)).item()
-    clamped = (log_proj < low) | (log_proj > 0.0)
-    return log_proj.clamp(min=low, max=0.0), clamped
-
-
-def causal_reference_logprob(
-    query_logp: torch.Tensor, context_logp: torch.Tensor, *, proj_floor: float = 1e-6
-) -> torch.Tensor:
-    """log p' of eq. 13 with a uniform mean over contexts: (B, T) from (B, T) and (B, T, L)."""
-    dtype = compute_dtype(query_logp, context_logp)
-    return project(query_logp.to(dtype), context_logp.to(dtype), None, proj_floor)[0]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The per-token objective (eq. 10)
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TokenInputs:
-    """
-    What the objective needs of each token beside the policy's log-probability: tensors of one leading shape, (B, T) or
-    (N,), of the compute dtype, with 0 at masked positions, so that garbage there reaches no arithmetic.
-    """
-
-    mask: torch.Tensor  # (...) bool
-    advantages: torch.Tensor  # (...)
-    old_logp: torch.Tensor | None = None  # (...); None: the policy itself, detached
-    ref_logp: torch.Tensor | None = None  # (...)
-    query_logp: torch.Tensor | None = None  # (...); None: old_logp
-    causal_logp: torch.Tensor | None = None  # (...); None: the policy itself
-    importance_sampling_ratio: torch.Tensor | None = None  # (...)
-    context_logp: torch.Tensor | None = None  # (..., L)
-    context_weights: torch.Tensor | None = None  # (..., L)
-
-    def take(self, index: Any) -> "TokenInputs":
-        """The same fields at `index` of the leading dimension."""
-        return replace(self, **{f.name: x[index] for f in fields(self) if (x := getattr(self, f.name)) is not None})
-
-    def flatten(self) -> "TokenInputs":
-        """(B, T, ...) -> (B * T, ...)."""
-        return replace(
-            self, **{f.name: x.flatten(0, 1) for f in fields(self) if (x := getattr(self, f.name)) is not None}
-        )
-
-
-def token_inputs(
-    mask: torch.Tensor,
-    advantages: torch.Tensor,
-    dtype: torch.dtype,
-    *,
-    old_logp: torch.Tensor | None = None,
-    ref_logp: torch.Tensor | None = None,
-    context_logp: torch.Tensor | None = None,
-    context_weights: torch.Tensor | None = None,
-    query_logp: torch.Tensor | None = None,
-    causal_logp: torch.Tensor | None = None,
-    importance_sampling_ratio: torch.Tensor | None = None,
-) -> TokenInputs:
-    """Broadcast the arguments of `gcpo_loss` to (B, T), cast them, and put 0 wherever the mask is 0."""
-    mask = mask != 0
-
-    def clean(x: torch.Tensor | None, gradient: bool = False) -> torch.Tensor | None:
-        if x is None:
-            return None
-        x = (x if gradient else x.detach()).to(dtype)
-        if x.dim() == 1:  # one value per sequence
-            x = x.unsqueeze(1)
-        return torch.where(mask, x, 0.0)
-
-    if context_logp is not None:
-        if context_weights is not None:
-            weights = context_weights.detach().to(dtype)
-            weights = weights[:, None, :] if weights.dim() == 2 else weights
-            context_weights = torch.where(mask.unsqueeze(-1), weights, 0.0)
-        context_logp = torch.where(mask.unsqueeze(-1), context_logp.detach().to(dtype), 0.0)
-    cleaned_advantages = clean(advantages)
-    assert cleaned_advantages is not None
-    return TokenInputs(
-        mask=mask,
-        advantages=cleaned_advantages,
-        old_logp=clean(old_logp),
-        ref_logp=clean(ref_logp),
-        query_logp=clean(query_logp),
-        causal_logp=clean(causal_logp, gradient=True),
-        importance_sampling_ratio=clean(importance_sampling_ratio),
-        context_logp=context_logp,
-        context_weights=context_weights if context_logp is not None else None,
-    )
-
-
-def k3(d: torch.Tensor) -> torch.Tensor:
-    """Schulman's estimator of KL(p || q) from a sample of p, with d = log q - log p: exp(d) - d - 1 >= 0."""
+def k3(d: Tensor) -> Tensor:
+    """exp(d) - d - 1."""
     return torch.expm1(d) - d
 
 
-def beyond_kl_clip(d: torch.Tensor, kl_clip: float) -> torch.Tensor:
-    """Where the log-ratio d of a KL term leaves [-kl_clip, kl_clip]. NaN does not, so that it shows in the loss."""
-    return d.abs() > kl_clip
+def projection(
+    query_logp: Tensor,  # (...)
+    context_logp: Tensor,  # (..., L)
+    context_weights: Tensor | None,  # (..., L) or (L,); None: 1 / L each
+    proj_floor: float,
+) -> tuple[Tensor, Tensor]:
+    """log p' of eq. 13 and whether p' was clamped, (...) each: p' = exp(a) - sum_l w_l exp(b_l) + exp(c)."""
+    b = context_logp.exp()
+    a, c = b[..., 0], query_logp.exp()
+    if context_weights is None:
+        mean = b.mean(dim=-1)
+    else:
+        # Convention: a context of weight 0 does not exist, whatever its score is, but context 0 still serves as a.
+        mean = torch.where(context_weights != 0, context_weights * b, 0.0).sum(dim=-1)
+    p = a - mean + c
+    return p.clamp(proj_floor, 1.0).log(), (p < proj_floor) | (p > 1.0)
 
 
-def clip_kl_ratio(d: torch.Tensor, options: LossOptions) -> torch.Tensor:
-    """d within [-kl_clip, kl_clip], and a constant beyond: no gradient passes there. Without a kl_clip d itself."""
-    if options.kl_clip is None:
-        return d
-    return torch.where(beyond_kl_clip(d, options.kl_clip), d.detach().sign() * options.kl_clip, d)
-
-
-def k3_slope(d: torch.Tensor, options: LossOptions) -> torch.Tensor:
-    """The derivative of k3(clip_kl_ratio(d))."""
-    slope = torch.expm1(d)
-    return slope if options.kl_clip is None else torch.where(beyond_kl_clip(d, options.kl_clip), 0.0, slope)
-
-
-def token_weights(mask: torch.Tensor, options: LossOptions, dtype: torch.dtype) -> torch.Tensor:
-    """
-    (B, T) weights w, 0 where masked, such that the loss is sum(w * per-token loss): TRL's reductions.
-
-    grpo: mean over sequences of the mean over a sequence's tokens; bnpo: mean over tokens; dr_grpo: sum / (B *
-    max_completion_length); dapo: sum / num_items_in_batch. Denominators are at least 1.
-    """
-    ones = (mask != 0).to(dtype)
-    if options.loss_type == "grpo":
-        return ones / (ones.sum(dim=1, keepdim=True).clamp(min=1.0) * max(mask.shape[0], 1))
-    if options.loss_type == "dr_grpo":
-        assert options.max_completion_length is not None
-        return ones / (max(mask.shape[0], 1) * options.max_completion_length)
-    if options.loss_type == "dapo" and options.num_items_in_batch is not None:
-        items = options.num_items_in_batch
-        if isinstance(items, torch.Tensor):  # of any rank: it must not broadcast
-            return ones / items.reshape(()).to(device=mask.device, dtype=dtype).clamp(min=1.0)
-        return ones / max(items, 1)
-    return ones / ones.sum().clamp(min=1.0)
-
-
-def log_ratio(logp: torch.Tensor, inputs: TokenInputs, level: str) -> torch.Tensor:
-    """log R of each token, (B, T): its own, or ("sequence") the mean of its sequence's, with the gradient of that."""
-    ratio = logp - (logp.detach() if inputs.old_logp is None else inputs.old_logp)
-    if level == "token":
-        return ratio
-    count = inputs.mask.sum(dim=1, keepdim=True).clamp(min=1)
-    return (torch.where(inputs.mask, ratio, 0.0).sum(dim=1, keepdim=True) / count).expand_as(ratio)
-
-
-def causal_target(
-    logp: torch.Tensor, inputs: TokenInputs, options: LossOptions
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """log p' of each token and whether it was clamped; (None, None) without contexts."""
-    if inputs.context_logp is None:
-        return None, None
-    query = inputs.query_logp if inputs.query_logp is not None else inputs.old_logp
-    query = logp.detach() if query is None else query
-    return project(query, inputs.context_logp, inputs.context_weights, options.proj_floor)
-
-
-# exp of what lies above overflows.
-LARGEST_LOG = {torch.float32: 88.72283, torch.float64: 709.78271}
-
-
-def bounded_log_ratio(log_ratio: torch.Tensor, inputs: TokenInputs, options: LossOptions) -> torch.Tensor:
-    """
-    log R, kept from overflowing for tokens whose loss does not grow with R there: with an advantage of at least 0 the
-    clip has taken over long before, or `delta` has, or the sampler's correction is 0. Their loss is what it was, and
-    their derivative 0, not 0 * inf. Where the loss itself is infinite it stays so.
-    """
-    bounded = log_ratio.clamp(max=LARGEST_LOG[log_ratio.dtype])
-    if options.delta is None:
-        bounded = torch.where(inputs.advantages < 0, log_ratio, bounded)
-    if inputs.importance_sampling_ratio is not None:
-        bounded = torch.where(inputs.importance_sampling_ratio == 0, log_ratio.clamp(max=0.0), bounded)
-    return bounded
-
-
-def token_objective(
-    logp: torch.Tensor,
-    log_ratio: torch.Tensor,
-    log_proj: torch.Tensor | None,
-    inputs: TokenInputs,
-    options: LossOptions,
-) -> torch.Tensor:
-    """
-    Loss of each token (eq. 10, to minimise), before the reduction; all arguments of one shape:
-
-        -min(R A, clip(R, 1 - eps_low, 1 + eps_high) A) w + beta k3(log pi_ref - log pi) + kappa k3(log p' - log pi)
-
-    `delta` caps the unclipped R from above, as in TRL. With `kl_clip`, the log-ratios of both k3 terms are clamped to
-    [-kl_clip, kl_clip]. `token_objective_gradient` is its derivative.
-    """
-    ratio = torch.exp(bounded_log_ratio(log_ratio, inputs, options))
-    clipped = ratio.clamp(1.0 - options.epsilon_low, 1.0 + options.epsilon_high)
-    capped = ratio if options.delta is None else ratio.clamp(max=options.delta)
-    loss = -torch.minimum(capped * inputs.advantages, clipped * inputs.advantages)
-    if inputs.importance_sampling_ratio is not None:
-        loss = loss * inputs.importance_sampling_ratio
-    if options.beta != 0.0 and inputs.ref_logp is not None:
-        loss = loss + options.beta * k3(clip_kl_ratio(inputs.ref_logp - logp, options))
-    if options.kappa != 0.0 and log_proj is not None:
-        causal_logp = logp if inputs.causal_logp is None else inputs.causal_logp
-        loss = loss + options.kappa * k3(clip_kl_ratio(log_proj - causal_logp, options))
-    return loss
-
-
-def token_objective_gradient(
-    logp: torch.Tensor,
-    log_ratio: torch.Tensor,
-    log_proj: torch.Tensor | None,
-    inputs: TokenInputs,
-    options: LossOptions,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """
-    Derivatives of `token_objective` in log R, in logp at fixed R, and in causal_logp (None where there is none).
-
-    For backends that make gradients in the forward, where autograd does not reach. Ties are split as autograd's: half
-    to each side of the minimum.
-    """
-    ratio = torch.exp(bounded_log_ratio(log_ratio, inputs, options))
-    unclipped = (ratio >= 1.0 - options.epsilon_low) & (ratio <= 1.0 + options.epsilon_high)
-    clipped = ratio.clamp(1.0 - options.epsilon_low, 1.0 + options.epsilon_high)
-    capped, uncapped = ratio, torch.ones_like(unclipped)
-    if options.delta is not None:
-        capped, uncapped = ratio.clamp(max=options.delta), ratio <= options.delta
-    left, right = capped * inputs.advantages, clipped * inputs.advantages
-    passes = torch.where(left < right, uncapped.to(ratio), torch.where(left > right, unclipped.to(ratio), 0.0))
-    tie = 0.5 * (uncapped.to(ratio) + unclipped.to(ratio))
-    passes = torch.where(left == right, tie, passes)
-    d_ratio = -passes * ratio * inputs.advantages
-    if inputs.importance_sampling_ratio is not None:
-        d_ratio = d_ratio * inputs.importance_sampling_ratio
-    d_logp = torch.zeros_like(d_ratio)
-    d_causal = None
-    if options.beta != 0.0 and inputs.ref_logp is not None:
-        d_logp = d_logp - options.beta * k3_slope(inputs.ref_logp - logp, options)
-    if options.kappa != 0.0 and log_proj is not None:
-        if inputs.causal_logp is None:
-            d_logp = d_logp - options.kappa * k3_slope(log_proj - logp, options)
-        else:
-            d_causal = -options.kappa * k3_slope(log_proj - inputs.causal_logp, options)
-    return d_ratio, d_logp, d_causal
-
-
-def objective(
-    logp: torch.Tensor, inputs: TokenInputs, options: LossOptions
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The reduced loss of eq. 10 and its metrics, from the policy's (B, T) log-probabilities."""
-    logp = torch.where(inputs.mask, logp, 0.0)
-    ratio = log_ratio(logp, inputs, options.importance_sampling_level)
-    log_proj, clamped = causal_target(logp, inputs, options)
-    per_token = token_objective(logp, ratio, log_proj, inputs, options)
-    weights = token_weights(inputs.mask, options, logp.dtype)
-    loss = torch.where(inputs.mask, per_token * weights, 0.0).sum()
-    with torch.no_grad():
-        metrics = objective_metrics(logp, ratio, log_proj, clamped, inputs, options)
-    return loss, metrics
-
-
-def objective_metrics(
-    logp: torch.Tensor,
-    log_ratio: torch.Tensor,
-    log_proj: torch.Tensor | None,
-    clamped: torch.Tensor | None,
-    inputs: TokenInputs,
-    options: LossOptions,
-) -> dict[str, torch.Tensor]:
-    """
-    Means over unmasked tokens, as float32 scalars: "kl" (k3 to the reference), "kl_causal" (k3 to p'), "proj_clamped"
-    (share of tokens whose p' left [proj_floor, 1]), "clip_low" and "clip_high" (share of tokens whose gradient a clip
-    side stopped, as TRL counts them). A term that was not given is 0. With `kl_clip`, both k3 are of the clamped
-    log-ratios, and "kl_clipped" and "kl_causal_clipped" are the shares of tokens whose log-ratio was clamped.
-    """
-    count = inputs.mask.sum().clamp(min=1)
-
-    def mean(x: torch.Tensor) -> torch.Tensor:
-        return (torch.where(inputs.mask, x.to(logp.dtype), 0.0).sum() / count).to(torch.float32)
-
-    zero = torch.zeros((), dtype=torch.float32, device=logp.device)
-    ratio = torch.exp(log_ratio)
-    if options.delta is not None:
-        ratio = ratio.clamp(max=options.delta)
-    causal_logp = logp if inputs.causal_logp is None else inputs.causal_logp
-    ref_ratio = None if inputs.ref_logp is None else inputs.ref_logp - logp
-    causal_ratio = None if log_proj is None else log_proj - causal_logp
-    metrics = {
-        "kl": zero if ref_ratio is None else mean(k3(clip_kl_ratio(ref_ratio, options))),
-        "kl_causal": zero if causal_ratio is None else mean(k3(clip_kl_ratio(causal_ratio, options))),
-        "proj_clamped": zero if clamped is None else mean(clamped),
-        "clip_low": mean((ratio < 1.0 - options.epsilon_low) & (inputs.advantages < 0)),
-        "clip_high": mean((ratio > 1.0 + options.epsilon_high) & (inputs.advantages > 0)),
-    }
-    if options.kl_clip is not None:
-        for name, d in (("kl_clipped", ref_ratio), ("kl_causal_clipped", causal_ratio)):
-            metrics[name] = zero if d is None else mean(beyond_kl_clip(d, options.kl_clip))
-    return metrics
+def causal_reference_logprob(query_logp: Tensor, context_logp: Tensor, *, proj_floor: float = 1e-6) -> Tensor:
+    """log p', (B, T), with the plain mean over contexts."""
+    dtype = _wide(query_logp, context_logp)
+    return projection(query_logp.to(dtype), context_logp.to(dtype), None, proj_floor)[0]
 
 
 def gcpo_loss(
-    logp: torch.Tensor,  # (B, T)
-    advantages: torch.Tensor,  # (B,) or (B, T)
-    mask: torch.Tensor,  # (B, T)
+    logp: Tensor,  # (B, T)
+    advantages: Tensor,  # (B,) or (B, T)
+    mask: Tensor,  # (B, T)
     *,
-    old_logp: torch.Tensor | None = None,
-    ref_logp: torch.Tensor | None = None,
-    context_logp: torch.Tensor | None = None,
-    context_weights: torch.Tensor | None = None,
-    query_logp: torch.Tensor | None = None,
-    causal_logp: torch.Tensor | None = None,
-    importance_sampling_ratio: torch.Tensor | None = None,
-    **options: Any,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """`gcpo_kernels.gcpo_loss`, naively: eq. 10 from log-probabilities."""
-    dtype = compute_dtype(logp)
-    inputs = token_inputs(
-        mask,
-        advantages,
-        dtype,
-        old_logp=old_logp,
-        ref_logp=ref_logp,
-        context_logp=context_logp,
-        context_weights=context_weights,
-        query_logp=query_logp,
-        causal_logp=causal_logp,
-        importance_sampling_ratio=importance_sampling_ratio,
-    )
-    return objective(logp.to(dtype), inputs, LossOptions(**options))
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    context_logp: Tensor | None = None,
+    context_weights: Tensor | None = None,
+    query_logp: Tensor | None = None,
+    causal_logp: Tensor | None = None,
+    beta: float = 0.0,
+    kappa: float = 0.0,
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.2,
+    delta: float | None = None,
+    importance_sampling_level: str = "token",
+    importance_sampling_ratio: Tensor | None = None,
+    loss_type: str = "grpo",
+    max_completion_length: int | None = None,
+    num_items_in_batch: float | Tensor | None = None,
+    proj_floor: float = 1e-6,
+    kl_clip: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Eq. 10. Tokens that are masked are dropped at once: what follows is about the N that are left."""
+    keep = mask != 0
+    batch, row = mask.shape[0], keep.nonzero()[:, 0]  # (N,): the sequence that each token is in
+    count = keep.sum(dim=1)  # (B,)
+    dtype = _wide(logp)
+
+    def tokens(x: Tensor) -> Tensor:
+        """(B, T), or (B, 1) or (B,) for one value per sequence, as (N,); (B, T, L) as (N, L)."""
+        x = x.to(dtype)
+        return x[keep] if x.shape[:2] == mask.shape else x.flatten()[row]
+
+    def per_sequence(x: Tensor) -> Tensor:
+        """Sums over the tokens of each sequence, (B,)."""
+        return x.new_zeros(batch).index_add(0, row, x)
+
+    logp = tokens(logp)
+    old = logp.detach() if old_logp is None else tokens(old_logp.detach())
+    log_ratio = logp - old
+    if importance_sampling_level == "sequence":
+        log_ratio = (per_sequence(log_ratio) / count.clamp(min=1))[row]
+    # Convention: a ratio that no number of this type can hold is a very large one. Infinity would turn the clipped
+    # side's slope of 0, an advantage of 0 and a correction of 0 into NaN.
+    ratio = log_ratio.clamp(max=0.9 * math.log(torch.finfo(dtype).max)).exp()
+    low, high = 1.0 - epsilon_low, 1.0 + epsilon_high
+    capped = ratio if delta is None else ratio.clamp(max=delta)
+    advantage = tokens(advantages.detach())
+    loss = -torch.minimum(capped * advantage, ratio.clamp(low, high) * advantage)
+    if importance_sampling_ratio is not None:
+        loss = loss * tokens(importance_sampling_ratio.detach())
+
+    zero = torch.zeros_like(logp)
+    shares = {"clip_low": (capped < low) & (advantage < 0), "clip_high": (capped > high) & (advantage > 0)}
+    shares |= dict.fromkeys(("kl", "kl_causal", "proj_clamped"), zero)
+    if kl_clip is not None:
+        shares |= {"kl_clipped": zero, "kl_causal_clipped": zero}
+
+    def kl(name: str, d: Tensor) -> Tensor:
+        if kl_clip is not None:
+            shares[f"{name}_clipped"] = d.abs() > kl_clip
+            d = d.clamp(-kl_clip, kl_clip)
+        shares[name] = k3(d)
+        return shares[name]
+
+    if ref_logp is not None:
+        term = kl("kl", tokens(ref_logp.detach()) - logp)
+        loss = loss + beta * term if beta else loss
+    if context_logp is not None:
+        query = old if query_logp is None else tokens(query_logp.detach())
+        weights = None if context_weights is None else context_weights.detach().to(dtype)
+        weights = weights[row] if weights is not None and weights.dim() == 2 else weights
+        log_p, shares["proj_clamped"] = projection(query, tokens(context_logp.detach()), weights, proj_floor)
+        term = kl("kl_causal", log_p - (logp if causal_logp is None else tokens(causal_logp)))
+        loss = loss + kappa * term if kappa else loss
+
+    if loss_type == "grpo":
+        total = (per_sequence(loss) / count.clamp(min=1)).sum() / max(batch, 1)
+    elif loss_type == "dr_grpo":
+        assert max_completion_length is not None
+        total = loss.sum() / (max(batch, 1) * max_completion_length)
+    elif loss_type == "dapo" and num_items_in_batch is not None:
+        total = loss.sum() / max(float(num_items_in_batch), 1.0)
+    else:
+        total = loss.sum() / max(len(row), 1)
+    means = {name: (x.detach().to(dtype).sum() / max(len(row), 1)).float() for name, x in shares.items()}
+    return total, means
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -386,85 +151,68 @@ def gcpo_loss(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def head_logits(u: torch.Tensor, head: HeadOptions) -> torch.Tensor:
+def head_logits(
+    u: Tensor, *, temperature: float = 1.0, logit_scale: float = 1.0, logit_softcap: float | None = None
+) -> Tensor:
     """softcap(logit_scale * u) / temperature, softcap(x) = c tanh(x / c)."""
-    logits = u * head.logit_scale
-    if head.logit_softcap is not None:
-        logits = head.logit_softcap * torch.tanh(logits / head.logit_softcap)
-    return logits / head.temperature
+    u = logit_scale * u
+    return (u if logit_softcap is None else logit_softcap * torch.tanh(u / logit_softcap)) / temperature
 
 
 def selective_logprob(
-    logits: torch.Tensor,  # (..., V)
-    token_ids: torch.Tensor,  # (...)
+    logits: Tensor,  # (..., V)
+    token_ids: Tensor,  # (...)
     *,
     temperature: float = 1.0,
     return_entropy: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """`gcpo_kernels.selective_logprob`, naively: log_softmax(logits / temperature) at token_ids, and its entropy."""
-    logprobs = torch.log_softmax(logits.to(compute_dtype(logits)) / temperature, dim=-1)
-    logp = logprobs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
-    if not return_entropy:
-        return logp
-    # A token of probability 0 adds nothing, neither here nor in the gradient: 0 * -inf would be NaN.
-    return logp, -(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0.0)).sum(dim=-1)
+) -> Any:
+    """log_softmax(logits / temperature) at token_ids, and its entropy where that is asked for."""
+    logprobs = torch.log_softmax(logits.to(_wide(logits)) / temperature, dim=-1)
+    logp = logprobs.gather(-1, token_ids[..., None])[..., 0]
+    # Convention: 0 log 0 = 0, and its derivative is 0.
+    terms = logprobs.exp() * logprobs.masked_fill(logprobs == -math.inf, 0.0)
+    return (logp, -terms.sum(dim=-1)) if return_entropy else logp
 
 
 def linear_logprob(
-    hidden: torch.Tensor,  # (..., H)
-    weight: torch.Tensor,  # (V, H)
-    token_ids: torch.Tensor,  # (...)
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    token_ids: Tensor,  # (...)
     *,
-    bias: torch.Tensor | None = None,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
+    bias: Tensor | None = None,
     return_entropy: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """`gcpo_kernels.linear_logprob`, naively: holds all logits, (..., V)."""
-    dtype = compute_dtype(hidden, weight)
+    **head: Any,
+) -> Any:
+    """`selective_logprob` of the logits that an output layer makes of hidden states; `head` is for `head_logits`."""
+    dtype = _wide(hidden, weight)
     u = hidden.to(dtype) @ weight.to(dtype).T
-    if bias is not None:
-        u = u + bias.to(dtype)
-    logits = head_logits(u, HeadOptions(temperature, logit_scale, logit_softcap))
-    return selective_logprob(logits, token_ids, return_entropy=return_entropy)
+    u = u if bias is None else u + bias.to(dtype)
+    return selective_logprob(head_logits(u, **head), token_ids, return_entropy=return_entropy)
 
 
 def linear_gcpo_loss(
-    hidden: torch.Tensor,  # (B, T, H)
-    weight: torch.Tensor,  # (V, H)
-    token_ids: torch.Tensor,  # (B, T)
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
+    hidden: Tensor,  # (B, T, H) or (B * T, H)
+    weight: Tensor,  # (V, H)
+    token_ids: Tensor,  # (B, T) or (B * T,)
+    advantages: Tensor,
+    mask: Tensor,  # (B, T)
     *,
-    bias: torch.Tensor | None = None,
+    bias: Tensor | None = None,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
-    **loss_arguments: Any,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """`gcpo_kernels.linear_gcpo_loss`, naively: `linear_logprob`, then `gcpo_loss`."""
+    **others: Any,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`gcpo_loss` of the `linear_logprob` of the tokens that are not masked, with their mean entropy."""
     keep = mask != 0
-    hidden = torch.where(keep.unsqueeze(-1), hidden.view(*mask.shape, hidden.shape[-1]), 0.0)
-    token_ids = torch.where(keep, token_ids.view(mask.shape), 0)
-    logp, entropy = linear_logprob(
-        hidden,
-        weight,
-        token_ids,
-        bias=bias,
-        temperature=temperature,
-        logit_scale=logit_scale,
-        logit_softcap=logit_softcap,
-        return_entropy=True,
-    )
-    loss, metrics = gcpo_loss(logp, advantages, mask, **loss_arguments)
-    metrics["entropy"] = masked_mean(entropy.detach(), keep)
+    kept = hidden.reshape(*mask.shape, weight.shape[1])[keep]
+    head = {"temperature": temperature, "logit_scale": logit_scale, "logit_softcap": logit_softcap}
+    ids = token_ids.reshape(mask.shape)[keep]
+    logp, entropy = linear_logprob(kept, weight, ids, bias=bias, return_entropy=True, **head)
+    whole = logp.new_zeros(mask.shape).masked_scatter(keep, logp)
+    loss, metrics = gcpo_loss(whole, advantages, mask, **others)
+    metrics["entropy"] = (entropy.detach().sum() / max(len(kept), 1)).float()
     return loss, metrics
-
-
-def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of x where mask is true (0 where it nowhere is), as a float32 scalar."""
-    return (torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)).to(torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -472,102 +220,75 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def group_advantages(
-    rewards: torch.Tensor,  # (B,)
-    group_size: int,
-    *,
-    scale: str = "group",
-    eps: float = 1e-4,
-) -> torch.Tensor:
+def group_advantages(rewards: Tensor, group_size: int, *, scale: str = "group", eps: float = 1e-4) -> Tensor:
     """
-    A of eq. 8, (B,): (r - mean) / (std + eps) within each group of `group_size` consecutive rewards.
+    (B,) from (B,): (r - mean) / (std + eps) in each group, with the unbiased std.
 
-    The std is the unbiased one. NaN rewards are left out of the statistics and get 0; so do groups of equal rewards.
+    Conventions: NaN rewards are not there, and get 0; so does a group of equal rewards, one of a single reward too.
     """
-    grouped = rewards.to(compute_dtype(rewards)).view(-1, group_size)
-    scored = ~torch.isnan(grouped)
-    centred = torch.where(scored, grouped - grouped.nanmean(dim=1, keepdim=True), 0.0)
-    # Equal rewards can differ from their own rounded mean: the comparison is exact, a std is not.
-    high = torch.where(scored, grouped, -torch.inf).amax(dim=1, keepdim=True)
-    low = torch.where(scored, grouped, torch.inf).amin(dim=1, keepdim=True)
-    if scale == "group":
-        count = scored.sum(dim=1, keepdim=True)
-        std = (centred.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-        centred = centred / (std + eps)
-    elif scale == "batch":
-        every = torch.where(scored, grouped - grouped.nanmean(), 0.0)
-        std = (every.square().sum() / (scored.sum() - 1).clamp(min=1)).sqrt()
-        centred = centred / (std + eps)
-    return torch.where(high > low, centred, 0.0).reshape(-1)
+    rewards = rewards.to(_wide(rewards))
+    out = torch.zeros_like(rewards)
+    every = rewards[~rewards.isnan()]
+    for start in range(0, len(rewards), group_size):
+        group = rewards[start : start + group_size]
+        there = group[~group.isnan()]
+        if len(there.unique()) < 2:
+            continue
+        std = {"group": there, "batch": every}[scale].std() if scale != "none" else None
+        centred = there - there.mean()
+        out[start : start + group_size][~group.isnan()] = centred if std is None else centred / (std + eps)
+    return out
 
 
-def leave_one_out_mean(z: torch.Tensor) -> torch.Tensor:  # (P, n, H) -> (P, n, H)
-    """mean_{k != i} z_k for every i. With n = 1 there is no other candidate and the mean is NaN."""
-    z = z.to(compute_dtype(z))
-    return (z.sum(dim=1, keepdim=True) - z) / (z.shape[1] - 1)
-
-
-def context_difference(context_z: torch.Tensor, context_mask: torch.Tensor | None) -> torch.Tensor:
-    """Zbar_i - Zprime_i of eq. 11, (P, n, H), from (P, n, L, m, H); 0 where context 0, or every context, is empty."""
-    dtype = compute_dtype(context_z)
-    if context_mask is None:
-        per_context = context_z.mean(dim=3, dtype=dtype)  # (P, n, L, H)
-        return per_context[:, :, 0] - per_context.mean(dim=2)
-    keep = context_mask.bool()
-    total = torch.where(keep.unsqueeze(-1), context_z, 0.0).sum(dim=3, dtype=dtype)  # (P, n, L, H)
-    count = keep.sum(dim=3)  # (P, n, L)
-    first = total[:, :, 0] / count[:, :, 0, None].clamp(min=1)
-    per_context = total / count.unsqueeze(-1).clamp(min=1)
-    filled = (count > 0).sum(dim=2)  # contexts that hold a sample: the mean over l is over those
-    average = per_context.sum(dim=2) / filled.unsqueeze(-1).clamp(min=1)
-    return torch.where((count[:, :, 0] > 0).unsqueeze(-1), first - average, 0.0)
-
-
-def _norm(x: torch.Tensor) -> torch.Tensor:
-    """|x| over the last dimension, with gradient 0 rather than NaN at 0."""
-    square = x.square().sum(dim=-1)
-    zero = square == 0
-    return torch.where(zero, 0.0, torch.sqrt(torch.where(zero, 1.0, square)))
-
-
-def similarity_of_cosine(cosine: torch.Tensor, similarity: str) -> torch.Tensor:
-    """s as a function of the cosine: on unit vectors the squared distance is 2 - 2 cosine."""
-    if similarity == "cosine":
-        return cosine
-    distance2 = (2.0 - 2.0 * cosine).clamp(min=0.0)
-    if similarity == "gaussian":
-        return torch.exp(-distance2 / 2.0)
-    zero = distance2 == 0
-    return 1.0 / (1.0 + torch.where(zero, 0.0, torch.sqrt(torch.where(zero, 1.0, distance2))))
+def leave_one_out_mean(z: Tensor) -> Tensor:
+    """(P, n, H) from (P, n, H): the mean of z_k over k != i."""
+    z = z.to(_wide(z))
+    n = z.shape[1]
+    means = [z[:, [k for k in range(n) if k != i]].mean(dim=1) for i in range(n)]
+    # Convention: what is not a number shows in its whole group, at its own place too, which the mean does not read.
+    return torch.where(z.isnan().any(dim=1, keepdim=True), torch.nan, torch.stack(means, dim=1)) if n else z
 
 
 def causal_weights(
-    z: torch.Tensor,  # (P, n, H)
-    context_z: torch.Tensor,  # (P, n, L, m, H)
+    z: Tensor,  # (P, n, H)
+    context_z: Tensor,  # (P, n, L, m, H)
     *,
     alpha: float = 2.0,
     baseline: str = "mean",
     similarity: str = "cosine",
-    context_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
+    context_mask: Tensor | None = None,  # (P, n, L, m)
+) -> Tensor:
     """Upsilon of eq. 11, (P, n): alpha * s(z_i, Zbar_i - Zprime_i + zbar)."""
-    dtype = compute_dtype(z, context_z)
-    z = z.to(dtype)
+    dtype = _wide(z, context_z)
+    z, context_z = z.to(dtype), context_z.to(dtype)
     zbar = leave_one_out_mean(z) if baseline == "loo" else z.mean(dim=1, keepdim=True)
-    target = context_difference(context_z, context_mask).to(dtype) + zbar
-    dot = (z * target).sum(dim=-1)
-    cosine = dot / (_norm(z) * _norm(target)).clamp(min=COSINE_EPS)
-    # Rounding can take it past 1: its value is bounded then, its derivative is what it is just below.
-    cosine = cosine + (cosine.clamp(-1.0, 1.0) - cosine).detach()
-    return alpha * similarity_of_cosine(cosine, similarity)
+    if context_mask is None:
+        difference = context_z[:, :, 0].mean(dim=2) - context_z.mean(dim=(2, 3))
+    else:
+        # Convention: means are over samples that exist, and over contexts that hold one; without any under context 0
+        # the difference is 0.
+        difference = torch.zeros_like(z)
+        for p in range(z.shape[0]):
+            for i in range(z.shape[1]):
+                held = [x[there != 0] for x, there in zip(context_z[p, i], context_mask[p, i], strict=True)]
+                if len(held[0]):
+                    means = torch.stack([x.mean(dim=0) for x in held if len(x)])
+                    difference[p, i] = means[0] - means.mean(dim=0)
+    target = difference + zbar
+    # Convention: the denominator is at least 1e-8, so that a vector of zeros gives 0.
+    norms = torch.linalg.vector_norm(z, dim=-1) * torch.linalg.vector_norm(target, dim=-1)
+    cosine = (z * target).sum(dim=-1) / norms.clamp(min=1e-8)
+    if similarity == "cosine":
+        return alpha * cosine
+    # Of unit vectors; rounding may take a cosine past 1. Convention: at a distance of 0 the root has derivative 0.
+    distance2 = (2.0 - 2.0 * cosine).clamp(min=0.0)
+    if similarity == "gaussian":
+        return alpha * torch.exp(-distance2 / 2.0)
+    apart = distance2 != 0
+    return alpha / (1.0 + torch.where(apart, distance2, 1.0).sqrt() * apart)
 
 
-def causal_weights_from_hidden(
-    hidden: torch.Tensor,  # (P * n, T, H)
-    last_index: torch.Tensor,  # (P * n,)
-    context_z: torch.Tensor,  # (P, n, L, m, H)
-    **options: Any,
-) -> torch.Tensor:
-    """`causal_weights` of row `last_index[i]` of each sequence's hidden states."""
-    rows = hidden[torch.arange(len(last_index), device=hidden.device), last_index]
-    return causal_weights(rows.unflatten(0, context_z.shape[:2]), context_z, **options)
+def causal_weights_from_hidden(hidden: Tensor, last_index: Tensor, context_z: Tensor, **options: Any) -> Tensor:
+    """`causal_weights` of row `last_index[i]` (P * n,) of each sequence's hidden states (P * n, T, H)."""
+    rows = torch.stack([x[at] for x, at in zip(hidden, last_index, strict=True)]) if len(hidden) else hidden[:, 0]
+    return causal_weights(rows.view(*context_z.shape[:2], hidden.shape[-1]), context_z, **options)

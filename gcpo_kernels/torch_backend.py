@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from gcpo_kernels.linear import RowScores, RowState, Scores, TileGradient, Tiles, check_token_ids
+from gcpo_kernels.maths import compute_dtype, head_logits
 from gcpo_kernels.options import HeadOptions
-from gcpo_kernels.reference import compute_dtype, head_logits
 
 # Large enough for full-speed products, small enough that a tile stays well below the weight and its gradient.
 _TILE_BYTES = {"cpu": 96 << 20, "other": 1 << 30}

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from gcpo_kernels.linear import RowScores, RowState, Scores, TileGradient, Tiles
 from gcpo_kernels.options import LossOptions
-from gcpo_kernels.reference import TokenInputs
+from gcpo_kernels.tokens import TokenInputs
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import torch
 
 import gcpo_kernels
 from gcpo_kernels import reference
-from gcpo_kernels.options import HeadOptions
 from gcpo_kernels.testing import assert_close_to_truth, assert_gradient, in_float64, with_gradients
 
 LEAVES = ("logp", "hidden", "weight", "bias", "causal_logp", "logits", "z", "context_z")
@@ -30,9 +29,7 @@ def _plain_linear_logprob(
 ) -> Any:
     """What a training loop without this package writes: logits in the operands' type, float32 from there on."""
     logits = torch.nn.functional.linear(hidden, weight, bias).float()
-    return reference.selective_logprob(
-        reference.head_logits(logits, HeadOptions(**head)), token_ids, return_entropy=return_entropy
-    )
+    return reference.selective_logprob(reference.head_logits(logits, **head), token_ids, return_entropy=return_entropy)
 
 
 def _plain_linear_loss(
@@ -41,7 +38,8 @@ def _plain_linear_loss(
     head = {key: rest.pop(key) for key in ("temperature", "logit_scale", "logit_softcap") if key in rest}
     logp, entropy = _plain_linear_logprob(hidden, weight, token_ids, bias=bias, return_entropy=True, **head)
     loss, metrics = reference.gcpo_loss(logp, **rest)
-    return loss, metrics | {"entropy": reference.masked_mean(entropy.detach(), rest["mask"] != 0)}
+    kept = entropy.detach()[rest["mask"] != 0]
+    return loss, metrics | {"entropy": kept.sum() / max(len(kept), 1)}
 
 
 PLAIN: dict[str, Callable[..., Any]] = {

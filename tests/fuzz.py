@@ -23,7 +23,7 @@ import torch
 from fuzz_cases import LEAVES, OPTIONS_ONLY, WEIGHTS, Case, build, cases, settings, snippet
 
 import gcpo_kernels
-from gcpo_kernels import reference
+from gcpo_kernels import maths, reference
 from gcpo_kernels.options import LossOptions
 from gcpo_kernels.testing import in_float64
 
@@ -158,7 +158,7 @@ def unit_of(key: str, case: Case, arguments: dict[str, Any]) -> float | torch.Te
     if "mask" not in arguments:
         return abs(case.upstream) + rounded_operands(key, case, arguments)
     options = LossOptions(**{key: x for key, x in case.options.items() if key in LossOptions.__dataclass_fields__})
-    weights = reference.token_weights(arguments["mask"], options, torch.float64)
+    weights = maths.token_weights(arguments["mask"], options, torch.float64)
     unit = weights.sum().item() * (1.0 if key == "loss" else abs(case.upstream))
     return unit + rounded_operands(key, case, arguments)
 

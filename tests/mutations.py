@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "mutations.md"
 BEGIN, END = "<!-- begin: make mutations -->", "<!-- end -->"
-REFERENCE, TORCH = "gcpo_kernels/reference.py", "gcpo_kernels/torch_backend.py"
+MATHS, TORCH = "gcpo_kernels/maths.py", "gcpo_kernels/torch_backend.py"
 TRITON = "gcpo_kernels/triton_backend/"
 
 
@@ -38,11 +38,11 @@ FAULTS = "tests/test_trainer_faults.py"
 BUDGET = "tests/triton/test_triton_budget.py"
 PATHS = "tests/triton/test_triton_linear_paths.py"
 MUTATIONS = (
-    Mutation("sign of the objective", REFERENCE, "loss = -torch.minimum(", "loss = torch.minimum(", EQUATION),
-    Mutation("maximum in place of the minimum", REFERENCE, "-torch.minimum(capped", "-torch.maximum(capped", EQUATION),
+    Mutation("sign of the objective", MATHS, "loss = -torch.minimum(", "loss = torch.minimum(", EQUATION),
+    Mutation("maximum in place of the minimum", MATHS, "-torch.minimum(capped", "-torch.maximum(capped", EQUATION),
     Mutation(
         "clip sides exchanged",
-        REFERENCE,
+        MATHS,
         "ratio.clamp(1.0 - options.epsilon_low, 1.0 + options.epsilon_high)",
         "ratio.clamp(1.0 - options.epsilon_high, 1.0 + options.epsilon_low)",
         EQUATION,
@@ -51,25 +51,25 @@ MUTATIONS = (
     ),
     Mutation(
         "delta dropped",
-        REFERENCE,
+        MATHS,
         "ratio if options.delta is None else ratio.clamp(max=options.delta)",
         "ratio",
         EQUATION,
     ),
     Mutation(
-        "the sampler's correction dropped", REFERENCE, "loss = loss * inputs.importance", "inputs.importance", EQUATION
+        "the sampler's correction dropped", MATHS, "loss = loss * inputs.importance", "inputs.importance", EQUATION
     ),
-    Mutation("sign inside k3", REFERENCE, "torch.expm1(d) - d", "torch.expm1(d) + d", EQUATION),
+    Mutation("sign inside k3", MATHS, "torch.expm1(d) - d", "torch.expm1(d) + d", EQUATION),
     Mutation(
         "the reference's KL the other way round",
-        REFERENCE,
+        MATHS,
         "loss + options.beta * k3(clip_kl_ratio(inputs.ref_logp - logp, options))",
         "loss + options.beta * k3(clip_kl_ratio(logp - inputs.ref_logp, options))",
         EQUATION,
     ),
     Mutation(
         "causal_logp ignored",
-        REFERENCE,
+        MATHS,
         "logp if inputs.causal_logp is None else inputs.causal_logp",
         "logp",
         EQUATION,
@@ -78,80 +78,76 @@ MUTATIONS = (
     ),
     Mutation(
         "the gradient does not stop at kl_clip",
-        REFERENCE,
+        MATHS,
         "d.detach().sign() * options.kl_clip, d)",
         "d - d.detach() + d.detach().sign() * options.kl_clip, d)",
         EQUATION,
     ),
     Mutation(
         "the gradient made in the forward does not stop at kl_clip",
-        REFERENCE,
+        MATHS,
         "torch.where(beyond_kl_clip(d, options.kl_clip), 0.0, slope)",
         "slope",
         "tests/test_torch_backend.py -k test_linear_loss",
     ),
-    Mutation("missing detach of the old policy", REFERENCE, "(logp.detach() if inputs", "(logp if inputs", EQUATION),
+    Mutation("missing detach of the old policy", MATHS, "(logp.detach() if inputs", "(logp if inputs", EQUATION),
     Mutation(
         "missing detach of the target's query",
-        REFERENCE,
+        MATHS,
         "query = logp.detach() if query is None else query",
         "query = logp if query is None else query",
         EQUATION,
     ),
     Mutation(
         "sum in place of the mean over a sequence",
-        REFERENCE,
+        MATHS,
         "ones / (ones.sum(dim=1, keepdim=True).clamp(min=1.0) * max(mask.shape[0], 1))",
         "ones / max(mask.shape[0], 1)",
         EQUATION,
     ),
-    Mutation("masked tokens counted", REFERENCE, "ones / ones.sum().clamp(min=1.0)", "ones / mask.numel()", EQUATION),
+    Mutation("masked tokens counted", MATHS, "ones / ones.sum().clamp(min=1.0)", "ones / mask.numel()", EQUATION),
     Mutation(
         "mask multiplied, not selected",
-        REFERENCE,
+        MATHS,
         "logp = torch.where(inputs.mask, logp, 0.0)",
         "logp = logp * inputs.mask",
         "tests/test_inert.py",
     ),
-    Mutation(
-        "wrong context as x_i", REFERENCE, "first = context_logp[..., 0]", "first = context_logp[..., -1]", EQUATION
-    ),
+    Mutation("wrong context as x_i", MATHS, "first = context_logp[..., 0]", "first = context_logp[..., -1]", EQUATION),
     Mutation(
         "sum in place of the mean over contexts",
-        REFERENCE,
+        MATHS,
         "new_full((), 1.0 / context_logp",
         "new_full((), 1.0 * context_logp",
         EQUATION,
     ),
-    Mutation("p' not kept below 1", REFERENCE, "log_proj.clamp(min=low, max=0.0)", "log_proj.clamp(min=low)", EQUATION),
-    Mutation(
-        "sequence ratio over padding too", REFERENCE, "/ count).expand_as", "/ ratio.shape[1]).expand_as", EQUATION
-    ),
+    Mutation("p' not kept below 1", MATHS, "log_proj.clamp(min=low, max=0.0)", "log_proj.clamp(min=low)", EQUATION),
+    Mutation("sequence ratio over padding too", MATHS, "/ count).expand_as", "/ ratio.shape[1]).expand_as", EQUATION),
     Mutation(
         "biased std",
-        REFERENCE,
+        MATHS,
         "(centred.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1))",
         "(centred.square().sum(dim=1, keepdim=True) / count.clamp(min=1))",
         EQUATION,
     ),
-    Mutation("off by one in leave-one-out", REFERENCE, "/ (z.shape[1] - 1)", "/ z.shape[1]", EQUATION),
+    Mutation("off by one in leave-one-out", MATHS, "/ (z.shape[1] - 1)", "/ z.shape[1]", EQUATION),
     Mutation(
         "wrong collider in Zbar",
-        REFERENCE,
+        MATHS,
         "per_context[:, :, 0] - per_context",
         "per_context[:, :, -1] - per_context",
         EQUATION,
     ),
     Mutation(
         "an overflowing ratio not bounded",
-        REFERENCE,
+        MATHS,
         "bounded = log_ratio.clamp(max=LARGEST_LOG[log_ratio.dtype])",
         "bounded = log_ratio",
         "tests/test_hazards_kernels.py",
     ),
     Mutation(
         "ties of the minimum not split",
-        REFERENCE,
+        MATHS,
         "torch.where(left == right, tie, passes)",
         "passes",
         "tests/test_torch_backend.py",
@@ -274,16 +270,16 @@ MUTATIONS = (
     ),
     Mutation(
         "groups without a collider keep the second KL term",
-        "gcpo/trainer.py",
-        'counted = mask * inputs["has_collider"].unsqueeze(1)',
-        "counted = mask",
+        "gcpo/causal/loss.py",
+        "mask = mask * terms.counted.unsqueeze(1)",
+        "mask = mask * 1",
         FAULTS,
     ),
     Mutation(
         "accumulation not divided out",
-        "gcpo/trainer.py",
-        "scale: float = 1.0 / accumulation",
-        "scale: float = 1.0",
+        "gcpo/kl_terms.py",
+        "scale, items, length = 1.0 / accumulation, None",
+        "scale, items, length = 1.0, None",
         "tests/test_hazards_trainer.py -k accumulation",
     ),
     Mutation(

@@ -37,8 +37,8 @@ def test_step_overhead(tmp_path, capsys, monkeypatch):
         alike = results[shared[0] if name in shared else "GRPO"]
         assert result["tokens"]["trained"] == alike["tokens"]["trained"] > 0
         assert result["step_seconds"]["min"] > 0 and len(result["ratio"]["all"]) == 2
-        tolerance = 0.05 if name in shared else 0.0  # how many prompts a batch has is chance
-        assert result["predicted"]["tokens"]["trained"] == pytest.approx(alike["tokens"]["trained"], rel=tolerance)
+        # Planned with prompts of the mean length, rounded; and how many prompts a batch has is chance.
+        assert result["predicted"]["tokens"]["trained"] == pytest.approx(alike["tokens"]["trained"], rel=0.05)
         # Two layers of weights, gradients and Adam's moments at the least, and no process's own memory.
         peaks = result["peak_memory_bytes"]
         assert 4 * MIB < peaks["rollout"] <= max(peaks.values()) < 512 * MIB

@@ -360,7 +360,8 @@ def test_gcpo_bench(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.main(["bench", "--device", "cpu", "--list", "--group", "causal"]) == 0
     assert capsys.readouterr().out.strip() == CASES["causal"].key
     assert cli.main(["bench", "--device", "cpu", "--case", "nothing"]) == 2
-    monkeypatch.setattr(cli, "__file__", str(Path(sys.prefix) / "lib" / "gcpo" / "cli.py"))
+    installed = Path(sys.prefix) / "lib" / "gcpo" / "commands" / "bench.py"
+    monkeypatch.setattr("gcpo.commands.bench.__file__", str(installed))
     assert cli.main(["bench"]) == 2
     assert "not installed" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="`--device` cuda:99 does not work here"):

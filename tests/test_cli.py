@@ -17,6 +17,7 @@ from gcpo import cli
 from gcpo.cli import main
 from gcpo.commands import doctor, flags
 from gcpo.commands import train as training
+from gcpo.evaluation import rewards, sources
 from gcpo.run import inputs
 
 TASK = "reasoning_gym:chain_sum"
@@ -125,8 +126,8 @@ def test_train_help_has_the_options_of_trl_and_of_gcpo(capsys: pytest.CaptureFix
         (["train", "--config", "a.yaml", "--config=b.yaml"], "`--config` must be given once"),
         (["train", "--num_iterations", "2.0"], "--num_iterations/--num-iterations: invalid int value: '2.0'"),
         (["train", "--candidate_context_tokens", "few"], "invalid int value: 'few'"),
-        (["train", "--temperature", "0"], "`temperature` must be finite and in (0.0, inf], got 0.0"),
-        (["train", "--min_p", "2"], "`min_p` must be finite and in [0.0, 1.0], got 2.0"),
+        (["train", "--temperature", "0"], "`temperature` must be finite and above 0, got 0.0"),
+        (["train", "--min_p", "2"], "`min_p` must be finite and at least 0 and at most 1, got 2.0"),
         (["train", "--report_to", "wandb"], "`--report_to wandb`: WandbCallback requires wandb to be installed"),
         (["train", "--report_to", "flyte"], "`--report_to flyte`: FlyteCallback requires flytekit to be installed"),
         (["train", "--report_to", "wandbb"], "`--report_to` must be none, all, or some of azure_ml"),
@@ -259,14 +260,14 @@ def test_files_and_saved_datasets_are_read_and_their_splits_checked(tmp_path: Pa
     rows.save_to_disk(str(tmp_path / "one"))
     DatasetDict({"train": rows, "test": rows}).save_to_disk(str(tmp_path / "two"))
     for name, splits in (("rows.jsonl", {"train"}), ("one", {"train"}), ("two", {"train", "test"})):
-        loaded = inputs.load_named(str(tmp_path / name))
+        loaded = sources.load_named(str(tmp_path / name))
         assert set(loaded) == splits
         assert loaded["train"][0] == {"prompt": "1 + 1", "solution": "2"}
     with pytest.raises(ValueError, match="`--dataset_test_split` must be one of 'train', got 'test'"):
-        inputs.take_split({"train": rows}, "dataset_test_split", "test")
+        sources.take_split({"train": rows}, "dataset_test_split", "test")
     (tmp_path / "rows.xml").write_text("")
     with pytest.raises(ValueError, match="`--dataset_name` must end in one of"):
-        inputs.load_named(str(tmp_path / "rows.xml"))
+        sources.load_named(str(tmp_path / "rows.xml"))
 
 
 @pytest.mark.parametrize(
@@ -363,8 +364,8 @@ def test_packages_that_others_miss_are_errors_of_one_line() -> None:
 
 
 def test_held_out_items_are_those_of_eval_and_not_trained_on() -> None:
-    train, held_out = inputs.load_task(TASK, inputs.TaskArguments(task_size=50), 20)
-    other = inputs.load_task(TASK, inputs.TaskArguments(task_size=1), 20)[1]
+    train, held_out = sources.load_task(TASK, sources.TaskArguments(task_size=50), 20)
+    other = sources.load_task(TASK, sources.TaskArguments(task_size=1), 20)[1]
     assert held_out["entry"] == other["entry"]
     questions = [row[-1]["content"] for row in train["prompt"]]
     assert not set(questions) & {row[-1]["content"] for row in held_out["prompt"]}
@@ -376,11 +377,11 @@ def test_rewards_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    names = [*inputs.TRL_REWARDS, "reasoning_gym", "mine_for_cli.length"]
-    rewards = inputs.load_rewards(names, None, ["solution", "task", "entry"])
-    assert len(rewards) == len(names)
-    assert rewards[-1](["a", "b"]) == [1.0, 1.0]
-    assert inputs.load_rewards(None, TASK, None) == inputs.load_rewards(["reasoning_gym"], None, None)
+    names = [*rewards.TRL_REWARDS, "reasoning_gym", "mine_for_cli.length"]
+    loaded = rewards.load_rewards(names, None, ["solution", "task", "entry"])
+    assert len(loaded) == len(names)
+    assert loaded[-1](["a", "b"]) == [1.0, 1.0]
+    assert rewards.load_rewards(None, TASK, None) == rewards.load_rewards(["reasoning_gym"], None, None)
 
 
 @pytest.mark.parametrize("returned", [None, 1.0, [1.0], ["a", "b"], "ab"], ids=str)
@@ -393,9 +394,9 @@ def test_a_reward_that_is_no_list_of_numbers_is_named(returned: object) -> None:
 
     wanted = f"must return a list with a number for each of 2 completions, it returned {re.escape(repr(returned))}"
     with pytest.raises(inputs.ArgumentsError, match=f"'mine' {wanted}"):
-        inputs.checked(mine)(prompts=["p", "p"], completions=["a", "b"])
+        rewards.checked(mine)(prompts=["p", "p"], completions=["a", "b"])
     with pytest.raises(inputs.ArgumentsError, match=f"'later' {wanted}"):
-        asyncio.run(inputs.checked(later)(completions=["a", "b"]))
+        asyncio.run(rewards.checked(later)(completions=["a", "b"]))
 
 
 def test_rewards_that_are_right_pass() -> None:
@@ -403,9 +404,9 @@ def test_rewards_that_are_right_pass() -> None:
         def __call__(self, completions, **kwargs):
             return torch.tensor([1.0, 0.5])
 
-    reward = inputs.checked(Mine())
+    reward = rewards.checked(Mine())
     assert reward(completions=["a", "b"]) == [1.0, 0.5] and reward.__name__ == "Mine"
-    assert inputs.checked(lambda completions, **kwargs: (None, True))(completions=["a", "b"]) == [None, 1.0]
+    assert rewards.checked(lambda completions, **kwargs: (None, True))(completions=["a", "b"]) == [None, 1.0]
 
 
 def test_a_wrong_reward_stops_training_with_one_line(

@@ -223,6 +223,102 @@ print(CausalOptions(alpha=1.0).alpha, CausalStep.__name__)
     assert done.stdout.strip() == "1.0 CausalStep"
 
 
+def modules() -> dict[str, Path]:
+    """Every module of the two packages, by name."""
+    found = {}
+    for path in (*ROOT.glob("gcpo/**/*.py"), *ROOT.glob("gcpo_kernels/**/*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+@functools.cache
+def imports() -> dict[str, set[str]]:
+    """
+    What each module imports, wherever in the file: those within a function and for type checkers, too. A package's name
+    alone stands for what is taken from its `__init__`.
+    """
+    known, found = modules(), {}
+    for name, path in known.items():
+        found[name] = set()
+        for node in ast.walk(ast.parse(read(path))):
+            if isinstance(node, ast.Import):
+                found[name] |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                inner = {f"{node.module}.{alias.name}" for alias in node.names}
+                found[name] |= {module if module in known else node.module for module in inner}
+    return found
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    # `gcpo/__init__.py` names the public classes, which are imported when someone asks for them.
+    graph = {name: {m for m in found if m in modules() and m != "gcpo"} for name, found in imports().items()}
+    del graph["gcpo"]
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path[path.index(name) :], name))
+        if name not in done:
+            for other in sorted(graph[name]):
+                visit(other, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+    assert len(done) == len(graph) > 80
+
+
+# What the rooms of `gcpo` may import of each other, and of trl beside.
+ARROWS = {
+    "gcpo_kernels": set(),
+    "gcpo._trl": set(),
+    "gcpo.causal": {"gcpo_kernels"},
+    "gcpo.forward": {"gcpo_kernels", "gcpo.causal", "gcpo._trl"},
+    "gcpo.run": {"gcpo_kernels", "gcpo.causal", "gcpo._trl", "gcpo"},
+    "gcpo.config": {"gcpo_kernels", "gcpo.causal", "gcpo.run"},
+    "gcpo.kl_terms": {"gcpo_kernels", "gcpo.causal", "gcpo.run"},
+    "gcpo.trainer": {"gcpo.causal", "gcpo.forward", "gcpo.run", "gcpo.config", "gcpo.kl_terms", "gcpo._trl"},
+}
+
+
+def room_of(module: str) -> str:
+    return ".".join(module.split(".")[: 1 if module.startswith("gcpo_kernels") else 2])
+
+
+def test_arrows_between_rooms() -> None:
+    wrong = []
+    for name, found in imports().items():
+        room = room_of(name)
+        rooms = {room_of(module) for module in found if module.split(".")[0] in ("gcpo", "gcpo_kernels")} - {room}
+        if room in ARROWS:
+            wrong += [(name, other) for other in rooms - ARROWS[room]]
+        elif room not in ("gcpo.cli", "gcpo.commands", "gcpo"):
+            wrong += [(name, other) for other in rooms & {"gcpo.cli", "gcpo.commands"}]
+    assert not wrong
+    outside = set(sys.stdlib_module_names) | {"torch", "gcpo", "gcpo_kernels"}
+    of_causal = {m for name, found in imports().items() if room_of(name) == "gcpo.causal" for m in found}
+    assert {module.split(".")[0] for module in of_causal} <= outside
+    of_trl = {name for name, found in imports().items() if any(m.split(".")[0] == "trl" for m in found)}
+    assert {name for name in of_trl if name.startswith("gcpo.forward")} == {"gcpo.forward.trl_policy"}
+
+
+def test_the_method_imports_without_trl_accelerate_or_transformers() -> None:
+    code = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("trl", "accelerate", "transformers", "datasets", "peft"):
+            raise ModuleNotFoundError(f"blocked: {name}", name=name)
+sys.meta_path.insert(0, Block())
+import gcpo.causal
+from gcpo import CausalOptions, CausalStep, Policy
+print(CausalOptions().estimator)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "loo"
+
+
 def test_kernels_import_without_triton_transformers_or_trl() -> None:
     code = """
 import sys
@@ -242,6 +338,21 @@ print(gcpo_kernels.available_backends("cpu"))
     assert done.stdout.strip() == "('torch',)"
 
 
+def test_the_oracle_stands_alone() -> None:
+    """Nothing that it judges runs it, and it runs nothing of that: a mistake in one place would be in both."""
+    for path in [*ROOT.glob("gcpo_kernels/**/*.py"), *ROOT.glob("gcpo/**/*.py")]:
+        imported = set()
+        for node in ast.walk(ast.parse(read(path))):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {alias.name for alias in node.names}
+                imported |= {f"{node.module}.{name}" for name in names} if isinstance(node, ast.ImportFrom) else names
+        name = path.relative_to(ROOT).as_posix()
+        if name == "gcpo_kernels/reference.py":
+            assert {module.split(".")[0] for module in imported} <= {"math", "typing", "torch"}
+        elif name != "gcpo/run/machine.py":
+            assert not [module for module in imported if module.startswith("gcpo_kernels.reference")], name
+
+
 def test_every_public_function_is_met() -> None:
     """A function that is exported is documented, and is among what the tests of every function go through."""
     functions = {name: getattr(gcpo_kernels, name) for name in gcpo_kernels.__all__ if name != "available_backends"}
@@ -254,7 +365,7 @@ def test_every_public_function_is_met() -> None:
         "tests/test_transforms.py": with_backend,
         "tests/gpu/test_gpu_budget.py": with_backend,
         "tests/triton/*.py": with_backend,
-        "gcpo/commands/doctor.py": with_backend,
+        "gcpo/run/machine.py": with_backend,
     }
     assert len(with_backend) == 7
     for place, wanted in places.items():
@@ -315,6 +426,12 @@ def test_every_package_is_installed() -> None:
         for path in (ROOT / top).glob("**/__init__.py")
     }
     assert listed == found
+
+
+def test_every_top_package_says_that_it_is_typed() -> None:
+    data = tomllib.loads(read(ROOT / "pyproject.toml"))["tool"]["setuptools"]["package-data"]
+    for top in ("gcpo", "gcpo_kernels"):
+        assert (ROOT / top / "py.typed").is_file() and "py.typed" in data[top], top
 
 
 def test_the_checks_find_what_they_look_for() -> None:

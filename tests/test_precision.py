@@ -7,7 +7,6 @@ import torch
 
 import gcpo_kernels
 from gcpo_kernels import reference
-from gcpo_kernels.options import HeadOptions
 from gcpo_kernels.testing import (
     assert_close_to_truth,
     assert_gradient,
@@ -31,7 +30,7 @@ def plain_loss(inputs: dict[str, Any], softcap: float | None) -> torch.Tensor:
         hidden = hidden.to(torch.promote_types(hidden.dtype, weight.dtype))
         weight, bias = weight.to(hidden.dtype), bias.to(hidden.dtype)
     logits = torch.nn.functional.linear(hidden, weight, bias)
-    logits = reference.head_logits(logits.float(), HeadOptions(logit_softcap=softcap))
+    logits = reference.head_logits(logits.float(), logit_softcap=softcap)
     return reference.gcpo_loss(reference.selective_logprob(logits, ids), **rest, **OPTIONS)[0]
 
 

@@ -1,4 +1,4 @@
-"""The reference against the equations in plain Python, and its gradients against finite differences."""
+"""The oracle, and the torch backend, against the equations in plain Python; gradients against finite differences."""
 
 from typing import Any
 
@@ -8,10 +8,12 @@ import scalar
 import torch
 
 import gcpo_kernels
-from gcpo_kernels import reference
+from gcpo_kernels import maths, reference
 from gcpo_kernels.testing import make_linear_inputs, make_mask, make_representations, make_token_inputs
+from gcpo_kernels.tokens import TokenInputs
 
 SIZES = {"batch": 5, "tokens": 6, "contexts": 3}
+BOTH = pytest.mark.parametrize("module", [reference, gcpo_kernels], ids=["oracle", "torch"])
 
 
 def as_lists(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -27,11 +29,12 @@ def as_lists(inputs: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+@BOTH
 @pytest.mark.parametrize("case", grid.cases(), ids=grid.name)
-def test_loss_is_the_equation(case: Any) -> None:
+def test_loss_is_the_equation(case: Any, module: Any) -> None:
     options, changes = case
     inputs = grid.change(make_token_inputs(**SIZES, dtype=torch.float64, seed=3), changes)
-    loss, metrics, _ = grid.run("gcpo_loss", inputs, options, backend=None)
+    loss, metrics, _ = grid.run("gcpo_loss", inputs, options, backend=None if module is reference else "torch")
     items = options.get("num_items_in_batch")
     items = items.item() if isinstance(items, torch.Tensor) else items
     want, want_metrics = scalar.loss(as_lists(inputs), options | {"num_items_in_batch": items})
@@ -57,11 +60,12 @@ def test_inputs_reach_every_branch() -> None:
     assert any("01" in "".join(map(str, row.int().tolist())).strip("0") for row in mask), "no hole"
 
 
+@BOTH
 @pytest.mark.parametrize("head", grid.HEADS, ids=str)
-def test_logprob_is_the_equation(head: dict[str, Any]) -> None:
+def test_logprob_is_the_equation(head: dict[str, Any], module: Any) -> None:
     inputs = make_linear_inputs(2, 3, hidden=4, vocab=7, dtype=torch.float64)
     kept = {key: inputs[key] for key in ("hidden", "weight", "token_ids", "bias")} | head
-    logp, entropy = reference.linear_logprob(**kept, return_entropy=True)
+    logp, entropy = module.linear_logprob(**kept, return_entropy=True)
     bias = None if kept.pop("bias") is None else inputs["bias"].tolist()
     options = {key: value for key, value in head.items() if key != "bias"}
     for b in range(2):
@@ -71,21 +75,23 @@ def test_logprob_is_the_equation(head: dict[str, Any]) -> None:
             assert (logp[b, t].item(), entropy[b, t].item()) == pytest.approx(want, rel=1e-12)
 
 
+@BOTH
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 @pytest.mark.parametrize("eps", [1e-4, 0.0])
-def test_advantages_are_the_equation(scale: str, eps: float) -> None:
+def test_advantages_are_the_equation(scale: str, eps: float, module: Any) -> None:
     rewards = torch.tensor([1.0, 0.0, 0.25, 0.5, 0.5, 0.5, -3.0, 2.0, 2.5], dtype=torch.float64)
-    ours = gcpo_kernels.group_advantages(rewards, 3, scale=scale, eps=eps)
+    ours = module.group_advantages(rewards, 3, scale=scale, eps=eps)
     assert ours.tolist() == pytest.approx(scalar.advantages(rewards.tolist(), 3, scale, eps), rel=1e-12)
 
 
+@BOTH
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("similarity", ["cosine", "euclidean", "gaussian"])
 @pytest.mark.parametrize("baseline", ["mean", "loo"])
-def test_causal_weights_are_the_equation(baseline: str, similarity: str, masked: bool) -> None:
+def test_causal_weights_are_the_equation(baseline: str, similarity: str, masked: bool, module: Any) -> None:
     inputs = make_representations(dtype=torch.float64)
     mask = inputs["context_mask"] if masked else torch.ones_like(inputs["context_mask"])
-    ours = reference.causal_weights(
+    ours = module.causal_weights(
         inputs["z"],
         inputs["context_z"],
         alpha=1.5,
@@ -99,16 +105,18 @@ def test_causal_weights_are_the_equation(baseline: str, similarity: str, masked:
         assert ours[p].tolist() == pytest.approx(want, rel=1e-12)
 
 
-def test_leave_one_out_mean_is_the_equation() -> None:
+@BOTH
+def test_leave_one_out_mean_is_the_equation(module: Any) -> None:
     z = make_representations(dtype=torch.float64)["z"]
     for i in range(z.shape[1]):
         others = [k for k in range(z.shape[1]) if k != i]
-        torch.testing.assert_close(reference.leave_one_out_mean(z)[:, i], z[:, others].mean(dim=1))
+        torch.testing.assert_close(module.leave_one_out_mean(z)[:, i], z[:, others].mean(dim=1))
 
 
-def test_causal_reference_is_the_equation() -> None:
+@BOTH
+def test_causal_reference_is_the_equation(module: Any) -> None:
     inputs = make_token_inputs(3, 4, 5, dtype=torch.float64, masked="none")
-    ours = reference.causal_reference_logprob(inputs["query_logp"], inputs["context_logp"], proj_floor=0.01)
+    ours = module.causal_reference_logprob(inputs["query_logp"], inputs["context_logp"], proj_floor=0.01)
     for b in range(3):
         for t in range(4):
             bs = inputs["context_logp"][b, t].tolist()
@@ -207,23 +215,24 @@ def test_the_gradient_made_in_the_forward_is_autograds(causal: bool) -> None:
     d = 0.5 * torch.tensor([-2, -1, -0.5, 0, 0.5, 1, 2], dtype=torch.float64)
     causal_logp = torch.zeros_like(d).requires_grad_() if causal else None
     ones = torch.ones_like(d)
-    inputs = reference.TokenInputs(ones > 0, ones, ref_logp=d, causal_logp=causal_logp)
+    inputs = TokenInputs(ones > 0, ones, ref_logp=d, causal_logp=causal_logp)
     options = gcpo_kernels.options.LossOptions(beta=0.7, kappa=1.3, kl_clip=0.5)
     leaves = [logp, causal_logp] if causal_logp is not None else [logp]
-    total = reference.token_objective(logp, torch.zeros_like(d), d, inputs, options).sum()
+    total = maths.token_objective(logp, torch.zeros_like(d), d, inputs, options).sum()
     want = torch.autograd.grad(total, leaves)
-    _, *got = reference.token_objective_gradient(logp.detach(), torch.zeros_like(d), d, inputs, options)
+    _, *got = maths.token_objective_gradient(logp.detach(), torch.zeros_like(d), d, inputs, options)
     for x, y in zip(want, got, strict=False):
         assert x.ne(0).tolist() == [False, True, True, False, True, True, False]
         torch.testing.assert_close(x, y, rtol=1e-12, atol=0)
 
 
-def test_the_causal_target_is_a_constant() -> None:
+@pytest.mark.parametrize("backend", [None, "torch"], ids=["oracle", "torch"])
+def test_the_causal_target_is_a_constant(backend: str | None) -> None:
     """Without scores of the old policy, the query's are the policy's own; no gradient flows through them into p'."""
     inputs = make_token_inputs(dtype=torch.float64) | {"causal_logp": None, "old_logp": None, "query_logp": None}
     options = {"kappa": 0.5, "loss_type": "bnpo"}
-    own = grid.run("gcpo_loss", inputs, options, backend=None)
-    given = grid.run("gcpo_loss", inputs | {"query_logp": inputs["logp"]}, options, backend=None)
+    own = grid.run("gcpo_loss", inputs, options, backend=backend)
+    given = grid.run("gcpo_loss", inputs | {"query_logp": inputs["logp"]}, options, backend=backend)
     assert torch.equal(own[0], given[0])
     assert own[2]["logp"].any()
     assert torch.equal(own[2]["logp"], given[2]["logp"])

@@ -415,12 +415,13 @@ WORKED = re.findall(
 # Its blocks, put where the page says, and its function held against the float64 reference. Read from the folder given.
 RUN = """
 import importlib.util, sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 import pytest, torch
 from torch import Tensor
-from gcpo_kernels import api, reference
+from gcpo_kernels import api, maths, reference
 from gcpo_kernels.checks import check_mask
 from gcpo_kernels.testing import assert_close_to_truth, assert_gradient, make_token_inputs, poison
 
@@ -431,11 +432,13 @@ sys.modules["sequence"] = sequence
 spec.loader.exec_module(sequence)
 naive = dict(vars(reference))
 exec((folder / "reference.py").read_text(), naive)
+careful = dict(vars(maths))
+exec((folder / "maths.py").read_text(), careful)
 operators = {"torch": torch, "Tensor": Tensor, "Any": Any, "sequence": sequence}
 exec((folder / "operator.py").read_text(), operators)
 public = dict(vars(api)) | {
     "check_mask": check_mask,
-    "reference": SimpleNamespace(sequence_logprob=naive["sequence_logprob"]),
+    "maths": SimpleNamespace(sequence_logprob=careful["sequence_logprob"]),
     "triton_ops": SimpleNamespace(triton_sequence_logprob=operators["triton_sequence_logprob"]),
 }
 exec((folder / "api.py").read_text(), public)
@@ -445,15 +448,18 @@ for penalty in (0.0, 0.6, 1.0):
         inputs = poison(make_token_inputs(4, tokens), float("nan"), "logp")
         clean = make_token_inputs(4, tokens)
         results = []
-        for x, mask, backend in (
-            (inputs["logp"], inputs["mask"], "triton"), (clean["logp"].double(), clean["mask"], "torch"),
+        for x, call in (
+            (clean["logp"].double(), naive["sequence_logprob"]),
+            (inputs["logp"], partial(function, backend="torch")),
+            (inputs["logp"], partial(function, backend="triton")),
         ):
             leaf = x.detach().clone().requires_grad_()
-            out = function(leaf, mask, length_penalty=penalty, backend=backend)
+            out = call(leaf, clean["mask"], length_penalty=penalty)
             (out * torch.linspace(-1.0, 2.0, 4)).sum().backward()
             results.append((out.detach(), leaf.grad))
-        assert_close_to_truth(results[0][0], results[1][0])
-        assert_gradient(results[0][1], results[1][1])
+        for ours in results[1:]:
+            assert_close_to_truth(ours[0], results[0][0])
+            assert_gradient(ours[1], results[0][1])
 for wrong in ({"mask": torch.ones(3)}, {"length_penalty": -1.0}):
     with pytest.raises(ValueError, match="`" + next(iter(wrong))):
         function(**({"logp": torch.zeros(4, 5), "mask": torch.ones(4, 5)} | wrong))
@@ -470,7 +476,13 @@ def worked(text: str) -> str:
 
 def test_the_worked_example_is_right(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    files = {"kernel": "@triton.jit", "reference": "clamp(min=1)", "operator": "custom_op", "api": "use_triton("}
+    files = {
+        "kernel": "@triton.jit",
+        "reference": "_wide(",
+        "maths": "compute_dtype(",
+        "operator": "custom_op",
+        "api": "use_triton(",
+    }
     for name, text in files.items():
         (tmp_path / f"{name}.py").write_text(worked(text))
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -24,10 +24,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from gcpo import GCPOConfig, GCPOTrainer
 from gcpo.cli import main
-from gcpo.run.cycle import LAYOUT, OTHERS, ROLLOUT, changed_settings, cycle_settings
-from gcpo.run.meter import AccountedGRPOTrainer
-from gcpo.run.records import read_run
-from gcpo.run.resume import (
+from gcpo.run.checkpoints import (
     REFERENCE,
     check_same_model,
     last_complete_checkpoint,
@@ -35,6 +32,9 @@ from gcpo.run.resume import (
     save_reference,
     why_incomplete,
 )
+from gcpo.run.cycle import LAYOUT, OTHERS, ROLLOUT, changed_settings, cycle_settings
+from gcpo.run.meter import AccountedGRPOTrainer
+from gcpo.run.records import read_run
 
 OFF = {"kappa": 0.0, "estimator": "none"}
 MOMENTS = ("first rollout", "rollout", "weights", "optimizer", "state", "saved")

@@ -134,7 +134,7 @@ def test_wrong_arguments():
 def test_the_command_line_sets_a_limit(tmp_path, monkeypatch):
     """`--reward_timeout` wraps every function that is named, under its own name."""
     import gcpo.trainer
-    from gcpo.commands.train import prepare
+    from gcpo.commands import train
 
     policy, data = save_policy(tmp_path / "policy"), tmp_path / "data.json"
     prompts().to_json(data)
@@ -142,16 +142,18 @@ def test_the_command_line_sets_a_limit(tmp_path, monkeypatch):
 
     def make(**kwargs):
         given.update(kwargs)
-        return SimpleNamespace(processing_class=None)
+        return SimpleNamespace(processing_class=None, train_dataset=kwargs["train_dataset"])
 
     monkeypatch.setattr(gcpo.trainer, "GCPOTrainer", make)
     monkeypatch.setattr("gcpo.commands.train.check_chat_template", lambda *args: None)
     argv = ["--model_name_or_path", policy, "--dataset_name", str(data), "--reward_funcs", "tiny_policy.count_low"]
     argv += ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false", "--reward_timeout"]
+    monkeypatch.setattr(train, "train", lambda trainer, *args: built.append(trainer) or 0)
+    built = []
     with pytest.raises(ArgumentsError, match="`--reward_timeout`"):
-        prepare([*argv, "0"])
-    trainer, *_ = prepare([*argv, "2.5"])
-    assert trainer.keeps_account  # for `gcpo report`, whatever the other options
+        train.run([*argv, "0"])
+    assert train.run([*argv, "2.5"]) == 0
+    assert built[0].keeps_account  # for `gcpo report`, whatever the other options
     (reward,) = given["reward_funcs"]
     assert reward.__name__ == "count_low"
     assert reward.__wrapped__.__wrapped__ is count_low  # inside what checks what it returns, and the limit

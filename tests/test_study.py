@@ -16,14 +16,14 @@ from gcpo import GCPOConfig, GCPOTrainer
 from gcpo.cli import main
 from gcpo.commands import study as command
 from gcpo.run.records import read_run
-from gcpo.study import budget, workbench
+from gcpo.study import budget, perform, tables, workbench
 from gcpo.study.definitions import GCPO, GRPO, NAMES, STUDIES, Arm
 from gcpo.study.intervals import elbow, interval
 from gcpo.study.rewards import open_ended_reward
 from gcpo.study.trainers import ReferencedGCPOTrainer
 from gcpo.study.workbench import Workbench
 
-SMALL = command.Scale(
+SMALL = command.StudyScale(
     steps=2,
     seeds=(0, 1),
     prompts_per_step=2,
@@ -54,6 +54,14 @@ def test_intervals_cover_the_mean_as_often_as_they_say() -> None:
     assert interval([1.0, 1.1]).excludes_zero and not interval([1.0, -1.1]).excludes_zero
     with pytest.raises(ValueError, match="must not be empty"):
         interval([])
+
+
+def test_the_half_width_is_that_of_a_table_of_student_s_t() -> None:
+    table = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 11: 2.228, 21: 2.086, 31: 2.042}
+    for count, quantile in table.items():
+        values = [float(k) for k in range(count)]
+        wanted = quantile * np.std(values, ddof=1) / math.sqrt(count)
+        assert interval(values).half == pytest.approx(wanted, rel=3e-4), count
 
 
 def test_the_elbow_of_a_curve() -> None:
@@ -233,10 +241,11 @@ def test_no_secret_of_an_option_is_kept(tmp_path: Path, monkeypatch: pytest.Monk
     bench._run_folder(GCPO, 0).mkdir(parents=True)
     bench.run(GCPO, 0)
     monkeypatch.setattr(budget, "measure", lambda *given: {})
-    monkeypatch.setattr(command.tables, "budget_cells", lambda *given: ([], []))
-    for name in ("plot_budgets", "show", "write"):
-        monkeypatch.setattr(command.tables, name, lambda *given: None)
-    command.run_study("samples", bench, tmp_path, True, "gcpo study samples --model_name_or_path https://s3cret@host/m")
+    monkeypatch.setattr(tables, "budget_cells", lambda *given: ([["a"]], []))
+    monkeypatch.setattr(tables, "plot_budgets", lambda *given: None)
+    done = perform.perform("samples", bench, True)
+    perform.write(done, "samples", bench, tmp_path, "gcpo study samples --model_name_or_path https://s3cret@host/m")
+    assert "s3cret" not in (tmp_path / "samples.md").read_text()
     written = {path.name: path.read_text() for path in tmp_path.rglob("*.json")}
     assert set(written) == {"result.json", "samples.json"}
     assert all("s3cret" not in text and "model_init_kwargs" in text for text in written.values())

@@ -1,6 +1,7 @@
 """torch.compile, activation checkpointing, autocast, no_grad, and the registered operators."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import gcpo_kernels
-from gcpo_kernels import ops, reference
-from gcpo_kernels.options import LossOptions
+from gcpo_kernels import maths, ops
+from gcpo_kernels.options import HeadOptions, LossOptions
 from gcpo_kernels.testing import (
     make_hidden_representations,
     make_linear_inputs,
@@ -18,6 +19,7 @@ from gcpo_kernels.testing import (
     make_token_inputs,
     with_gradients,
 )
+from gcpo_kernels.tokens import TokenInputs
 
 OPTIONS = {"beta": 0.04, "kappa": 0.06, "delta": 1.5, "kl_clip": 0.3}
 HEAD = {"temperature": 0.9, "logit_softcap": 4.0}
@@ -282,28 +284,17 @@ def test_autocast_does_not_touch_what_has_no_product(name: str) -> None:
 def operator_calls() -> dict[str, tuple[Any, tuple]]:
     """Each registered operator, with arguments as the public functions pass them."""
     inputs = make_linear_inputs(3, 4, dtype=torch.float32)
-    head = ops.head_arguments(gcpo_kernels.options.HeadOptions(0.9, 1.0, 4.0))
+    head = HeadOptions(0.9, 1.0, 4.0).pack()
     hidden = inputs["hidden"].flatten(0, 1).requires_grad_()
     weight, bias = inputs["weight"].requires_grad_(), inputs["bias"].requires_grad_()
     ids = inputs["token_ids"].flatten()
     score = torch.linspace(-1, 1, len(ids))
-    options = LossOptions(beta=0.04, kappa=0.06)
-    keys = ("old_logp", "ref_logp", "query_logp", "causal_logp", "importance_sampling_ratio")
-    keys += ("context_logp", "context_weights")
-    tokens = reference.token_inputs(
-        inputs["mask"], inputs["advantages"], torch.float32, **{key: inputs[key] for key in keys}
-    )
+    options = LossOptions(beta=0.04, kappa=0.06, kl_clip=0.3)
+    tokens = TokenInputs(**{key: inputs[key] for key in TokenInputs._fields}).clean(torch.float32)
     frozen = tuple(x.detach() for x in (hidden, weight, bias))
-    rest = (None, torch.float32, None, head, [0.04, 0.06, 0.2, 0.2, 0.0, 1e-6, 0.3])
-    linear_loss = (
-        *frozen,
-        ids,
-        tokens.mask,
-        tokens.advantages,
-        reference.token_weights(tokens.mask, options, torch.float32),
-        *(getattr(tokens, key) for key in keys),
-        *rest,
-    )
+    per_token = (list(tokens), maths.token_weights(tokens.mask, options, torch.float32))
+    linear_loss = (*frozen, ids, *per_token, None, torch.float32, None, head, options.pack())
+    by_sequence = replace(options, importance_sampling_level="sequence").pack()
     logits = inputs["hidden"].detach().requires_grad_()
     small = inputs["token_ids"] % 13
     scores = score.view(small.shape)
@@ -318,16 +309,34 @@ def operator_calls() -> dict[str, tuple[Any, tuple]]:
             ops.linear_logprob_backward,
             (*frozen, ids, score, score, None, torch.float32, head, [True, True, True]),
         ),
-        "linear_loss": (ops.linear_loss, (*linear_loss, False, [True, True, True])),
-        "linear_loss, sequence": (ops.linear_loss, (*linear_loss, True, [False, True, False])),
+        "linear_loss": (ops.linear_loss, (*linear_loss, [True, True, True])),
+        "linear_loss, sequence": (ops.linear_loss, (*linear_loss[:-1], by_sequence, [False, True, False])),
         "linear_loss, offset and float32": (
             ops.linear_loss,
-            (*linear_loss[:14], tokens.ref_logp, torch.float32, torch.float32, *linear_loss[17:], False, [True] * 3),
+            (*linear_loss[:6], tokens.ref_logp, torch.float32, torch.float32, *linear_loss[9:], [True] * 3),
         ),
-        "linear_loss, no gradients": (ops.linear_loss, (*linear_loss, False, [False, False, False])),
+        "linear_loss, no gradients": (ops.linear_loss, (*linear_loss, [False, False, False])),
         "selective_logprob": (ops.selective_logprob, (logits, small, 0.9)),
         "selective_logprob_backward": (ops.selective_logprob_backward, (logits.detach(), small, scores, scores, 0.9)),
     }
+
+
+def test_options_survive_their_packing() -> None:
+    """Operators take numbers: what comes out of them is what went in, with every option away from its default."""
+    given: dict[str, Any] = {"beta": 0.1, "kappa": 0.2, "epsilon_low": 0.3, "epsilon_high": 0.4, "delta": 1.5}
+    given |= {"importance_sampling_level": "sequence", "loss_type": "dapo", "max_completion_length": 9}
+    given |= {"num_items_in_batch": 11, "proj_floor": 0.01, "kl_clip": 0.5}
+    assert set(given) == set(LossOptions.__dataclass_fields__)
+    for options in (LossOptions(**given), LossOptions(), LossOptions(loss_type="dapo", num_items_in_batch=0)):
+        assert LossOptions.unpack(options.pack()) == options
+    items = torch.tensor(11)
+    options = replace(LossOptions(**given), num_items_in_batch=items)
+    assert LossOptions.unpack(options.pack(), items) == options
+    assert LossOptions.unpack(options.pack()) == replace(options, num_items_in_batch=None)
+    changed = {name for name in given if getattr(options.per_token(), name) != given[name]}
+    assert changed == {"loss_type", "max_completion_length", "num_items_in_batch"}
+    for head in (HeadOptions(), HeadOptions(0.9, -2.0, 4.0)):
+        assert HeadOptions.unpack(head.pack()) == head
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

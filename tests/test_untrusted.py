@@ -20,9 +20,9 @@ from tiny_policy import SHORT_TEMPLATES, TEMPLATE, make_tokenizer, options, save
 from gcpo import GCPOConfig
 from gcpo.causal.contexts import PromptBuilder
 from gcpo.commands.train import parse
+from gcpo.evaluation.rewards import load_reward, load_rewards
+from gcpo.evaluation.sources import load_named
 from gcpo.run import processes, records
-from gcpo.run.inputs import load_named, load_reward, load_rewards
-from gcpo.run.recording import RunRecorder
 from gcpo.run.redaction import redacted
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -188,9 +188,7 @@ SECRETS = {
 
 def test_a_run_writes_down_no_secret(tmp_path):
     """Under any option that can hold one, in `gcpo_run.json`."""
-    args = SimpleNamespace(output_dir=str(tmp_path), to_dict=lambda: copy.deepcopy(SECRETS))
-    state = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=1)
-    RunRecorder(SimpleNamespace(keeps_account=True)).on_train_begin(args, state, None)
+    records.start_record(tmp_path, "GCPOTrainer", copy.deepcopy(SECRETS), resumed=False)
     text = (tmp_path / records.CONFIG).read_text()
     assert "s3cret" not in text and "53" not in text
     written = json.loads(text)

@@ -36,7 +36,7 @@ def read_groups(
         *((p, "colliders", l) for p, l in colliders if l not in found[p].colliders),
     ]
     missing = sorted({p for p, _, _ in wanted if not found[p].query and len(groups[p].prompt_ids) > 1})
-    stems = [Continuation([], groups[p].prompt_ids[:-1], 0, "scored_query") for p in missing]
+    stems = [Continuation([], groups[p].prompt_ids[:-1], 0, "scored_query", scores=False) for p in missing]
     for p, reading in zip(missing, checked_readings(policy, stems, keep=True), strict=True):
         found[p].query = reading.own
     rows = []

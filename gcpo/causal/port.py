@@ -36,7 +36,7 @@ def tail(piece: Piece, count: int | None) -> Piece:
 def common_prefix(left: Sequence[int], right: Sequence[int], start: int = 0) -> int:
     """How many ids two sequences begin with alike, which agree on the first `start`."""
     if hasattr(left, "common_prefix"):
-        return left.common_prefix(right)
+        return left.common_prefix(right, start)
     pairs = zip(islice(left, start, None), islice(right, start, None), strict=False)
     return next((k for k, (a, b) in enumerate(pairs, start) if a != b), min(len(left), len(right)))
 
@@ -80,13 +80,14 @@ class Continuation:
     ids: Ids  # its own tokens; each predicts the next
     first_position: int  # position id of the first
     tokens: str = "scored_contexts"  # what its tokens are counted as
+    scores: bool = True  # whether anyone asks for log-probabilities, rather than for keys and values alone
 
 
 @dataclass
 class Reading:
     """What a forward says of one continuation of S tokens."""
 
-    logp: torch.Tensor  # (S - 1,): log-probability of each token but the first
+    logp: torch.Tensor  # (S - 1,): log-probability of each token but the first; 0 where the row is not scored
     z: torch.Tensor  # (H,) float32: representation of the tokens but the first; NaN where there is but one
     own: Piece = field(default_factory=list)  # keys and values of its S tokens, where asked for
 

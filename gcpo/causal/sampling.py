@@ -1,5 +1,7 @@
-"""Which contexts are scored: all of them, or an unbiased draw (pure functions, no model)."""
+"""Draws: which contexts are scored, all of them or an unbiased part; and random streams kept apart."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -61,3 +63,15 @@ def draw_contexts(
         weights[row, : len(values)] = torch.tensor(values)
     counted = torch.tensor([bool(some) for some in contexts])
     return ContextDraw(contexts, weights, counted, len(eligible) / drawn)
+
+
+@contextmanager
+def own_random_stream(seed: int) -> Iterator[None]:
+    """
+    Draw from a stream of its own: sampling colliders then leaves the candidates' stream as GRPO would have it, so that
+    runs of the two from one seed see the same first candidates.
+    """
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

@@ -2,30 +2,13 @@
 
 import argparse
 import json
-from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from gcpo.run.inputs import (
-    ArgumentsError,
-    TaskArguments,
-    argument_errors,
-    ask_problems,
-    check_answers,
-    check_chat_template,
-    check_model,
-    check_output,
-    is_task,
-    load_named,
-    load_rewards,
-    load_task,
-    take_split,
-)
-from gcpo.run.prompts import check_prompts
+from gcpo.evaluation.sources import TaskArguments
+from gcpo.run.inputs import ArgumentsError, argument_errors, check_chat_template, check_model, check_output
 from gcpo.run.redaction import redacted
-
-BENCHMARK_PREFIX = "benchmark:"
 
 
 def eval_parser() -> argparse.ArgumentParser:
@@ -84,6 +67,8 @@ def run(flags: list[str]) -> int:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from gcpo.evaluation.evaluate import EvaluationError, evaluate_pass_at_k
+        from gcpo.evaluation.questions import load_questions
+        from gcpo.run.machine import default_device
 
         if args.output is not None:
             check_output(args.output)
@@ -92,14 +77,21 @@ def run(flags: list[str]) -> int:
                 raise ValueError(f"`--pass_at` must be between 1 and --num_samples ({args.num_samples}), got {k}.")
         if args.limit is not None and args.limit < 1:
             raise ValueError(f"`--limit` must be at least 1, got {args.limit}.")
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        device = args.device or accelerator or "cpu"
+        device = args.device or default_device()
         try:
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"`--device` {device} does not work here: {str(error).splitlines()[0]}") from error
         check_model(args.model_name_or_path)
-        dataset, reward = load_questions(args)
+        dataset, reward = load_questions(
+            args.dataset_name,
+            TaskArguments(**{item.name: getattr(args, item.name) for item in fields(TaskArguments)}),
+            config=args.dataset_config,
+            split=args.dataset_test_split,
+            reward_func=args.reward_funcs,
+            data_dir=args.data_dir,
+            allow_code=args.allow_code_execution,
+        )
         if args.limit is not None:
             dataset = dataset.select(range(min(args.limit, len(dataset))))
         options = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
@@ -136,33 +128,3 @@ def run(flags: list[str]) -> int:
         args.output.write_text(json.dumps({"result": asdict(result), "settings": redacted(settings)}, indent=2) + "\n")
         print(f"written to {args.output}")
     return 0
-
-
-def load_questions(args: argparse.Namespace) -> tuple[Any, Callable[..., list[float]]]:
-    """The rows to measure on, and what judges the completions."""
-    name = args.dataset_name
-    if name.startswith(BENCHMARK_PREFIX):
-        from gcpo.evaluation.benchmarks import BENCHMARKS, load_benchmark, verifier
-
-        name = name.removeprefix(BENCHMARK_PREFIX)
-        reward = None
-        if not args.reward_funcs and name in BENCHMARKS:  # before anything is fetched
-            reward = verifier(name, args.allow_code_execution)
-        dataset = load_benchmark(name, args.data_dir, args.task_conversational)
-        if reward is not None:
-            return dataset, reward
-    elif is_task(name):
-        task = TaskArguments(**{item.name: getattr(args, item.name) for item in fields(TaskArguments)})
-        size, task.task_size = task.task_size, 1
-        dataset = load_task(name, task, held_out_size=size)[1]
-    else:
-        splits = load_named(name, args.dataset_config)
-        wanted = args.dataset_test_split or ("test" if "test" in splits or len(splits) > 1 else next(iter(splits)))
-        dataset = take_split(splits, "dataset_test_split", wanted)
-        dataset = ask_problems(dataset, args.task_conversational)
-        check_prompts(dataset)
-    rewards = load_rewards([args.reward_funcs] if args.reward_funcs else None, args.dataset_name, dataset.column_names)
-    if not rewards:
-        raise ValueError("`--reward_funcs` is missing.")
-    check_answers(dataset, rewards)
-    return dataset, rewards[0]

@@ -3,7 +3,7 @@
 import json
 import sys
 import warnings
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from gcpo.commands.flags import TrainParser
 from gcpo.commands.train import GCPOScriptArguments
 from gcpo.config import GCPOConfig
 from gcpo.planning.architecture import SIZES, Architecture, load_config
+from gcpo.planning.counts import Lengths, PlannedScript, abilities_of, count_cycle
 from gcpo.planning.plan import BYTES, DEVICES, Cost, Device, StepPlan, compute_bytes, plan_step
-from gcpo.planning.workload import Lengths, Savings, gcpo_passes, grpo_passes, longest_context
 from gcpo.run.inputs import argument_errors, check_model, check_output
 
 _CHARACTERS_PER_TOKEN = 4  # of English templates, where no count is given
@@ -105,28 +105,37 @@ def run(flags: list[str]) -> int:
         architecture = Architecture.from_config(load_config(name, **hub))
         lengths = planned_lengths(args, config)
         device = _device(args, config, model_args.dtype)
-        packs = model_args.attn_implementation in (None, "sdpa", "eager", "flex_attention")
-        savings = Savings.of(config, longest_context(config, lengths), packs)
-        if any(
-            window is not None for window in architecture.windows
-        ):  # keys and values are not kept, nothing is shared
-            savings = replace(savings, parallel=False, contexts="none", queries=False, prefills=config.use_vllm)
+        abilities = abilities_of(config, architecture, model_args.attn_implementation)
+        script = PlannedScript(config, lengths)
         dtype = model_args.dtype if model_args.dtype in BYTES else "bfloat16"
-        grpo, gcpo = (
-            plan_step(config, architecture, passes, device, dtype, config.num_processes)
-            for passes in (grpo_passes(config, lengths), gcpo_passes(config, lengths, savings))
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`share_prefix` needs")  # as the run itself will say
+            grpo, gcpo = (
+                plan_step(
+                    config,
+                    architecture,
+                    count_cycle(config, script, abilities, is_grpo),
+                    device,
+                    dtype,
+                    config.num_processes,
+                )
+                for is_grpo in (True, False)
+            )
     steps = args.steps or (config.max_steps if config.max_steps > 0 else None)
     print(_heading(name, config, architecture, lengths))
     print(render(grpo, gcpo))
     print(_closing(grpo, gcpo, config, steps))
-    limit, needed = architecture.max_positions, lengths.prompt + longest_prompt(config, int(lengths.completion))
+    limit, needed = (
+        architecture.max_positions,
+        lengths.prompt + longest_prompt(config, int(config.num_generations or 1), lengths.completion),
+    )
     if config.is_causal and limit is not None and needed > limit:
         print(f"warning: prompts of up to {needed:,.0f} tokens, the model has {limit:,} positions", file=sys.stderr)
     if model_args.use_peft:
         print("warning: adapters are not planned for: all weights are taken to be trained", file=sys.stderr)
     if args.output is not None:
-        content = {"grpo": asdict(grpo), "gcpo": asdict(gcpo), "lengths": asdict(lengths), "savings": asdict(savings)}
+        content = {"grpo": asdict(grpo), "gcpo": asdict(gcpo), "lengths": asdict(lengths)}
+        content["assumed"] = asdict(abilities)
         Path(args.output).write_text(json.dumps(content, indent=1) + "\n")
         print(f"written to {args.output}")
     return 0
@@ -135,21 +144,24 @@ def run(flags: list[str]) -> int:
 def planned_lengths(args: PlanArguments, config: GCPOConfig) -> Lengths:
     """The lengths asked for; templates are estimated from their text where no count is given."""
 
-    def tokens(given: int | None, text: str) -> float:
-        return float(given) if given is not None else len(text.strip()) / _CHARACTERS_PER_TOKEN
+    def tokens(given: int | None, text: str) -> int:
+        return given if given is not None else round(len(text.strip()) / _CHARACTERS_PER_TOKEN)
 
     before, _, rest = _without_question(config.context_prompt_template).partition("{candidates}")
     between, _, after = rest.partition("{collider}")
     fusion = _without_question(config.fusion_prompt_template).replace("{candidates}", "")
     parts = [len(part.strip()) for part in (before, between, after)]
     whole = tokens(args.context_template_tokens, "x" * sum(parts))
+    shares = [
+        round(whole * sum(parts[:k]) / max(sum(parts), 1)) for k in range(4)
+    ]  # where each begins, so that all add up
     candidate = config.candidate_template.replace("{candidate}", "").replace("{index}", "1") + " \n\n"
     return Lengths(
         prompt=args.prompt_tokens,
         completion=args.completion_tokens or config.max_completion_length or 1,
         collider=args.collider_tokens or config.collider_max_completion_length,
         fusion_template=tokens(args.fusion_template_tokens, fusion),
-        context_template=tuple(whole * part / max(sum(parts), 1) for part in parts),  # type: ignore[arg-type]
+        context_template=(shares[1], shares[2] - shares[1], shares[3] - shares[2]),
         candidate_frame=tokens(args.candidate_template_tokens, candidate),
     )
 
@@ -236,9 +248,9 @@ def _cell(kind: str, value: float | None) -> str:
 def _heading(name: str, config: PlannedConfig, architecture: Architecture, lengths: Lengths) -> str:
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
     return (
-        f"{name}: {architecture.parameters / 1e9:.2f}B weights. A step: {rows} completions of {lengths.completion:g} "
-        f"tokens after prompts of {lengths.prompt:g}, n={config.num_generations} L={config.num_colliders} colliders of "
-        f"{lengths.collider:g}, estimator={config.estimator} kappa={config.kappa:g}, on {config.num_processes} "
+        f"{name}: {architecture.parameters / 1e9:.2f}B weights. A step: {rows} completions of {lengths.completion} "
+        f"tokens after prompts of {lengths.prompt}, n={config.num_generations} L={config.num_colliders} colliders of "
+        f"{lengths.collider}, estimator={config.estimator} kappa={config.kappa:g}, on {config.num_processes} "
         f"device{'s' * (config.num_processes > 1)}"
     )
 

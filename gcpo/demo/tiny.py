@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -48,13 +49,8 @@ _IGNORED = -100
 @dataclass(frozen=True)
 class WarmStart:
     """
-    What `warm_start` did.
-
-    Attributes:
-        steps: optimizer steps taken.
-        pass_at_1: pass@1 at temperature 1 when it stopped, on rows it did not train on.
-        seconds: wall-clock time.
-        reached_target: whether it stopped because `target` was reached.
+    What `warm_start` did: optimizer steps, seconds, pass@1 at temperature 1 on rows it did not train on, and whether it
+    stopped because that reached the target.
     """
 
     steps: int
@@ -167,17 +163,13 @@ def warm_start(
 
     Args:
         model: trained in place, left in train mode.
-        tokenizer: its tokenizer.
         dataset: rows of `reasoning_gym_dataset`, conversational. The last tenth, at most 128 rows, serves to measure
             progress.
         target: pass@1 at which to stop.
-        max_steps: most optimizer steps.
         batch_size: rows per step; half as many of the longer formats.
         learning_rate: of AdamW, after a short warmup.
         num_candidates: most candidates in a prompt.
         check_every: steps between measurements.
-        seed: of the batches.
-        progress: whether to show a progress bar.
     """
     began = time.perf_counter()
     rows = [(row["prompt"][-1]["content"], row["answer"]) for row in dataset]
@@ -249,16 +241,16 @@ def _corrupt(answer: str, letters: list[str], rng: random.Random) -> str:
 
 def _collate(pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
     """Padded `input_ids`, `attention_mask` and `labels`, each (rows, tokens); the loss is on the answers alone."""
-    prompts = tokenizer.apply_chat_template(
-        [[{"role": "user", "content": text}] for text, _ in pairs], add_generation_prompt=True, return_dict=True
-    )["input_ids"]
+    chats = [[{"role": "user", "content": text}] for text, _ in pairs]
+    prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True)["input_ids"]
     answers = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(text=[answer for _, answer in pairs])["input_ids"]]
-    shape = (len(pairs), max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)))
-    input_ids = torch.full(shape, tokenizer.pad_token_id)
-    mask, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, _IGNORED)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        end = len(prompt) + len(answer)
-        input_ids[row, :end] = torch.tensor(prompt + answer)
-        mask[row, :end] = 1
-        labels[row, len(prompt) : end] = torch.tensor(answer)
-    return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+    both = list(zip(prompts, answers, strict=True))
+
+    def padded(rows: list[list[int]], value: int) -> torch.Tensor:
+        return pad_sequence(list(map(torch.tensor, rows)), batch_first=True, padding_value=value)
+
+    return {
+        "input_ids": padded([prompt + answer for prompt, answer in both], tokenizer.pad_token_id),
+        "attention_mask": padded([[1] * len(prompt + answer) for prompt, answer in both], 0),
+        "labels": padded([[_IGNORED] * len(prompt) + answer for prompt, answer in both], _IGNORED),
+    }

@@ -15,8 +15,8 @@ from datasets import Dataset, load_dataset
 from math_verify import parse, verify
 
 from gcpo.evaluation.sandbox import run_python
-from gcpo.evaluation.tasks import Completion
-from gcpo.run.records import read_lines
+from gcpo.evaluation.tasks import Completion, as_prompt, judged_text
+from gcpo.run.records import read_rows
 
 MATH_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
 CODE_PROMPT = "Complete this Python function. Answer with the whole function, in one Python code block."
@@ -35,15 +35,7 @@ _AFTER_BODY = re.compile(r"\n(?=\S)(?!\s*[)\]}#@])")
 
 @dataclass(frozen=True)
 class Benchmark:
-    """
-    Where a benchmark's problems are, and under which names.
-
-    Attributes:
-        repository: its name on the hub.
-        split: split of the problems.
-        kind: `"math"` (columns `problem`, `answer`) or `"code"` (`prompt`, `test`, `entry_point`).
-        size: number of problems.
-    """
+    """A benchmark's name on the hub and split, its kind (`"math"` or `"code"`), and how many problems it has."""
 
     repository: str
     split: str
@@ -94,15 +86,15 @@ def load_benchmark(name: str, data_dir: str | Path | None = None, conversational
         path = Path(data_dir) / f"{name}.jsonl"
         if not path.is_file():
             raise FileNotFoundError(f"`data_dir` must hold {path.name}, got {str(data_dir)!r}. {_layout(name)}")
-        rows = [_read_line(path, k, line) for k, line in enumerate(read_lines(path), 1) if line.strip()]
+        rows = list(read_rows(path))
         where = str(path)
     else:
         try:
             rows = list(load_dataset(benchmark.repository, split=benchmark.split))
         except (OSError, ValueError) as error:
+            reason = f"{type(error).__name__}: {str(error)[:200]}"
             raise FileNotFoundError(
-                f"{name!r} could not be loaded from the hub as {benchmark.repository} ({type(error).__name__}: "
-                f"{str(error)[:200]}). {_layout(name)}"
+                f"{name!r} could not be loaded from the hub as {benchmark.repository} ({reason}). {_layout(name)}"
             ) from error
         where = benchmark.repository
     if not rows:
@@ -151,7 +143,7 @@ def math_reward(completions: list[Completion], answer: list[str | float], **kwar
         gold_text = as_text(right, "answer", f"Row {k} of the batch")
         bare = "\\boxed" not in gold_text and not re.search(r"(?<!\\)\$", gold_text)
         gold = parse(_final_answer(f"${gold_text}$" if bare else gold_text), parsing_timeout=parse_limit)
-        given = parse(_final_answer(_text(completion)), parsing_timeout=parse_limit)
+        given = parse(_final_answer(judged_text(completion)), parsing_timeout=parse_limit)
         scores.append(float(verify(gold or [gold_text.strip()], given, timeout_seconds=verify_limit)))
     return scores
 
@@ -170,7 +162,7 @@ def code_reward(
     """
     scores = []
     for completion, beginning, tests, name in zip(completions, stub, test, entry_point, strict=True):
-        program = f"{complete_program(_text(completion), beginning, name)}\n\n{tests}\n\ncheck({name})\n"
+        program = f"{complete_program(judged_text(completion), beginning, name)}\n\n{tests}\n\ncheck({name})\n"
         scores.append(float(run_python(program).passed))
     return scores
 
@@ -187,16 +179,11 @@ def complete_program(text: str, stub: str, entry_point: str) -> str:
 
 def ask_math(row: dict[str, Any], conversational: bool = True, where: str = "The row") -> dict[str, Any]:
     """
-    A row with `problem` and `answer` as one with `prompt` and `answer`, the latter as text.
-
-    Args:
-        where: names the row in errors.
-
-    Raises:
-        ValueError: one of the two is neither text nor a number.
+    A row with `problem` and `answer` as one with `prompt` and `answer`, the latter as text. A ValueError, which names
+    the row as `where`, if one of the two is neither text nor a number.
     """
     text = f"{as_text(row['problem'], 'problem', where)}\n\n{MATH_PROMPT}"
-    return {"prompt": _as_prompt(text, conversational), "answer": as_text(row["answer"], "answer", where)}
+    return {"prompt": as_prompt(text, conversational), "answer": as_text(row["answer"], "answer", where)}
 
 
 def as_text(value: Any, column: str, where: str) -> str:
@@ -210,12 +197,8 @@ def as_text(value: Any, column: str, where: str) -> str:
 
 def _ask_code(row: dict[str, Any], conversational: bool) -> dict[str, Any]:
     stub = row["prompt"]
-    prompt = _as_prompt(f"{CODE_PROMPT}\n\n```python\n{stub}```", True) if conversational else stub
+    prompt = as_prompt(f"{CODE_PROMPT}\n\n```python\n{stub}```", True) if conversational else stub
     return {"prompt": prompt, "stub": stub, "test": row["test"], "entry_point": row["entry_point"]}
-
-
-def _as_prompt(text: str, conversational: bool) -> Any:
-    return [{"role": "user", "content": text}] if conversational else text
 
 
 def _take(row: dict[str, Any], benchmark: Benchmark, where: str, name: str) -> dict[str, Any]:
@@ -227,16 +210,6 @@ def _take(row: dict[str, Any], benchmark: Benchmark, where: str, name: str) -> d
         found = next((key for key in there if row[key] is not None), there[0])
         taken[column] = as_text(row[found], found, where)
     return taken
-
-
-def _read_line(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number} is not JSON ({error}).") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{path}, line {number} must be a JSON object, got {type(row).__name__}.")
-    return row
 
 
 def _final_answer(text: str) -> str:
@@ -269,7 +242,3 @@ def _layout(name: str) -> str:
     return (
         f"Without a hub, `--data_dir FOLDER` reads FOLDER/{name}.jsonl, one JSON object per line: {json.dumps(example)}"
     )
-
-
-def _text(completion: Completion) -> str:
-    return completion if isinstance(completion, str) else completion[-1].get("content") or ""

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from gcpo.run.progress import progress_bar
 
-# What a trainer passes to reward functions beside the columns, under names that no column can then have ...
-_TAKEN_COLUMNS = ("prompts", "completions")
-# ... and the columns that it keeps to itself or replaces by its own.
+# The columns that a trainer keeps from reward functions, or passes something of its own instead of.
 _UNSEEN_COLUMNS = ("prompt", "completion", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
@@ -27,18 +26,15 @@ class EvaluationError(ValueError):
 @dataclass(frozen=True)
 class EvalResult:
     """
-    What `evaluate_pass_at_k` measured.
+    What `evaluate_pass_at_k` measured. Names in `_se` are standard errors over prompts (`mean_and_standard_error`).
 
     Attributes:
         pass_at_1: share of samples whose score reached the threshold, averaged over prompts.
-        pass_at_1_se: its standard error over prompts (see `mean_and_standard_error`).
         mean_score: average score, which counts partly right answers where the verifier does.
-        mean_score_se: its standard error over prompts.
-        num_prompts: number of prompts.
         num_samples: completions sampled per prompt.
         mean_completion_length: tokens per completion, the end token included.
         pass_at_k: for each k asked for (as text, so that JSON keeps it), the unbiased estimate of the chance that at
-            least one of k samples passes, averaged over prompts, and its standard error over prompts.
+            least one of k samples passes, averaged over prompts, and its standard error.
         num_passed: samples that passed, per prompt. Two models are compared prompt by prompt with it.
         prompt_scores: average score, per prompt.
     """
@@ -98,36 +94,15 @@ def evaluate_pass_at_k(
             finite, several samples at temperature 0, no end token, or a reward function that returns something else
             than a number per completion. What the function raises passes through.
     """
-    for name, value in (("num_samples", num_samples), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if value < 1:
-            raise EvaluationError(f"`{name}` must be at least 1, got {value}.")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise EvaluationError(f"`temperature` must be finite and at least 0, got {temperature}.")
-    if temperature == 0 and num_samples > 1:
-        raise EvaluationError(
-            f"`num_samples` must be 1 at `temperature` 0, where a prompt's samples are all the same, got {num_samples}."
-        )
-    for k in ks:
-        if not 1 <= k <= num_samples:
-            raise EvaluationError(f"`ks` must be between 1 and `num_samples` ({num_samples}), got {k}.")
-    if "prompt" not in dataset.column_names or len(dataset) == 0:
-        raise EvaluationError(f"`dataset` must have rows and a column `prompt`, got {len(dataset)} rows of "
-                              f"{', '.join(dataset.column_names) or 'no column'}.")  # fmt: skip
-    for name in _TAKEN_COLUMNS:
-        if name in dataset.column_names:
-            raise EvaluationError(
-                f"`dataset` must not have a column {name!r}, under which reward functions are passed the {name} "
-                "themselves: rename it."
-            )
+    _check(dataset, num_samples, ks, max_new_tokens, temperature, batch_size)
     rows = [row for row in dataset for _ in range(num_samples)]
     scores: list[float] = []
     lengths: list[int] = []
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with _seeded(seed, model.device), progress_bar(
-            len(rows), "evaluating", "sample", disable=not progress, leave=False
-        ) as bar:  # fmt: skip
+        bar = progress_bar(len(rows), "evaluating", "sample", disable=not progress, leave=False)
+        with _seeded(seed, model.device), bar:
             for start in range(0, len(rows), batch_size):
                 batch = rows[start : start + batch_size]
                 completion_ids = _generate(model, tokenizer, batch, max_new_tokens, temperature)
@@ -154,6 +129,32 @@ def evaluate_pass_at_k(
         num_passed=passed.sum(axis=1).tolist(),
         prompt_scores=table.mean(axis=1).tolist(),
     )
+
+
+def _check(
+    dataset: Dataset, num_samples: int, ks: Sequence[int], max_new_tokens: int, temperature: float, batch_size: int
+) -> None:
+    for name, value in (("num_samples", num_samples), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise EvaluationError(f"`{name}` must be at least 1, got {value}.")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise EvaluationError(f"`temperature` must be finite and at least 0, got {temperature}.")
+    if temperature == 0 and num_samples > 1:
+        raise EvaluationError(
+            f"`num_samples` must be 1 at `temperature` 0, where a prompt's samples are all the same, got {num_samples}."
+        )
+    for k in ks:
+        if not 1 <= k <= num_samples:
+            raise EvaluationError(f"`ks` must be between 1 and `num_samples` ({num_samples}), got {k}.")
+    columns = dataset.column_names
+    if "prompt" not in columns or len(dataset) == 0:
+        got = f"{len(dataset)} rows of {', '.join(columns) or 'no column'}"
+        raise EvaluationError(f"`dataset` must have rows and a column `prompt`, got {got}.")
+    for name in {"prompts", "completions"} & set(columns):
+        raise EvaluationError(
+            f"`dataset` must not have a column {name!r}, under which reward functions are passed the {name} "
+            "themselves: rename it."
+        )
 
 
 def pass_at_k(passed: np.ndarray, k: int) -> np.ndarray:
@@ -184,38 +185,28 @@ def mean_and_standard_error(table: np.ndarray) -> tuple[float, float]:
 
 
 def _generate(
-    model: Any,
-    tokenizer: Any,
-    batch: list[dict[str, Any]],
-    max_new_tokens: int,
-    temperature: float,
+    model: Any, tokenizer: Any, batch: list[dict[str, Any]], max_new_tokens: int, temperature: float
 ) -> list[list[int]]:
     """Completion ids of each row, up to and with the end token."""
     prompts = [row["prompt"] for row in batch]
     if isinstance(prompts[0], str):
         prompt_ids = tokenizer(text=prompts)["input_ids"]
     else:
-        prompt_ids = tokenizer.apply_chat_template(
-            prompts, add_generation_prompt=True, tokenize=True, return_dict=True
-        )["input_ids"]
+        prompt_ids = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)["input_ids"]
     end_ids = _end_ids(model, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_ids[0]
     # Padded here, so that the tokenizer's own padding side stays as it is.
-    width = max(len(ids) for ids in prompt_ids)
-    input_ids = torch.full((len(batch), width), pad_id)
-    mask = torch.zeros_like(input_ids)
-    for row, ids in enumerate(prompt_ids):
-        input_ids[row, width - len(ids) :] = torch.tensor(ids)
-        mask[row, width - len(ids) :] = 1
+    rows = [torch.tensor(ids, dtype=torch.long) for ids in prompt_ids]
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left").to(model.device)
+    ones = [torch.ones_like(row) for row in rows]
+    mask = pad_sequence(ones, batch_first=True, padding_side="left").to(model.device)
     config = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=pad_id, eos_token_id=end_ids, do_sample=False)
     if temperature > 0:
         config.update(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
     with torch.inference_mode(), _without_generation_config(model):
-        output = model.generate(
-            input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
-        )
+        output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)
     completions = []
-    for ids in output[:, width:].tolist():
+    for ids in output[:, input_ids.shape[1] :].tolist():
         length = next((position + 1 for position, token in enumerate(ids) if token in end_ids), len(ids))
         completions.append(ids[:length])
     return completions
@@ -223,10 +214,7 @@ def _generate(
 
 @contextmanager
 def _without_generation_config(model: Any) -> Iterator[None]:
-    """
-    Take the model's `generation_config` away inside the block: `generate` fills from it whatever a call leaves unset,
-    and most of its fields change what is sampled.
-    """
+    """Without the model's `generation_config`, from which `generate` fills whatever a call leaves unset."""
     owner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of an adapter, what generates
     before = owner.generation_config
     owner.generation_config = GenerationConfig()
@@ -237,8 +225,7 @@ def _without_generation_config(model: Any) -> Iterator[None]:
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    config = getattr(model, "generation_config", None)
-    configured = getattr(config, "eos_token_id", None)
+    configured = getattr(model.generation_config, "eos_token_id", None)
     ends = configured if isinstance(configured, list) else [configured]
     ids = [end for end in dict.fromkeys([tokenizer.eos_token_id, *ends]) if end is not None]
     if not ids:
@@ -257,15 +244,9 @@ def _score(
     if not isinstance(batch[0]["prompt"], str):
         completions = [[{"role": "assistant", "content": text}] for text in texts]
     columns = {key: [row[key] for row in batch] for key in batch[0] if key not in _UNSEEN_COLUMNS}
-    returned = reward_func(
-        prompts=[row["prompt"] for row in batch],
-        completions=completions,
-        completion_ids=completion_ids,
-        trainer_state=TrainerState(),
-        log_extra=_drop,
-        log_metric=_drop,
-        **columns,
-    )
+    own = {"trainer_state": TrainerState(), "log_extra": _drop, "log_metric": _drop}
+    prompts = [row["prompt"] for row in batch]
+    returned = reward_func(prompts=prompts, completions=completions, completion_ids=completion_ids, **own, **columns)
     try:
         scores = [float(score) for score in returned]
     except (TypeError, ValueError):  # nothing to go through, or something in it is no number

@@ -23,37 +23,15 @@ from dataclasses import dataclass
 _MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # as seccomp names them
 # Numbers on (x86_64, aarch64); 0 where an architecture has no such call.
 _REFUSED = {
-    "socket": (41, 198),
-    "socketpair": (53, 199),
-    "io_uring_setup": (425, 425),
-    "fork": (57, 0),
-    "vfork": (58, 0),
-    "execve": (59, 221),
-    "execveat": (322, 281),
-    "kill": (62, 129),
-    "tkill": (200, 130),
-    "tgkill": (234, 131),
-    "rt_sigqueueinfo": (129, 138),
-    "rt_tgsigqueueinfo": (297, 240),
-    "pidfd_open": (434, 434),
-    "pidfd_send_signal": (424, 424),
-    "ptrace": (101, 117),
-    "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271),
-    "mount": (165, 40),
-    "umount2": (166, 39),
-    "unshare": (272, 97),
-    "setns": (308, 268),
-    "chroot": (161, 51),
-    "pivot_root": (155, 41),
-    "bpf": (321, 280),
-    "reboot": (169, 142),
-    "init_module": (175, 105),
-    "finit_module": (313, 273),
-    "kexec_load": (246, 104),
-    "setrlimit": (160, 164),
+    "socket": (41, 198), "socketpair": (53, 199), "io_uring_setup": (425, 425), "fork": (57, 0), "vfork": (58, 0),
+    "execve": (59, 221), "execveat": (322, 281), "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131),
+    "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "pidfd_open": (434, 434),
+    "pidfd_send_signal": (424, 424), "ptrace": (101, 117), "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271), "mount": (165, 40), "umount2": (166, 39), "unshare": (272, 97),
+    "setns": (308, 268), "chroot": (161, 51), "pivot_root": (155, 41), "bpf": (321, 280), "reboot": (169, 142),
+    "init_module": (175, 105), "finit_module": (313, 273), "kexec_load": (246, 104), "setrlimit": (160, 164),
     "prlimit64": (302, 261),
-}
+}  # fmt: skip
 _CLONE, _CLONE3, _CLONE_THREAD = (56, 220), 435, 0x10000
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
 _READ = 1 << 2 | 1 << 3  # files, folders
@@ -68,11 +46,8 @@ class SandboxError(RuntimeError):
 @dataclass(frozen=True)
 class Outcome:
     """
-    What became of a program.
-
-    Attributes:
-        passed: whether it ran to its end without an exception.
-        reason: `"passed"`, `"time limit"`, `"killed"`, `"ended early"` (it called exit), or the exception.
+    Whether a program ran to its end without an exception, and the reason: `"passed"`, `"time limit"`, `"killed"`,
+    `"ended early"` (it called exit), or the exception.
     """
 
     passed: bool
@@ -102,14 +77,8 @@ def run_python(code: str, *, time_limit: float = 10.0, memory_mb: int = 1024, fi
     # Only who knows the token can report success: a program that exits with 0 before its tests does not.
     token = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="gcpo-code-") as folder:
-        task = {
-            "code": code,
-            "token": token,
-            "folder": folder,
-            "time": time_limit,
-            "memory": memory_mb,
-            "file": file_mb,
-        }
+        limits = {"time": time_limit, "memory": memory_mb, "file": file_mb}
+        task = {"code": code, "token": token, "folder": folder, **limits}
         process = subprocess.Popen(
             [sys.executable, "-I", __file__],
             stdin=subprocess.PIPE,
@@ -172,12 +141,10 @@ def _child() -> None:
 def _limit_resources(task: dict) -> None:
     import resource
 
-    megabyte = 2**20
-    seconds = math.ceil(task["time"])
     for kind, value in (
-        (resource.RLIMIT_CPU, seconds),
-        (resource.RLIMIT_AS, task["memory"] * megabyte),
-        (resource.RLIMIT_FSIZE, task["file"] * megabyte),
+        (resource.RLIMIT_CPU, math.ceil(task["time"])),
+        (resource.RLIMIT_AS, task["memory"] * 2**20),
+        (resource.RLIMIT_FSIZE, task["file"] * 2**20),
         (resource.RLIMIT_NOFILE, 64),
         (resource.RLIMIT_CORE, 0),
     ):

@@ -74,30 +74,31 @@ def train_and_held_out(
         ValueError: as `reasoning_gym_dataset`, and when the task has too few distinct questions.
     """
     seen: set[str] = set()
-    parts: dict[str, list[dict[str, Any]]] = {}
-    for part, wanted, start in (
-        ("num_held_out", num_held_out, seed + HELD_OUT_SEED_OFFSET),
-        ("num_train", num_train, seed),
-    ):
-        if wanted < 1:
-            raise ValueError(f"`{part}` must be at least 1, got {wanted}.")
-        chosen = parts[part] = []
-        for item in _items(name, start, 20 * wanted, task_config):
-            if item["question"] not in seen:
-                seen.add(item["question"])
-                chosen.append(item)
-            if len(chosen) == wanted:
-                break
-        else:
-            raise ValueError(
-                f"`{part}` asks for {wanted} distinct questions of {name!r}, which gave {len(chosen)} in "
-                f"{20 * wanted} draws; ask for fewer, or for a harder setting of the task."
-            )
-    train, held_out = (
-        _as_dataset(name, parts[part], conversational, system_prompt, task_config)
-        for part in ("num_train", "num_held_out")
+    held_out = _distinct(name, "num_held_out", num_held_out, seed + HELD_OUT_SEED_OFFSET, task_config, seen)
+    train = _distinct(name, "num_train", num_train, seed, task_config, seen)
+    return (
+        _as_dataset(name, train, conversational, system_prompt, task_config),
+        _as_dataset(name, held_out, conversational, system_prompt, task_config),
     )
-    return train, held_out
+
+
+def _distinct(
+    name: str, count_name: str, wanted: int, seed: int, task_config: dict[str, Any], seen: set[str]
+) -> list[dict[str, Any]]:
+    """Items of a task whose questions are not in `seen`, and are added to it."""
+    if wanted < 1:
+        raise ValueError(f"`{count_name}` must be at least 1, got {wanted}.")
+    chosen: list[dict[str, Any]] = []
+    for item in _items(name, seed, 20 * wanted, task_config):
+        if item["question"] not in seen:
+            seen.add(item["question"])
+            chosen.append(item)
+        if len(chosen) == wanted:
+            return chosen
+    raise ValueError(
+        f"`{count_name}` asks for {wanted} distinct questions of {name!r}, which gave {len(chosen)} in "
+        f"{20 * wanted} draws; ask for fewer, or for a harder setting of the task."
+    )
 
 
 def extract_answer(text: str, reference: str = "") -> str:
@@ -138,7 +139,7 @@ def reasoning_gym_reward(
         item = content["item"]
         scorer = _scorer(name, json.dumps(_tag(content["config"]), sort_keys=True))
         try:
-            scores.append(float(scorer(extract_answer(_text(completion), item["answer"] or ""), item)))
+            scores.append(float(scorer(extract_answer(judged_text(completion), item["answer"] or ""), item)))
         except Exception:  # some verifiers raise on an answer that they cannot parse
             scores.append(0.0)
     return scores
@@ -170,26 +171,26 @@ def _scorer(name: str, config: str) -> Callable[[str, dict[str, Any]], float]:
 
 
 def _as_dataset(
-    name: str,
-    items: list[dict[str, Any]],
-    conversational: bool,
-    system_prompt: str | None,
-    task_config: dict[str, Any],
+    name: str, items: list[dict[str, Any]], conversational: bool, system_prompt: str | None, task_config: dict[str, Any]
 ) -> Dataset:
     rows = []
     for item in items:
-        prompt: Completion
-        if conversational:
-            system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-            prompt = [*system, {"role": "user", "content": item["question"]}]
-        else:
-            prompt = f"{system_prompt}\n\n{item['question']}" if system_prompt else item["question"]
+        prompt = as_prompt(item["question"], conversational, system_prompt)
         entry = json.dumps(_tag({"item": item, "config": task_config}))
         rows.append({"prompt": prompt, "answer": item["answer"] or "", "task": name, "entry": entry})
     return Dataset.from_list(rows)
 
 
-def _text(completion: Completion) -> str:
+def as_prompt(question: str, conversational: bool, system_prompt: str | None = None) -> Completion:
+    """A question as messages for a chat template, or as text."""
+    if conversational:
+        system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        return [*system, {"role": "user", "content": question}]
+    return f"{system_prompt}\n\n{question}" if system_prompt else question
+
+
+def judged_text(completion: Completion) -> str:
+    """The text of a completion, or of its last message."""
     return completion if isinstance(completion, str) else completion[-1].get("content") or ""
 
 

@@ -16,18 +16,6 @@ from gcpo.forward.key_values import can_cut, cut
 from gcpo.forward.models import ModelForwards, no_auxiliary_loss
 
 
-@contextmanager
-def own_random_stream(seed: int) -> Iterator[None]:
-    """
-    Draw from a stream of its own: sampling colliders then leaves the candidates' stream as GRPO would have it, so that
-    runs of the two from one seed see the same first candidates.
-    """
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
-
-
 class GenerationRecorder:
     """
     Watches a model's backbone while it generates. Each sampled token is fed back to the model to sample the next: the

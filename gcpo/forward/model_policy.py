@@ -1,7 +1,7 @@
 """The policy of a loop of one's own: a transformers model and its tokenizer, without TRL."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from gcpo.causal.account import StepAccount
 from gcpo.causal.contexts import PromptBuilder, check_length, longest_prompt
 from gcpo.causal.options import CausalOptions
 from gcpo.causal.port import Ids, Prompt, Rollout, RolloutStates
-from gcpo.forward.generation import GenerationRecorder, own_random_stream, read_repeated_prompts_once
+from gcpo.causal.sampling import own_random_stream
+from gcpo.forward.generation import GenerationRecorder, read_repeated_prompts_once
 from gcpo.forward.models import ModelForwards, no_auxiliary_loss, without_dropout
 from gcpo.forward.representations import HiddenRecorder
 from gcpo_kernels import linear_logprob
@@ -170,14 +171,6 @@ class ModelPolicy(ModelForwards):
         return self.unwrapped.device
 
     @property
-    def rank(self) -> int:  # type: ignore[override]
-        return 0 if self.accelerator is None else self.accelerator.process_index
-
-    @property
-    def size(self) -> int:  # type: ignore[override]
-        return 1 if self.accelerator is None else self.accelerator.num_processes
-
-    @property
     def rows_per_forward(self) -> int:
         return self.options.context_batch_size or self.context_batch_size
 
@@ -188,25 +181,6 @@ class ModelPolicy(ModelForwards):
     @property
     def step_seed(self) -> int:
         return self.seed + 1_000_003 * self._steps
-
-    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if self.accelerator is None else self.accelerator.gather(tensor)
-
-    def gather_lists(self, items: list[Any]) -> list[Any]:
-        if self.accelerator is None:
-            return items
-        from accelerate.utils import gather_object
-
-        return gather_object(items)
-
-    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if self.accelerator is None else self.accelerator.reduce(tensor, reduction="sum")
-
-    def phase(self, name: str) -> AbstractContextManager[Any]:
-        return self.account.phase(name)
-
-    def count(self, kind: str, tokens: Any) -> None:
-        self.account.add_tokens(kind, tokens)
 
     def log(self, name: str, value: torch.Tensor | float) -> None:
         if float(value) == float(value):
@@ -219,17 +193,10 @@ class ModelPolicy(ModelForwards):
 
     @torch.no_grad()
     def sample_states(self, prompts: list[Ids], seed: int, rows: int) -> tuple[list[Ids], torch.Tensor]:
-        outputs: list[Ids] = []
-        z: list[torch.Tensor] = []
-        with self.phase("contexts"), own_random_stream(seed):
-            for start in range(0, len(prompts), rows):
-                sampled, states = self._sample(prompts[start : start + rows], self.max_completion_length, None)
-                outputs += sampled
-                z += [] if states is None else [states.z]
-        if sum(map(len, z)) == len(prompts):
-            return outputs, torch.cat(z)
-        scored = self._score_rows(prompts, [ids or self.eos_token_ids[:1] for ids in outputs], "scored_contexts")
-        return outputs, torch.stack([item.z for item in sorted(scored, key=lambda item: item.key)])
+        return super().sample_states(prompts, seed, rows)
+
+    def _sample_outputs(self, prompts: list[Ids]) -> tuple[list[Ids], RolloutStates | None]:
+        return self._sample(prompts, self.max_completion_length, None)
 
     def _tokenize(self, prompt: Prompt) -> Ids:
         if not isinstance(prompt, str | list) or prompt == []:
@@ -279,9 +246,10 @@ class ModelPolicy(ModelForwards):
         handle = self.backbone.register_forward_hook(
             lambda module, args, output: found.append(output.last_hidden_state)
         )
-        autocast = ExitStack() if self.accelerator is None else self.accelerator.autocast()
         try:
-            with autocast:  # through the model, so that what wraps it has its say; but for one place without its logits
+            with (
+                self.autocast()
+            ):  # through the model, so that what wraps it has its say; but for one place without its logits
                 keeps = "past_key_values" in inputs
                 self.model(**inputs, use_cache=keeps, logits_to_keep=1, **no_auxiliary_loss(self.unwrapped))
         finally:

@@ -1,13 +1,15 @@
 """Forwards of a transformers model that score and represent completions, and what a model can and cannot do."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-from gcpo.causal.port import Continuation, Ids, Reading
+from gcpo.causal.account import StepAccount
+from gcpo.causal.port import Continuation, Ids, Reading, RolloutStates
+from gcpo.causal.sampling import own_random_stream
 from gcpo.forward.key_values import cut, join, keeps_every_token
 from gcpo.forward.packing import PackedRow
 from gcpo.forward.representations import BranchRecorder, HiddenRecorder
@@ -20,10 +22,14 @@ class ModelForwards(ScheduledPolicy):
 
     Attributes:
         model: the module to call; it may be wrapped.
+        account: counts time and tokens.
+        accelerator: `accelerate.Accelerator` of several processes. None: there is one.
         pad_token_id, pad_to_multiple_of: of batches.
     """
 
     model: Any
+    account: StepAccount
+    accelerator: Any = None
     pad_token_id: int
     pad_to_multiple_of: int | None = None
 
@@ -57,11 +63,56 @@ class ModelForwards(ScheduledPolicy):
     def unwrapped(self) -> Any:
         return self.model
 
+    # What several processes need, and what is measured.
+
+    @property
+    def rank(self) -> int:  # type: ignore[override]
+        return 0 if self.accelerator is None else self.accelerator.process_index
+
+    @property
+    def size(self) -> int:  # type: ignore[override]
+        return 1 if self.accelerator is None else self.accelerator.num_processes
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self.accelerator is None else self.accelerator.gather(tensor)
+
+    def gather_lists(self, items: list[Any]) -> list[Any]:
+        if self.accelerator is None:
+            return items
+        from accelerate.utils import gather_object
+
+        return gather_object(items)
+
+    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self.accelerator is None else self.accelerator.reduce(tensor, reduction="sum")
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.accelerator is None else self.accelerator.autocast()
+
     def phase(self, name: str) -> AbstractContextManager[Any]:
-        raise NotImplementedError
+        return self.account.phase(name)
 
     def count(self, kind: str, tokens: Any) -> None:
+        self.account.add_tokens(kind, tokens)
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _sample_outputs(self, prompts: list[Ids]) -> tuple[list[Ids], RolloutStates | None]:
+        """Outputs sampled as candidates are, and what generating them computed anyway."""
         raise NotImplementedError
+
+    def sample_states(self, prompts: list[Ids], seed: int, rows: int) -> tuple[list[Ids], torch.Tensor]:
+        outputs: list[Ids] = []
+        z: list[torch.Tensor] = []
+        with self.phase("contexts"), own_random_stream(seed):
+            for start in range(0, len(prompts), rows):
+                sampled, states = self._sample_outputs(prompts[start : start + rows])
+                outputs += sampled
+                z += [] if states is None else [states.z]
+        if sum(map(len, z)) == len(prompts):
+            return outputs, torch.cat(z)
+        scored = self._score_rows(prompts, [ids or self.eos_token_ids[:1] for ids in outputs], "scored_contexts")
+        return outputs, torch.stack([item.z for item in sorted(scored, key=lambda item: item.key)])
 
     def _log_probs(self, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
         """(rows, S): log-probability of `labels` (rows, S), each the token after its place; -100: none is asked for."""
@@ -105,7 +156,8 @@ class ModelForwards(ScheduledPolicy):
         first = torch.tensor([row.first_position for row in rows], device=self.device)
         positions = first[:, None] + torch.arange(ids.shape[1], device=self.device)
         labels = torch.full_like(ids, -100)
-        labels[:, :-1] = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+        scored = mask[:, 1:] * torch.tensor([row.scores for row in rows], device=self.device)[:, None]
+        labels[:, :-1] = ids[:, 1:].masked_fill(scored == 0, -100)
         # What follows a row's first token is its completion.
         recorder = HiddenRecorder(self.options.representation, mask=torch.cat([mask[:, :1] * 0, mask[:, 1:]], dim=1))
         if counts:

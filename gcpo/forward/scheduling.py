@@ -129,7 +129,8 @@ class ScheduledPolicy:
         for level in range(self.most(max((len(node.path) for node in nodes), default=-1) + 1)):
             numbers = [k for k, node in enumerate(nodes) if len(node.path) == level]
             rows = [
-                Continuation([pieces[n] for n in nodes[k].path], nodes[k].ids, nodes[k].start, tokens) for k in numbers
+                Continuation([pieces[n] for n in nodes[k].path], nodes[k].ids, nodes[k].start, tokens, scores=False)
+                for k in numbers
             ]
             pieces.update((k, reading.own) for k, reading in zip(numbers, self.read(rows, keep=True), strict=True))
         rows = [

@@ -9,17 +9,17 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from transformers import GenerationConfig
 from trl import GRPOTrainer
 
 from gcpo._trl import disable_gradient_checkpointing
+from gcpo.causal.account import StepAccount
 from gcpo.causal.port import Ids, Prompt, RolloutStates
-from gcpo.forward.generation import GenerationRecorder, own_random_stream, read_repeated_prompts_once
+from gcpo.causal.sampling import own_random_stream
+from gcpo.forward.generation import GenerationRecorder, read_repeated_prompts_once
 from gcpo.forward.models import ModelForwards, learns_positions, no_auxiliary_loss, padded_width, without_dropout
 from gcpo.forward.representations import HiddenRecorder
 from gcpo.forward.shared_prompt import logps_sharing_prompts, repeats_prompts
-from gcpo.run.meter import AccountedGRPOTrainer
 
 
 class TrlPolicy(ModelForwards):
@@ -30,9 +30,9 @@ class TrlPolicy(ModelForwards):
 
     allows_nan = True  # a step whose gradients are not finite is left out (gcpo.run.guard)
 
-    def __init__(self, trainer: AccountedGRPOTrainer):
-        self.trainer: Any = trainer
-        self.options = self.trainer.args
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self.options, self.accelerator = trainer.args, trainer.accelerator
         self.eos_token_ids = self.trainer.eos_token_ids
         self.pad_token_id = self.trainer._tokenizer.pad_token_id
         self.pad_to_multiple_of = self.trainer.pad_to_multiple_of
@@ -65,14 +65,6 @@ class TrlPolicy(ModelForwards):
         return self.trainer.accelerator.device
 
     @property
-    def rank(self) -> int:  # type: ignore[override]
-        return self.trainer.accelerator.process_index
-
-    @property
-    def size(self) -> int:  # type: ignore[override]
-        return self.trainer.accelerator.num_processes
-
-    @property
     def rows_per_forward(self) -> int:
         return self.options.context_batch_size or self.trainer.args.per_device_train_batch_size
 
@@ -101,20 +93,9 @@ class TrlPolicy(ModelForwards):
         substep = self.trainer._step % self.trainer.args.gradient_accumulation_steps
         return self.trainer.args.seed + 1_000_003 * (self.trainer.state.global_step + 1) + 1_009 * substep
 
-    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self.trainer.accelerator.gather(tensor)
-
-    def gather_lists(self, items: list[Any]) -> list[Any]:
-        return gather_object(items)
-
-    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self.trainer.accelerator.reduce(tensor, reduction="sum")
-
-    def phase(self, name: str) -> AbstractContextManager[Any]:
-        return self.trainer._account.phase(name)
-
-    def count(self, kind: str, tokens: Any) -> None:
-        self.trainer._account.add_tokens(kind, tokens)
+    @property
+    def account(self) -> StepAccount:  # type: ignore[override]
+        return self.trainer._account  # of training, or of evaluation
 
     def log(self, name: str, value: torch.Tensor | float) -> None:
         self.trainer._log(name, value)
@@ -128,15 +109,13 @@ class TrlPolicy(ModelForwards):
             return self.trainer._generate_single_turn(prompts, None, {}, 1)[0]
 
     def sample_states(self, prompts: list[Ids], seed: int, rows: int) -> tuple[list[Ids], torch.Tensor]:
-        size = len(prompts) if self.trainer.use_vllm else rows  # an engine makes batches of its own
-        outputs: list[Ids] = []
-        with self.phase("contexts"), own_random_stream(seed), self.watching_generation() as states:
-            for start in range(0, len(prompts), size):
-                outputs += self.trainer._generate_single_turn(prompts[start : start + size], None, {}, 1)[0]
-        if sum(len(some.z) for some in states) == len(prompts):
-            return outputs, torch.cat([some.z for some in states])
-        scored = self._score_rows(prompts, [ids or self.eos_token_ids[:1] for ids in outputs], "scored_contexts")
-        return outputs, torch.stack([item.z for item in sorted(scored, key=lambda item: item.key)])
+        # An engine makes batches of its own.
+        return super().sample_states(prompts, seed, len(prompts) if self.trainer.use_vllm else rows)
+
+    def _sample_outputs(self, prompts: list[Ids]) -> tuple[list[Ids], RolloutStates | None]:
+        with self.watching_generation() as states:
+            outputs = self.trainer._generate_single_turn(prompts, None, {}, 1)[0]
+        return outputs, states.pop() if states else None
 
     @contextmanager
     def watching_generation(self) -> Iterator[list[RolloutStates]]:
@@ -236,7 +215,7 @@ class TrlPolicy(ModelForwards):
             return score(self.trainer, self.model, ids, mask, completion_length)[0]
 
     def _log_probs(self, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
-        with self.trainer.accelerator.autocast():
+        with self.autocast():
             output = self.model(shift_labels=labels, fused_lm_head=True, **inputs, **no_auxiliary_loss(self.model))
         return output.log_probs
 
@@ -250,7 +229,7 @@ class TrlPolicy(ModelForwards):
         width = input_ids.shape[1] - logits_to_keep
         if self.most(int(width < 2)) or not self.most(int(repeats_prompts(input_ids, attention_mask, width))):
             return None
-        with self.trainer.accelerator.autocast():
+        with self.autocast():
             result = logps_sharing_prompts(model, self.model.config, input_ids, attention_mask, logits_to_keep, entropy)
         self.count("trained", result.tokens)
         return result.logps, result.entropies, None

@@ -1,17 +1,17 @@
 """
-What a step of GCPO will cost beside one of GRPO, before anything runs. Tokens come from `gcpo.planning.workload`,
+What a step of GCPO will cost beside one of GRPO, before anything runs. Tokens come from `gcpo.planning.counts`,
 floating-point operations and memory from the model's config, seconds from a device's rates.
 
 Left out: the optimizer's own step, rewards, padding, communication between devices, and launch overheads.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 
 from gcpo.config import GCPOConfig
+from gcpo.forward.counting import Pass
 from gcpo.planning.architecture import Architecture
-from gcpo.planning.workload import Pass, tokens_by_kind
+from gcpo.planning.counts import Counts
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Multiples of a forward: the backward costs two, gradient checkpointing repeats the forward, and TRL's output layer
@@ -50,7 +50,7 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Cost:
-    """Of the passes of one kind, per optimizer step."""
+    """Of the passes of one kind, per optimizer step: the mean over a cycle."""
 
     phase: str  # as in `gcpo/seconds/PHASE`
     what: str
@@ -77,7 +77,8 @@ class StepPlan:
 
     costs: list[Cost]
     memory: Memory
-    tokens: dict[str, float]  # as a run logs them, by kind
+    tokens: dict[str, float]  # as a run logs them, by kind: the mean over a cycle of `steps`
+    steps: int
 
     def total(self, name: str, phase: str | None = None) -> float:
         """Sum of `tokens`, `flops` or `seconds` over a phase, or the step."""
@@ -92,63 +93,90 @@ class StepPlan:
 def plan_step(
     config: GCPOConfig,
     architecture: Architecture,
-    passes: list[Pass],
+    counts: Counts,
     device: Device | None = None,
     dtype: str = "float32",
     num_processes: int = 1,
+    compact_head: bool = True,
 ) -> StepPlan:
     """
-    Plan a step that consists of these passes.
+    Plan the steps of a cycle.
 
     Args:
         config: of a run in which one process takes the turns of all `num_processes`, so that its batch is everyone's.
         architecture: the model's.
-        passes: of `grpo_passes` or `gcpo_passes`.
+        counts: of `count_cycle`.
         device: rates of one device. None: no seconds.
         dtype: type of the weights, one of `BYTES`.
         num_processes: devices that share the rows evenly, each with a copy of the model.
+        compact_head: whether the output layer skips what is not scored, as TRL's does except on a CPU.
     """
+    passes = counts.passes if compact_head else _with_whole_head(counts.passes)
     costs: dict[tuple[str, str], Cost] = {}
-    for item in passes:
-        flops = pass_flops(item, architecture, config.gradient_checkpointing)
+    for item, rows in passes.items():
+        flops = rows / counts.steps * pass_flops(item, architecture, config.gradient_checkpointing)
         seconds = None
         if device is not None:
             seconds = flops / num_processes / (device.tflops * 1e12 * device.mfu)
             if item.mode == "decode":
-                moved = decode_bytes(item, architecture, config, dtype, num_processes)
+                moved = decode_bytes(item, rows, counts, architecture, config, dtype, num_processes)
                 seconds = max(seconds, moved / (device.bandwidth * 1e9 * device.mbu))
         before = costs.get((item.phase, item.what), Cost(item.phase, item.what, 0.0, 0.0, None))
         costs[item.phase, item.what] = replace(
             before,
-            tokens=before.tokens + item.tokens,
+            tokens=before.tokens + rows * item.new / counts.steps,
             flops=before.flops + flops,
             seconds=None if seconds is None else (before.seconds or 0.0) + seconds,
         )
-    memory = estimate_memory(config, architecture, passes, dtype, num_processes)
-    return StepPlan(list(costs.values()), memory, tokens_by_kind(passes))
+    memory = estimate_memory(config, architecture, passes, counts.rollouts, dtype, num_processes)
+    tokens = {kind: number / counts.steps for kind, number in counts.tokens.items()}
+    return StepPlan(list(costs.values()), memory, tokens, counts.steps)
+
+
+def _with_whole_head(passes: Counter[Pass]) -> Counter[Pass]:
+    whole: Counter[Pass] = Counter()
+    for item, rows in passes.items():
+        whole[item._replace(predicted=item.new) if item.mode in ("score", "train") else item] += rows
+    return whole
 
 
 def pass_flops(item: Pass, architecture: Architecture, checkpointing: bool) -> float:
-    """Floating-point operations of all rows of a pass."""
+    """Floating-point operations of a row."""
     body = item.new * architecture.matrix_flops() + architecture.attention_flops(item.new, item.before, item.dense)
     head = item.predicted * architecture.head_flops()
     if item.mode == "train":
         body *= _CHECKPOINTED if checkpointing else _TRAINED
         head *= _CHECKPOINTED
-    return item.rows * (body + head)
+    return body + head
 
 
-def decode_bytes(item: Pass, architecture: Architecture, config: GCPOConfig, dtype: str, num_processes: int) -> float:
-    """Bytes that one device reads while it decodes: per token, all weights once and every row's keys and values."""
-    calls = rollouts_per_step(config)
-    rows = item.rows / calls / num_processes
+def decode_bytes(
+    item: Pass,
+    rows: int,
+    counts: Counts,
+    architecture: Architecture,
+    config: GCPOConfig,
+    dtype: str,
+    num_processes: int,
+) -> float:
+    """
+    Bytes that one device reads in a step while it decodes `rows` of a cycle: per token, all weights once and every
+    row's keys and values.
+    """
+    calls = counts.rollouts / counts.steps
+    rows_at_once = rows / counts.rollouts / num_processes
     weights = BYTES[dtype] * (architecture.layer_weights + architecture.hidden * architecture.vocab)
-    pairs = rows * (item.before + item.new / 2) * architecture.key_value_bytes(compute_bytes(config, dtype))
+    pairs = rows_at_once * (item.before + item.new / 2) * architecture.key_value_bytes(compute_bytes(config, dtype))
     return calls * item.new * (weights + pairs)
 
 
 def estimate_memory(
-    config: GCPOConfig, architecture: Architecture, passes: Iterable[Pass], dtype: str, num_processes: int
+    config: GCPOConfig,
+    architecture: Architecture,
+    passes: Counter[Pass],
+    rollouts: int,
+    dtype: str,
+    num_processes: int,
 ) -> Memory:
     """
     Weights, gradients and optimizer state by type; per phase what dominates: keys and values that it makes, or that are
@@ -163,12 +191,13 @@ def estimate_memory(
     scored_at_once = config.context_batch_size or rows_at_once
     phases: dict[str, float] = {}
     kept: dict[str, float] = defaultdict(float)
-    trained = 0.0
-    for item in passes:
-        per_device = item.rows / rollouts_per_step(config) / num_processes
+    trained: dict[str, float] = defaultdict(float)  # by forward, of its longest rows
+    for item, rows in passes.items():
+        per_device = rows / rollouts / num_processes
         if item.mode == "train":
-            trained += rows_at_once * item.new * architecture.activation_bytes(compute, config.gradient_checkpointing)
-            trained += rows_at_once * item.predicted * architecture.hidden * (compute + 4)
+            own = item.new * architecture.activation_bytes(compute, config.gradient_checkpointing)
+            own += item.predicted * architecture.hidden * (compute + 4)
+            trained[item.what] = max(trained[item.what], rows_at_once * own)
             continue
         if item.mode == "score":
             at_once = 1 if item.dense else min(scored_at_once, per_device)
@@ -186,20 +215,15 @@ def estimate_memory(
             phases[phase] += until_now + (kept[phase] if phase != "rollout" else 0.0)
         until_now += kept[phase]
     if compute < size:  # autocast keeps the weights it has cast until the forward ends
-        trained += compute * weights
+        trained["cast weights"] = compute * weights
     # The output layer's gradient is added up in float32.
-    phases["loss"] = size * weights + trained + 4.0 * architecture.hidden * architecture.vocab
+    phases["loss"] = size * weights + sum(trained.values()) + 4.0 * architecture.hidden * architecture.vocab
     return Memory(held, phases)
 
 
 def compute_bytes(config: GCPOConfig, dtype: str) -> int:
     """Of one number of the type that forwards compute in."""
     return 2 if config.bf16 or config.fp16 else BYTES[dtype]
-
-
-def rollouts_per_step(config: GCPOConfig) -> float:
-    """How often an optimizer step generates."""
-    return config.gradient_accumulation_steps / (int(config.steps_per_generation or 1) * config.num_iterations)
 
 
 def _optimizer_bytes(config: GCPOConfig, size: int) -> float:

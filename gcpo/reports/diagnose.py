@@ -1,14 +1,10 @@
 """`gcpo diagnose`: names the ways in which a run goes wrong, with the number that shows it and the option to change."""
 
-import argparse
-import json
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
-from gcpo.run.inputs import argument_errors
-from gcpo.run.records import Run, Step, read_runs
+from gcpo.run.records import Run, Step, is_number, recent
 
 
 @dataclass(frozen=True)
@@ -41,6 +37,8 @@ class Limits:
     colliders: float = 0.5  # share of colliders that were cut off or said nothing
     overhead: float = 4.0  # step time over what GRPO's part of it took
 
+
+Check = Callable[[Run, Limits], Finding | None]
 
 _MIN_STEPS = 8  # below, a trend or a spike is noise
 
@@ -84,8 +82,13 @@ def overhead(step: Step) -> float | None:
     return total / own if own > 0 else None
 
 
+def overheads(run: Run) -> list[float]:
+    """`overhead` of the steps that have one."""
+    return [ratio for row in run.log if (ratio := overhead(row)) is not None]
+
+
 def _near_zero(run: Run, limits: Limits) -> Finding | None:
-    share = _recent_mean(run, "gcpo/upsilon/near_zero")
+    share = run.recent_mean("gcpo/upsilon/near_zero")
     if share is None or share <= limits.near_zero:
         return None
     alpha = run.config.get("alpha")
@@ -100,8 +103,8 @@ def _near_zero(run: Run, limits: Limits) -> Finding | None:
 
 
 def _no_signal(run: Run, limits: Limits) -> Finding | None:
-    ratios = _recent(run.values("gcpo/projection/norm_ratio"))
-    if not ratios or statistics.median(ratios) >= limits.norm_ratio:
+    ratios = recent(run.values("gcpo/projection/norm_ratio"))
+    if not ratios or (median := statistics.median(ratios)) >= limits.norm_ratio:
         return None
     if run.config.get("num_colliders") == 1:
         change = "With `num_colliders=1` Zbar and Zprime are the same and cancel. Use 2 or more (default 4)."
@@ -110,12 +113,12 @@ def _no_signal(run: Run, limits: Limits) -> Finding | None:
             "The colliders are all alike, so the projection adds nothing to the group's mean: raise "
             "`collider_temperature` or `num_colliders`, or try `estimator='scored'`. Expect parity with GRPO otherwise."
         )
-    number = f"median |Zbar - Zprime| / |zbar| is {statistics.median(ratios):.2g} (limit {limits.norm_ratio:g})"
+    number = f"median |Zbar - Zprime| / |zbar| is {median:.2g} (limit {limits.norm_ratio:g})"
     return Finding("projection without signal", number, change)
 
 
 def _spikes(run: Run, limits: Limits) -> Finding | None:
-    broken = [row["step"] for row in run.log if "grad_norm" in row and not _finite(row["grad_norm"])]
+    broken = [row["step"] for row in run.log if "grad_norm" in row and not is_number(row["grad_norm"])]
     if broken:
         number = f"gradient norm is not finite at step {broken[0]:g} ({len(broken)} of {len(run.log)} steps)"
         return Finding("gradient-norm spikes", number, _spike_change(run, True))
@@ -149,21 +152,8 @@ def _spike_change(run: Run, with_kl: bool) -> str:
     return "kl_causal does not spike with it: lower `learning_rate`, or `alpha`, which scales every advantage."
 
 
-def _clamped(run: Run, limits: Limits) -> Finding | None:
-    share = _recent_mean(run, "gcpo/proj_clamped")
-    if share is None or share <= limits.clamped:
-        return None
-    return Finding(
-        "clamped p'",
-        f"p' left [proj_floor, 1] on {share:.0%} of the tokens (limit {limits.clamped:.0%})",
-        "The second KL pulls to a clamp, not to a distribution: contexts disagree with the query about most tokens. "
-        "Check `context_prompt_template` and `proj_floor` (default 1e-6), show more of the candidates "
-        "(`candidate_context_tokens`), or lower `kappa`.",
-    )
-
-
 def _kl_clipped(run: Run, limits: Limits) -> Finding | None:
-    shares = {name: _recent_mean(run, f"gcpo/{name}") or 0.0 for name in ("kl_clipped", "kl_causal_clipped")}
+    shares = {name: run.recent_mean(f"gcpo/{name}") or 0.0 for name in ("kl_clipped", "kl_causal_clipped")}
     name = max(shares, key=lambda name: shares[name])
     if shares[name] <= limits.clamped:
         return None
@@ -174,21 +164,6 @@ def _kl_clipped(run: Run, limits: Limits) -> Finding | None:
         f"{limits.clamped:.0%})",
         f"Beyond the clip there is no gradient, so those tokens are not held to {held_to}: raise `kl_clip`, or look "
         "for the reason why the two are so far apart (`learning_rate`, `context_prompt_template`).",
-    )
-
-
-def _zero_variance(run: Run, limits: Limits) -> Finding | None:
-    share = _recent_mean(run, "frac_reward_zero_std")
-    if share is None or share <= limits.zero_variance:
-        return None
-    rewards = [row["reward"] for row in run.log if _finite(row.get("reward"))]
-    reward = statistics.fmean(_recent(rewards)) if rewards else 0.0
-    return Finding(
-        "zero-variance groups",
-        f"{share:.0%} of the groups have equal rewards, so advantage 0 (limit {limits.zero_variance:.0%}); mean reward "
-        f"{reward:.3g}",
-        "Prompts are too easy or too hard, or the reward does not tell answers apart: choose other prompts or a graded "
-        "reward, raise `num_generations` or `temperature`.",
     )
 
 
@@ -208,41 +183,24 @@ def _length_collapse(run: Run, limits: Limits) -> Finding | None:
     )
 
 
-def _cut_off(run: Run, limits: Limits) -> Finding | None:
-    share = _recent_mean(run, "completions/clipped_ratio")
-    if share is None or share <= limits.cut_off:
-        return None
-    return Finding(
-        "completions cut off",
-        f"{share:.0%} reached the length limit (limit {limits.cut_off:.0%})",
-        "Their last token is not an end, which is most of what Upsilon sees with `representation='last'`: raise "
-        "`max_completion_length`, or use `representation='mean'`. `mask_truncated_completions` takes them out of the "
-        "loss, but not out of the weights.",
-    )
-
-
 def _colliders(run: Run, limits: Limits) -> Finding | None:
-    masked, ended = _recent_mean(run, "gcpo/colliders/masked"), _recent_mean(run, "gcpo/colliders/ended")
+    masked, ended = run.recent_mean("gcpo/colliders/masked"), run.recent_mean("gcpo/colliders/ended")
     if masked is not None and masked > limits.colliders:
         number = f"{masked:.0%} of the colliders are left out (limit {limits.colliders:.0%})"
     elif ended is not None and 1 - ended > limits.colliders:
         number = f"{1 - ended:.0%} of the colliders were cut off (limit {limits.colliders:.0%})"
     else:
         return None
-    return Finding(
-        "colliders say little",
-        number,
-        "Raise `collider_max_completion_length`, or check `fusion_prompt_template` with this model.",
-    )
+    change = "Raise `collider_max_completion_length`, or check `fusion_prompt_template` with this model."
+    return Finding("colliders say little", number, change)
 
 
 def _overhead(run: Run, limits: Limits) -> Finding | None:
-    ratios = [ratio for row in run.log[1:] or run.log if (ratio := overhead(row)) is not None]
+    ratios = overheads(Run(run.name, log=run.log[1:] or run.log))  # the first step warms up
     if not ratios or statistics.median(ratios) <= limits.overhead:
         return None
-    phases = {name: run.values(f"gcpo/seconds/{name}") for name in ("colliders", "contexts")}
-    longest = max(phases, key=lambda name: statistics.fmean(phases[name] or [0.0]))
-    if longest == "colliders":
+    phases = {name: run.mean(f"gcpo/seconds/{name}") or 0.0 for name in ("colliders", "contexts")}
+    if phases["colliders"] >= phases["contexts"]:
         change = "Most of it is spent on colliders: lower `num_colliders` or `collider_max_completion_length`."
     elif run.config.get("estimator") == "sampled":
         change = "Most of it is spent under contexts, on fresh samples: use `estimator='loo'` or `'scored'`."
@@ -256,7 +214,7 @@ def _overhead(run: Run, limits: Limits) -> Finding | None:
 
 
 def _undefined(run: Run, limits: Limits) -> Finding | None:
-    fallback, lost = _mean(run.values("gcpo/upsilon/fallback")), _mean(run.values("gcpo/groups_without_reward"))
+    fallback, lost = run.mean("gcpo/upsilon/fallback"), run.mean("gcpo/groups_without_reward")
     if fallback:
         number = f"{fallback:.1%} of the weights were undefined and replaced by 1"
         return Finding("undefined weights", number, "Hidden states are NaN: train in bfloat16 or float32, not float16.")
@@ -269,69 +227,52 @@ def _undefined(run: Run, limits: Limits) -> Finding | None:
     return None
 
 
-CHECKS: tuple[Callable[[Run, Limits], Finding | None], ...] = (
+def _share_above(metric: str, limit: str, name: str, number: str, change: str) -> Check:
+    """A check that a share stays below the limit of that name; `number` is filled with both, and the mean reward."""
+
+    def check(run: Run, limits: Limits) -> Finding | None:
+        share, most = run.recent_mean(metric), getattr(limits, limit)
+        if share is None or share <= most:
+            return None
+        reward = run.recent_mean("reward") or 0.0
+        return Finding(name, number.format(share=share, limit=most, reward=reward), change)
+
+    return check
+
+
+CHECKS: tuple[Check, ...] = (
     _near_zero,
     _no_signal,
     _spikes,
-    _clamped,
+    _share_above(
+        "gcpo/proj_clamped",
+        "clamped",
+        "clamped p'",
+        "p' left [proj_floor, 1] on {share:.0%} of the tokens (limit {limit:.0%})",
+        "The second KL pulls to a clamp, not to a distribution: contexts disagree with the query about most tokens. "
+        "Check `context_prompt_template` and `proj_floor` (default 1e-6), show more of the candidates "
+        "(`candidate_context_tokens`), or lower `kappa`.",
+    ),
     _kl_clipped,
-    _zero_variance,
+    _share_above(
+        "frac_reward_zero_std",
+        "zero_variance",
+        "zero-variance groups",
+        "{share:.0%} of the groups have equal rewards, so advantage 0 (limit {limit:.0%}); mean reward {reward:.3g}",
+        "Prompts are too easy or too hard, or the reward does not tell answers apart: choose other prompts or a graded "
+        "reward, raise `num_generations` or `temperature`.",
+    ),
     _length_collapse,
-    _cut_off,
+    _share_above(
+        "completions/clipped_ratio",
+        "cut_off",
+        "completions cut off",
+        "{share:.0%} reached the length limit (limit {limit:.0%})",
+        "Their last token is not an end, which is most of what Upsilon sees with `representation='last'`: raise "
+        "`max_completion_length`, or use `representation='mean'`. `mask_truncated_completions` takes them out of the "
+        "loss, but not out of the weights.",
+    ),
     _colliders,
     _overhead,
     _undefined,
 )
-
-
-def parser() -> argparse.ArgumentParser:
-    """The flags of `gcpo diagnose`."""
-    parser = argparse.ArgumentParser(
-        prog="gcpo diagnose",
-        description="Names what is wrong with a run, from its log. Exit code 1 if anything is.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("run", nargs="+", metavar="RUN", help="output folder of a run, or its trainer_state.json")
-    parser.add_argument("--overhead", type=float, default=Limits.overhead, help="planned step time over GRPO's part")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    return parser
-
-
-def main(flags: list[str]) -> int:
-    """Run the command: 0 where nothing was found, 1 where something was."""
-    args = parser().parse_args(flags)
-    with argument_errors():
-        found = {run.name: (run, diagnose(run, Limits(overhead=args.overhead))) for run in read_runs(args.run)}
-    if args.json:
-        listed = {name: [asdict(finding) for finding in findings] for name, (_, findings) in found.items()}
-        print(json.dumps(listed, indent=1))
-    else:
-        for name, (run, findings) in found.items():
-            print(as_text(name, run, findings))
-    return int(any(findings for _, findings in found.values()))
-
-
-def as_text(name: str, run: Run, findings: list[Finding]) -> str:
-    """What the command prints about a run."""
-    lines = [f"{name}: {len(run.log)} logged steps", f"  {answer_about_loss(run)}"]
-    if not findings:
-        lines.append(f"  Nothing is wrong by {len(fields(Limits))} limits.")
-    for finding in findings:
-        lines += [f"  ! {finding.name}: {finding.number}", f"      {finding.change}"]
-    return "\n".join(lines)
-
-
-def _recent(values: list[Any]) -> list[Any]:
-    return values[len(values) // 2 :]
-
-
-def _mean(values: list[float]) -> float | None:
-    return statistics.fmean(values) if values else None
-
-
-def _recent_mean(run: Run, key: str) -> float | None:
-    return _mean(_recent(run.values(key)))
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and value == value and abs(value) != float("inf")

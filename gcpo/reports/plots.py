@@ -5,13 +5,9 @@ import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -34,34 +30,39 @@ def rewards(axis: Axes, runs: Sequence[Run]) -> None:
         axis.plot(steps, smooth(values), color=color, label=run.name)
 
 
-def reference_kls(axis: Axes, runs: Sequence[Run]) -> None:
-    """k3 towards the reference."""
-    for run, color in _colored(runs):
-        _line(axis, run, "kl", color, run.name)
-    _log_if_spiked(axis)
+def curves(*keys: str, from_zero: bool = False) -> Draw:
+    """
+    A function that draws metrics over steps, on a logarithmic axis where a spike would flatten the rest.
+
+    Args:
+        keys: one metric, or two of which the second is dashed.
+        from_zero: whether a linear axis begins at 0.
+    """
+
+    def draw(axis: Axes, runs: Sequence[Run]) -> None:
+        for run, color in _colored(runs):
+            for key, style in zip(keys, ("-", "--"), strict=False):
+                steps, values = run.series(key)
+                label = run.name if len(keys) == 1 else f"{run.name}, {_NAMES[key]}"
+                if values:
+                    axis.plot(steps, values, color=color, label=label, linewidth=1.2, linestyle=style)
+        if not _log_if_spiked(axis) and from_zero:
+            axis.set_ylim(bottom=0)
+
+    return draw
 
 
-def causal_kls(axis: Axes, runs: Sequence[Run]) -> None:
-    """k3 towards the causal reference."""
-    for run, color in _colored(runs):
-        _line(axis, run, "gcpo/kl_causal", color, run.name)
-    _log_if_spiked(axis)
-
-
-def both_kls(axis: Axes, runs: Sequence[Run]) -> None:
-    """Both in one axis, the causal one dashed."""
-    for run, color in _colored(runs):
-        _line(axis, run, "kl", color, f"{run.name}, to the reference")
-        _line(axis, run, "gcpo/kl_causal", color, f"{run.name}, to the causal reference", linestyle="--")
-    _log_if_spiked(axis)
-
-
-def step_times(axis: Axes, runs: Sequence[Run]) -> None:
-    """Seconds of each step."""
-    for run, color in _colored(runs):
-        _line(axis, run, "step_time", color, run.name)
-    if not _log_if_spiked(axis):
-        axis.set_ylim(bottom=0)
+_NAMES = {
+    "kl": "to the reference",
+    "gcpo/kl_causal": "to the causal reference",
+    "completions/mean_length": "completions",
+    "gcpo/colliders/mean_length": "colliders",
+}
+reference_kls, causal_kls = curves("kl"), curves("gcpo/kl_causal")
+both_kls = curves("kl", "gcpo/kl_causal")
+step_times = curves("step_time", from_zero=True)
+gradient_norms = curves("grad_norm")
+lengths = curves("completions/mean_length", "gcpo/colliders/mean_length")
 
 
 def weights(axis: Axes, runs: Sequence[Run]) -> None:
@@ -79,17 +80,13 @@ def weights(axis: Axes, runs: Sequence[Run]) -> None:
             axis.fill_between(steps, below, above, color=color, alpha=0.25, linewidth=0)
 
 
-def weight_histogram(axis: Axes, run: Run) -> None:
-    """How Upsilon is distributed at each logged step, from the samples: a column per step, dark where many are."""
-    by_step: dict[float, list[float]] = {}
-    for group in run.samples:
-        values = [c["upsilon"] for c in group["candidates"] if c.get("upsilon") is not None]
-        by_step.setdefault(group["step"], []).extend(values)
-    points = [(step, value) for step, values in by_step.items() for value in values]
-    if not points:
-        return
-    columns = min(len(by_step), 60)
-    axis.hist2d([step for step, _ in points], [value for _, value in points], bins=(columns, 30), cmap="Blues", cmin=1)
+def weight_histogram(axis: Axes, runs: Sequence[Run]) -> None:
+    """How Upsilon is distributed at each logged step, from samples: a column per step, dark where many are."""
+    groups = [group for run in runs for group in run.samples]
+    points = [(g["step"], c["upsilon"]) for g in groups for c in g["candidates"] if c.get("upsilon") is not None]
+    if points:
+        steps, values = zip(*points, strict=True)
+        axis.hist2d(steps, values, bins=(min(len(set(steps)), 60), 30), cmap="Blues", cmin=1)
 
 
 def cosine_against_reward(axis: Axes, runs: Sequence[Run]) -> None:
@@ -118,9 +115,9 @@ def cosines_and_rewards(run: Run) -> list[tuple[float, float]]:
 def phases(axis: Axes, runs: Sequence[Run]) -> None:
     """Where a step's time goes: medians of each phase, a bar for each run; the rest is the optimizer and the loop."""
     for place, run in enumerate(runs):
-        left = 0.0
+        left, found = 0.0, phase_seconds(run)
         for phase, color in zip((*SECONDS, "rest"), (*COLORS[1:], "lightgray"), strict=True):
-            seconds = phase_seconds(run).get(phase, 0.0)
+            seconds = found.get(phase, 0.0)
             axis.barh(place, seconds, left=left, color=color, label=phase if place == 0 else None)
             left += seconds
     axis.set_yticks(range(len(runs)), [run.name for run in runs])
@@ -131,71 +128,45 @@ def phases(axis: Axes, runs: Sequence[Run]) -> None:
 def phase_seconds(run: Run) -> dict[str, float]:
     """Median seconds of each phase, and of what is left of a step; the first step, which warms up, is left out."""
     settled = Run(run.name, run.config, run.log[1:] or run.log)
-    medians = {}
-    for phase in SECONDS:
-        values = settled.values(f"gcpo/seconds/{phase}")
-        medians[phase] = statistics.median(values) if values else 0.0
-    total = settled.values("step_time")
-    if total:
-        medians["rest"] = max(0.0, statistics.median(total) - sum(medians.values()))
-    return medians
-
-
-def gradient_norms(axis: Axes, runs: Sequence[Run]) -> None:
-    """Gradient norm before clipping."""
-    for run, color in _colored(runs):
-        _line(axis, run, "grad_norm", color, run.name)
-    _log_if_spiked(axis)
-
-
-def lengths(axis: Axes, runs: Sequence[Run]) -> None:
-    """Mean tokens of a completion, and of a collider, dashed."""
-    for run, color in _colored(runs):
-        _line(axis, run, "completions/mean_length", color, run.name)
-        _line(axis, run, "gcpo/colliders/mean_length", color, None, linestyle="--")
+    medians = {phase: settled.median(f"gcpo/seconds/{phase}") or 0.0 for phase in SECONDS}
+    total = settled.median("step_time")
+    return medians if total is None else medians | {"rest": max(0.0, total - sum(medians.values()))}
 
 
 def save_overview(runs: Sequence[Run], path: Path) -> None:
     """Rewards, KLs, the causal weight and step times over steps, as a PNG."""
-    figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    figure = Figure(figsize=(10, 7), layout="constrained")
     panels: list[tuple[str, Draw]] = [
         ("Reward (mean of a batch)", rewards),
         ("KL divergence per token (k3)", both_kls),
         ("Causal weight of the advantages, Upsilon", weights),
         ("Seconds per step", step_times),
     ]
-    for axis, (title, draw) in zip(axes.flat, panels, strict=True):
+    for axis, (title, draw) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         draw(axis, runs)
         _finish(axis, title)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
-def as_svg(draw: Callable[[Axes], None], x_label: str = "step", y_label: str = "") -> str | None:
+def as_svg(draw: Draw, runs: Sequence[Run], x_label: str = "step", y_label: str = "") -> str | None:
     """A plot as an `<svg>` element; None where nothing was drawn."""
-    with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gcpo", "font.size": 9}):
-        figure, axis = pyplot.subplots(figsize=(5.2, 3.1), layout="constrained")
-        try:
-            draw(axis)
-            if not (axis.has_data()):
-                return None
-            _finish(axis, "", x_label, y_label)
-            return _svg(figure)
-        finally:
-            pyplot.close(figure)
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gcpo", "font.size": 9}):
+        figure = Figure(figsize=(5.2, 3.1), layout="constrained")
+        axis = figure.subplots()
+        draw(axis, runs)
+        if not axis.has_data():
+            return None
+        _finish(axis, "", x_label, y_label)
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
 
 
 def smooth(values: list[float], window: int = 9) -> list[float]:
     """Means over a window around each value, narrower at the ends."""
     half = window // 2
     return [statistics.fmean(values[max(0, k - half) : k + half + 1]) for k in range(len(values))]
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
 
 
 def _finish(axis: Axes, title: str, x_label: str = "step", y_label: str = "") -> None:
@@ -207,12 +178,6 @@ def _finish(axis: Axes, title: str, x_label: str = "step", y_label: str = "") ->
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize="small")
-
-
-def _line(axis: Axes, run: Run, key: str, color: str, label: str | None, **style: Any) -> None:
-    steps, values = run.series(key)
-    if values:
-        axis.plot(steps, values, color=color, label=label, linewidth=1.2, **style)
 
 
 def _log_if_spiked(axis: Axes) -> bool:

@@ -1,19 +1,14 @@
 """`gcpo report`: one self-contained HTML page about one or several runs."""
 
-import argparse
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
-
-from matplotlib.axes import Axes
 
 from gcpo import __version__
 from gcpo.reports import plots
-from gcpo.reports.diagnose import answer_about_loss, diagnose, overhead
-from gcpo.run.inputs import argument_errors
-from gcpo.run.records import Run, read_runs
+from gcpo.reports.diagnose import answer_about_loss, diagnose, overheads
+from gcpo.run.records import Run
 
 STYLE = """
 :root { color-scheme: light; }
@@ -33,8 +28,6 @@ OPTIONS = (
     "trainer estimator alpha kappa representation similarity num_generations num_colliders learning_rate beta "
     "max_completion_length temperature seed"
 ).split()
-
-_UPSILON = "Causal weight &Upsilon;: mean, one standard deviation, least to most"
 
 
 def make_page(runs: Sequence[Run], title: str, num_prompts: int = 4) -> str:
@@ -65,7 +58,7 @@ def _summary(runs: Sequence[Run]) -> str:
         ("reward, last ten logs", [_mean(run.values("reward")[-10:]) for run in runs]),
         ("mean &Upsilon;", [_mean(run.values("gcpo/upsilon/mean")) for run in runs]),
         ("seconds per step (median)", [_median(run.values("step_time")[1:]) for run in runs]),
-        ("step time over GRPO's part of it", [_median(_overheads(run)) for run in runs]),
+        ("step time over GRPO's part of it", [_median(overheads(run)) for run in runs]),
         ("correlation of cosine and reward", [_correlation(plots.cosines_and_rewards(run)) for run in runs]),
     ]
     for name in OPTIONS:
@@ -95,26 +88,22 @@ def _findings(runs: Sequence[Run]) -> str:
 
 
 def _plots(runs: Sequence[Run]) -> str:
-    def of_all(draw: plots.Draw) -> Callable[[Axes], None]:
-        return lambda axis: draw(axis, runs)
-
-    figures = [
-        ("Reward, mean of a batch", plots.as_svg(of_all(plots.rewards))),
-        ("KL to the reference, per token (k3)", plots.as_svg(of_all(plots.reference_kls))),
-        ("KL to the causal reference, per token (k3)", plots.as_svg(of_all(plots.causal_kls))),
-        (_UPSILON, plots.as_svg(of_all(plots.weights))),
-        *(
-            (f"Distribution of &Upsilon; over time, {escape(run.name)}", plots.as_svg(_histogram(run)))
-            for run in runs
-            if run.samples
-        ),
-        (
-            "Cosine (&Upsilon; / &alpha;) against reward, sampled candidates of the second half",
-            plots.as_svg(of_all(plots.cosine_against_reward), "reward", "cosine"),
-        ),
-        ("Where a step's time goes (medians)", plots.as_svg(of_all(plots.phases), "seconds of a step")),
-        ("Gradient norm", plots.as_svg(of_all(plots.gradient_norms))),
-        ("Tokens of a completion; dashed: of a collider", plots.as_svg(of_all(plots.lengths))),
+    lines: list[tuple[str, plots.Draw]] = [
+        ("Reward, mean of a batch", plots.rewards),
+        ("KL to the reference, per token (k3)", plots.reference_kls),
+        ("KL to the causal reference, per token (k3)", plots.causal_kls),
+        ("Causal weight &Upsilon;: mean, one standard deviation, least to most", plots.weights),
+    ]
+    figures = [(caption, plots.as_svg(draw, runs)) for caption, draw in lines]
+    for run in runs:
+        caption = f"Distribution of &Upsilon; over time, {escape(run.name)}"
+        figures.append((caption, plots.as_svg(plots.weight_histogram, [run])))
+    cosine = "Cosine (&Upsilon; / &alpha;) against reward, sampled candidates of the second half"
+    figures += [
+        (cosine, plots.as_svg(plots.cosine_against_reward, runs, "reward", "cosine")),
+        ("Where a step's time goes (medians)", plots.as_svg(plots.phases, runs, "seconds of a step")),
+        ("Gradient norm", plots.as_svg(plots.gradient_norms, runs)),
+        ("Tokens of a completion; dashed: of a collider", plots.as_svg(plots.lengths, runs)),
     ]
     # Ids repeat from one plot to the next, and a browser would take the first for all.
     shown = [
@@ -123,10 +112,6 @@ def _plots(runs: Sequence[Run]) -> str:
         if svg is not None
     ]
     return f'<h2>Plots</h2><div class="plots">{"".join(shown)}</div>'
-
-
-def _histogram(run: Run) -> Callable[[Axes], None]:
-    return lambda axis: plots.weight_histogram(axis, run)
 
 
 def _own_ids(svg: str, number: int) -> str:
@@ -165,45 +150,6 @@ def _group(group: dict[str, Any], opened: bool) -> str:
         f"<details{' open' if opened else ''}><summary>{summary}</summary>"
         f'<div class="wide"><table class="samples"><tr>{columns}</tr>{rows}</table></div>{led_to}</details>'
     )
-
-
-def parser() -> argparse.ArgumentParser:
-    """The flags of `gcpo report`."""
-    parser = argparse.ArgumentParser(
-        prog="gcpo report",
-        description="One self-contained HTML page of plots, samples and a diagnosis. A run's samples are written with "
-        "`log_completions`; a folder of runs stands for those in it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("run", nargs="+", metavar="RUN", help="output folders of runs, or trainer_state.json files")
-    parser.add_argument(
-        "--output", type=Path, help="file to write; default: report.html in RUN, or where several are given, here"
-    )
-    parser.add_argument("--title", default="GCPO report", help="of the page")
-    parser.add_argument("--prompts", type=int, default=4, help="prompts to show, of the first and the last log")
-    return parser
-
-
-def main(flags: list[str]) -> int:
-    """Run the command; its exit code."""
-    args = parser().parse_args(flags)
-    with argument_errors():
-        runs = read_runs(args.run)
-        page = make_page(runs, args.title, args.prompts)
-        output = args.output or _folder_of(args.run) / "report.html"
-        output.write_text(page, encoding="utf-8")
-    print(f"{len(runs)} runs, {len(page) / 1024:.0f} KiB: {output}")
-    return 0
-
-
-def _folder_of(runs: list[str]) -> Path:
-    """The one run's, or folder of runs'; the current one for several."""
-    path = Path(runs[0] if len(runs) == 1 else ".")
-    return path if path.is_dir() else path.parent
-
-
-def _overheads(run: Run) -> list[float]:
-    return [ratio for row in run.log if (ratio := overhead(row)) is not None]
 
 
 def _correlation(pairs: list[tuple[float, float]]) -> str:

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from gcpo.causal.account import StepAccount
-from gcpo.run.recording import RunRecorder, groups_of_last_rollout
-from gcpo.run.records import SAMPLES, append_line
+from gcpo.run.records import LOG, SAMPLES, append_line, groups_of_last_rollout, start_record
 from gcpo.run.resume import ResumableGRPOTrainer
 
 # TRL's table of completions, but for images: columns, and those that there are several of.
@@ -33,10 +32,6 @@ class AccountedGRPOTrainer(ResumableGRPOTrainer):
     _logs_are_of_training = False  # what TRL keeps for its completions table
     _resumed_colliders: list[list[str]] | None = None  # of a rollout that a checkpoint held
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.add_callback(RunRecorder(self))
-
     @cached_property
     def _accounts(self) -> dict[bool, StepAccount]:
         """By whether the model is training: evaluation has counters of its own, which nothing reads."""
@@ -46,12 +41,27 @@ class AccountedGRPOTrainer(ResumableGRPOTrainer):
     def _account(self) -> StepAccount:
         return self._accounts[self.model.training]
 
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        begins_at = super()._init_training_state(*args, **kwargs)
+        step = self.state.global_step
+        if self._writes_record and step < self.state.max_steps:  # a finished run has nothing to record
+            folder, name = Path(self.args.output_dir), type(self).__name__
+            start_record(folder, name, self.args.to_dict(), resumed=step > 0)
+        return begins_at
+
+    @property
+    def _writes_record(self) -> bool:
+        return self.keeps_account and self.is_world_process_zero()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
-        shows = self.log_completions and self._logs_are_of_training and self.keeps_account
-        if shows and self.accelerator.is_main_process:
+        if not self._writes_record:
+            return
+        folder = Path(self.args.output_dir)
+        append_line(folder / LOG, self.state.log_history[-1])
+        if self.log_completions and self._logs_are_of_training:
             groups = groups_of_last_rollout(self._logs, self.num_generations, self._collider_texts())
-            append_line(Path(self.args.output_dir) / SAMPLES, {"step": self.state.global_step, "groups": groups})
+            append_line(folder / SAMPLES, {"step": self.state.global_step, "groups": groups})
 
     def _collider_texts(self) -> list[list[str]] | None:
         """The colliders of each prompt of the last rollout; None where there are none."""

@@ -1,37 +1,34 @@
-"""What the processes of one run owe each other: the same options, whole groups, and an end when one of them is lost."""
+"""
+The processes of one run: how they are started, and what they owe each other, which is the same options, whole groups,
+and an end when one of them is lost.
+"""
 
+import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from trl import GRPOConfig
 
+from gcpo._trl import get_config_model_id
 from gcpo.run.redaction import redacted
 
 # Of GRPOConfig's own fields, those that may differ: what is logged where, and where a server is.
 _MAY_DIFFER = ("log_", "vllm_server_", "num_completions_to_print")
 # Of TrainingArguments, those that decide how many batches there are, of which size, and what a step does with them.
 _SHARED = (
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "max_steps",
-    "num_train_epochs",
-    "learning_rate",
-    "max_grad_norm",
-    "seed",
-    "data_seed",
-    "bf16",
-    "fp16",
-    "eval_strategy",
-    "eval_steps",
-    "save_strategy",
-    "save_steps",
-)
+    "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps max_steps "
+    "num_train_epochs learning_rate max_grad_norm seed data_seed bf16 fp16 eval_strategy eval_steps save_strategy "
+    "save_steps"
+).split()
+_LAUNCHED = "GCPO_LAUNCHED"
 # How torch's backends say that a peer is gone, or that it did not come in time.
 _LOST = ("closed by peer", "timed out", "timeout", "connection reset", "broken pipe", "remote process exited")
 
@@ -94,4 +91,49 @@ def explained_loss_of_process(timeout: float) -> Iterator[None]:
             f"Process {state.process_index} of {state.num_processes} stops: another one has ended, or did not come to "
             f"a collective operation within `ddp_timeout` = {timeout:g} s. Its own output says why. Continue from the "
             "last checkpoint once that is mended."
+        ) from error
+
+
+def wants_launch(config: GRPOConfig, launch_args: list[str]) -> bool:
+    """Whether this process is to start others instead of training itself."""
+    from accelerate.commands.config.config_args import default_config_file
+
+    if any(name in os.environ for name in (_LAUNCHED, "LOCAL_RANK", "WORLD_SIZE")):
+        return False
+    several = not config.use_cpu and torch.accelerator.device_count() > 1
+    return bool(launch_args) or several or Path(default_config_file).is_file()
+
+
+def launch(command: list[str], launch_args: list[str]) -> int:
+    """Start `gcpo` with a command's flags under `accelerate launch`, as `trl grpo` does; the exit code."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    argv = [*resolve_accelerate_config_argument(launch_args), "--module", "gcpo.cli", *command]
+    os.environ[_LAUNCHED] = "1"
+    try:
+        launch_command(launch_command_parser().parse_args(argv))
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    finally:
+        del os.environ[_LAUNCHED]
+    return 0
+
+
+@contextmanager
+def explained_server(args: Any, model: Any) -> Iterator[None]:
+    """A vLLM server that does not answer inside, as an error that says how to start one."""
+    try:
+        yield
+    except OSError as error:  # requests' own ConnectionError is no ConnectionError
+        if not args.use_vllm or "can't be reached" not in str(error):
+            raise
+        url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        raise ConnectionError(
+            f"No vLLM server answers at {redacted(url)} (`vllm_server_timeout`: {args.vllm_server_timeout} s). "
+            f"Start one on GPUs that the trainer does not use:\n"
+            f"    VLLM_SERVER_DEV_MODE=1 vllm serve {name} --port {urlsplit(url).port or 80} "
+            '--weight-transfer-config \'{"backend": "nccl"}\' --logprobs-mode processed_logprobs --max-logprobs -1\n'
+            "or share the trainer's with `vllm_mode='colocate'`."
         ) from error

@@ -45,8 +45,6 @@ def check_prompts(dataset: Any, what: str = "The dataset") -> Any:
     check = _RowCheck(what)
     if isinstance(dataset, IterableDataset):
         return dataset.map(check.mapped, with_indices=True, input_columns="prompt", features=dataset.features)
-    if _kind_of_whole(dataset.data.column("prompt")) is not None:  # with rows that may have been filtered out since
-        return dataset
     prompts = dataset.select_columns("prompt")
     start = 0
     for batch in prompts.with_format("arrow").iter(batch_size=_BATCH):
@@ -114,27 +112,25 @@ def _problem(prompt: Any) -> str | None:
 
 def _kind_of_whole(column: Any) -> str | None:
     """The kind of a batch of prompts (a `pyarrow.ChunkedArray`) of which Arrow can tell that each is right; or None."""
-    import pyarrow as pa
     import pyarrow.compute as pc
+    from pyarrow import types
 
     def is_text(kind: Any) -> bool:
-        return kind is not None and (pa.types.is_string(kind) or pa.types.is_large_string(kind))
+        return kind is not None and (types.is_string(kind) or types.is_large_string(kind))
 
     kind = column.type
     if column.null_count:
         return None
     if is_text(kind):
         return "text"
-    if not ((pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_struct(kind.value_type)):
+    if not ((types.is_list(kind) or types.is_large_list(kind)) and types.is_struct(kind.value_type)):
         return None
     fields = {field.name: field.type for field in kind.value_type}
-    if (
-        not (is_text(fields.get("role")) and is_text(fields.get("content")))
-        or not pc.min(pc.list_value_length(column)).as_py()
-    ):
+    if not (is_text(fields.get("role")) and is_text(fields.get("content"))):
         return None
     messages = pc.list_flatten(column)
-    return None if messages.null_count or pc.struct_field(messages, "role").null_count else "messages"
+    are_whole = pc.min(pc.list_value_length(column)).as_py() and not messages.null_count
+    return "messages" if are_whole and not pc.struct_field(messages, "role").null_count else None
 
 
 def _hint(columns: list[str]) -> str:

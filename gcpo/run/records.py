@@ -9,10 +9,15 @@ What a run leaves in its output folder for `gcpo report` and `gcpo diagnose`, an
 
 import json
 import math
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from gcpo import __version__
+from gcpo.run.redaction import redacted
 
 CONFIG, LOG, SAMPLES = "gcpo_run.json", "gcpo_log.jsonl", "gcpo_samples.jsonl"
 
@@ -22,13 +27,8 @@ Step = dict[str, Any]
 @dataclass
 class Run:
     """
-    A run as it was read.
-
-    Attributes:
-        name: what to call it.
-        config: its options; empty where they were not recorded.
-        log: its training steps in order, each a dict of metrics with `step`.
-        samples: prompts with candidates and colliders, in order of their steps.
+    A run as it was read: its options (empty where they were not recorded), its training steps in order, each a dict of
+    metrics with `step`, and prompts with candidates and colliders, in order of their steps.
     """
 
     name: str
@@ -38,12 +38,37 @@ class Run:
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Steps at which a metric was logged as a finite number, and its values."""
-        logged = [(row["step"], row[key]) for row in self.log if _is_number(row.get(key))]
+        logged = [(row["step"], row[key]) for row in self.log if is_number(row.get(key))]
         return [step for step, _ in logged], [value for _, value in logged]
 
     def values(self, key: str) -> list[float]:
         """The values of `series`."""
         return self.series(key)[1]
+
+    def mean(self, key: str) -> float | None:
+        """Mean of a metric over the steps that logged it; None where none did."""
+        values = self.values(key)
+        return statistics.fmean(values) if values else None
+
+    def median(self, key: str) -> float | None:
+        """Its median."""
+        values = self.values(key)
+        return statistics.median(values) if values else None
+
+    def recent_mean(self, key: str) -> float | None:
+        """Its mean over the second half of the steps that logged it."""
+        values = recent(self.values(key))
+        return statistics.fmean(values) if values else None
+
+
+def recent(values: list[Any]) -> list[Any]:
+    """The second half of a list."""
+    return values[len(values) // 2 :]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a logged value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def read_run(path: str | Path, name: str | None = None) -> Run:
@@ -66,7 +91,7 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
             f"got {str(path)!r}."
         )
     if log_file.suffix == ".jsonl":
-        rows = list(_rows(log_file))
+        rows = list(read_rows(log_file, may_be_cut=True))
     else:
         try:
             rows = json.loads(log_file.read_text(encoding="utf-8-sig"))["log_history"]
@@ -80,7 +105,7 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
     config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
     samples: dict[int, list[dict[str, Any]]] = {}
     if samples_file.is_file():
-        for row in _rows(samples_file):
+        for row in read_rows(samples_file, may_be_cut=True):
             samples[row["step"]] = row["groups"]
     return Run(
         name or folder.resolve().name,
@@ -108,10 +133,18 @@ def read_runs(paths: list[str]) -> list[Run]:
     return runs
 
 
-def write_config(folder: Path, config: dict[str, Any]) -> None:
-    """Write `gcpo_run.json`."""
+def start_record(folder: Path, trainer: str, options: dict[str, Any], resumed: bool) -> None:
+    """
+    Write `gcpo_run.json`: the trainer's class, versions, and the options without the secrets in them. A run that is not
+    `resumed` removes the log and the samples of an earlier one in the same folder.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(json.dumps(config, indent=1, default=str) + "\n")
+    if not resumed:
+        for name in (LOG, SAMPLES):
+            (folder / name).unlink(missing_ok=True)
+    versions = {"gcpo": __version__, "trl": version("trl")}
+    content = {"trainer": trainer, "versions": versions, **redacted(options)}
+    (folder / CONFIG).write_text(json.dumps(content, indent=1, default=str) + "\n")
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
@@ -121,19 +154,69 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(_clean(row), default=str) + "\n")
 
 
-def read_lines(path: Path) -> list[str]:
+def groups_of_last_rollout(
+    logs: dict[str, Any], num_generations: int, colliders: list[list[str]] | None
+) -> list[dict[str, Any]]:
     """
-    The lines of a file of JSON lines in UTF-8, with a byte order mark or without. Only a line break ends a line:
-    `str.splitlines` would also split at U+2028 and others that may stand inside a JSON string.
+    The prompts of a rollout from what TRL keeps for its completions table: for each its candidates with reward, A,
+    Upsilon and B, and its colliders.
+
+    Args:
+        logs: the trainer's `_logs`; `advantages` are B.
+        colliders: L texts for each prompt; None for GRPO.
+    """
+    advantages, prompts = list(logs["advantages"]), list(logs["prompt"])
+    columns = {
+        "text": list(map(text_of, logs["completion"])),
+        "A": list(logs["extra"].get("plain_advantage", advantages)),
+        "upsilon": list(logs["extra"].get("upsilon") or [None] * len(prompts)),
+        "B": advantages,
+    }
+    rewards = {name: list(values) for name, values in logs["rewards"].items()}
+    groups = []
+    for group in range(len(prompts) // num_generations):
+        rows = range(group * num_generations, (group + 1) * num_generations)
+        candidates = [
+            {name: values[row] for name, values in columns.items()}
+            | {"rewards": {name: values[row] for name, values in rewards.items()}}
+            for row in rows
+        ]
+        shown = colliders[group] if colliders and group < len(colliders) else []
+        groups.append({"prompt": text_of(prompts[rows[0]]), "candidates": candidates, "colliders": shown})
+    return groups
+
+
+def text_of(message: str | list[dict[str, Any]]) -> str:
+    """A prompt or completion as text, whether TRL holds it as text or as messages."""
+    if isinstance(message, str):
+        return message
+    return "\n".join(str(part.get("content") or "") for part in message)
+
+
+def read_rows(path: Path, may_be_cut: bool = False) -> Iterator[dict[str, Any]]:
+    """
+    The rows of a file of JSON lines in UTF-8, with a byte order mark or without. `may_be_cut`: the last line may be one
+    that a run was killed over, or is writing now.
 
     Raises:
-        ValueError: the file is not UTF-8.
+        ValueError: the file is not UTF-8, or a line is no JSON object; naming the line, counted from 1.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    try:  # `str.splitlines` would also split at U+2028 and others that may stand inside a JSON string
+        lines = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be text in UTF-8 ({error}).") from error
-    return lines if lines[-1] else lines[:-1]  # a line break ends the last line, it begins no other
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if may_be_cut and number == len(lines):
+                return
+            raise ValueError(f"{path}, line {number} is not JSON ({error}).") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number} must be a JSON object, got {type(row).__name__}.")
+        yield row
 
 
 def _find_log(folder: Path) -> Path | None:
@@ -144,24 +227,9 @@ def _find_log(folder: Path) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    lines = read_lines(path)
-    for number, line in enumerate(lines, 1):
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            if number == len(lines):  # a run that was killed while it wrote, or is writing now
-                return
-            raise ValueError(f"{path}, line {number} is not JSON ({error}).") from error
-
-
-def _number(name: str) -> int:
-    tail = name.rsplit("-", 1)[-1]
+def _number(checkpoint: str) -> int:
+    tail = checkpoint.rpartition("-")[2]
     return int(tail) if tail.isdigit() else -1
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _clean(value: Any) -> Any:

@@ -5,11 +5,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom.
-_T = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-)  # fmt: skip
+from scipy.stats import t
 
 
 @dataclass(frozen=True)
@@ -21,7 +17,11 @@ class Interval:
     count: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} ± {self.half:.3f}" if math.isfinite(self.half) else f"{self.mean:.3f} ± ?"
+        return f"{self.mean:.3f} ± {self.half_text}"
+
+    @property
+    def half_text(self) -> str:
+        return f"{self.half:.3f}" if math.isfinite(self.half) else "?"
 
     @property
     def excludes_zero(self) -> bool:
@@ -41,7 +41,7 @@ def interval(values: Sequence[float]) -> Interval:
     count = len(values)
     if count == 1:
         return Interval(values[0], math.nan, 1)
-    quantile = _T[count - 2] if count - 1 <= len(_T) else 1.96 + 2.4 / (count - 1)
+    quantile = float(t.ppf(0.975, count - 1))
     return Interval(statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(count), count)
 
 

@@ -3,7 +3,7 @@
 from itertools import pairwise
 from typing import Any
 
-from gcpo.run.recording import text_of
+from gcpo.run.records import text_of
 
 
 def open_ended_reward(completions: list[Any], **kwargs: Any) -> list[float]:

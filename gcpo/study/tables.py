@@ -1,14 +1,10 @@
-"""What a study leaves: a table in the terminal, the same as CSV and Markdown, and a plot."""
+"""What a study shows: its table as text, the conclusion from it, and a plot."""
 
-import csv
-import math
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table as RichTable
+from matplotlib.figure import Figure
 
 from gcpo.study.budget import Budget
 from gcpo.study.definitions import Study
@@ -60,27 +56,21 @@ def as_cells(study: Study, rows: list[Row]) -> list[list[str]]:
     headings = list(study.columns.values())
     cells = [["arm", f"{SCORES[study.score]}, held out", "difference", "from", *headings]]
     for row in rows:
-        cells.append(
-            [
-                row.name,
-                str(row.score),
-                "" if row.difference is None else f"{row.difference.mean:+.3f} ± {_half(row.difference)}",
-                row.against,
-                *(f"{row.metrics[heading].mean:.3g}" if heading in row.metrics else "" for heading in headings),
-            ]
-        )
+        gap = row.difference
+        difference = "" if gap is None else f"{gap.mean:+.3f} ± {gap.half_text}"
+        metrics = [f"{row.metrics[heading].mean:.3g}" if heading in row.metrics else "" for heading in headings]
+        cells.append([row.name, str(row.score), difference, row.against, *metrics])
     return cells
 
 
-def conclude(study: Study, rows: list[Row]) -> str:
+def conclude(rows: list[Row]) -> str:
     """Which differences an interval over seeds tells from 0, and how many were tested: one in twenty is chance."""
-    tested = [row for row in rows if row.difference is not None]
-    apart = [row for row in tested if row.difference is not None and row.difference.excludes_zero]
+    tested = [(row, row.difference) for row in rows if row.difference is not None]
+    apart = [f"{row.name} from {row.against} ({gap.mean:+.3f})" for row, gap in tested if gap.excludes_zero]
     if not apart:
         return f"None of the {len(tested)} differences can be told from 0 with {rows[0].score.count} seeds."
-    named = "; ".join(f"{row.name} from {row.against} ({row.difference.mean:+.3f})" for row in apart if row.difference)
     return (
-        f"{len(apart)} of {len(tested)} differences have an interval that leaves out 0: {named}. "
+        f"{len(apart)} of {len(tested)} differences have an interval that leaves out 0: {'; '.join(apart)}. "
         f"By chance alone one in twenty would."
     )
 
@@ -97,60 +87,24 @@ def budget_cells(results: list[dict[str, dict[str, float]]], grid: list[Budget])
         at = elbow([means[m]["seconds"].mean for m in members], [means[m]["variance"].mean for m in members])
         elbows += [] if at is None else [members[at]]
     cells = [["estimator", "variance of Upsilon", "error to the reference", "seconds", ""]]
-    for budget in grid:
-        mean = means[budget.name]
-        mark = "elbow" if budget.name in elbows else ""
+    for name, mean in means.items():
         variance, error, seconds = mean["variance"], mean["error"], mean["seconds"]
-        cells.append(
-            [
-                budget.name,
-                f"{variance.mean:.2e} ± {variance.half:.1e}",
-                f"{error.mean:.4f} ± {error.half:.4f}",
-                f"{seconds.mean:.3f} ± {seconds.half:.3f}",
-                mark,
-            ]
-        )
+        texts = f"{variance.mean:.2e} ± {variance.half:.1e}", f"{error.mean:.4f} ± {error.half:.4f}"
+        cells.append([name, *texts, f"{seconds.mean:.3f} ± {seconds.half:.3f}", "elbow" if name in elbows else ""])
     return cells, elbows
-
-
-def show(title: str, cells: list[list[str]], note: str) -> None:
-    """Print a table."""
-    console = Console() if sys.stdout.isatty() else Console(width=180)  # a file has no width to fit
-    table = RichTable(title=title)
-    for k, heading in enumerate(cells[0]):
-        table.add_column(heading, justify="left" if k == 0 else "right", no_wrap=k < 3)
-    for row in cells[1:]:
-        table.add_row(*row)
-    console.print(table)
-    console.print(note)
-
-
-def write(folder: Path, name: str, title: str, cells: list[list[str]], note: str) -> None:
-    """Write NAME.csv, and NAME.md, which shows the plot beside it."""
-    with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(cells)
-    lines = [f"# {title}", "", *(f"| {' | '.join(row)} |" for row in cells), "", note, "", f"![{name}]({name}.png)", ""]
-    lines.insert(3, "|" + "---|" * len(cells[0]))
-    (folder / f"{name}.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 def plot(path: Path, study: Study, rows: list[Row], title: str) -> None:
     """Scores with their intervals, an arm below the other, and their differences beside them."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(11, 0.5 * len(rows) + 2.2), layout="constrained", sharey=True
-    )
-    names = [row.name for row in rows]
+    figure = Figure(figsize=(11, 0.5 * len(rows) + 2.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
     for k, row in enumerate(rows):
         color = "tab:gray" if row.name.startswith("GRPO") else "tab:blue"
-        left.errorbar(row.score.mean, k, xerr=_bar(row.score), fmt="o", color=color, capsize=3)
-        if row.difference is not None:
-            right.errorbar(row.difference.mean, k, xerr=_bar(row.difference), fmt="o", color=color, capsize=3)
-    left.set_yticks(range(len(rows)), names)
+        for axis, value in ((left, row.score), (right, row.difference)):
+            if value is not None:
+                # matplotlib draws no bar for NaN, the half width of a single seed.
+                axis.errorbar(value.mean, k, xerr=value.half, fmt="o", color=color, capsize=3)
+    left.set_yticks(range(len(rows)), [row.name for row in rows])
     left.invert_yaxis()
     left.set_xlabel(f"{SCORES[study.score]}, held out")
     right.axvline(0.0, color="black", linewidth=0.8)
@@ -159,35 +113,24 @@ def plot(path: Path, study: Study, rows: list[Row], title: str) -> None:
         axis.grid(alpha=0.3)
     figure.suptitle(f"{title}\n95% intervals over {rows[0].score.count} seeds", fontsize="medium")
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def plot_budgets(path: Path, results: list[dict[str, dict[str, float]]], grid: list[Budget], elbows: list[str]) -> None:
     """Variance of Upsilon over seconds, a line for each estimator and group size, its elbow marked."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axis = figure.subplots()
     colors = {"loo": "tab:blue", "scored": "tab:orange", "sampled": "tab:green"}
     markers = dict(zip(sorted({b.n for b in grid}), "os^Dv", strict=False))
-    for estimator, n in dict.fromkeys((b.estimator, b.n) for b in grid):
-        points = []
-        for budget in grid:
-            if (budget.estimator, budget.n) == (estimator, n):
-                seconds = interval([r[budget.name]["seconds"] for r in results]).mean
-                variance = interval([r[budget.name]["variance"] for r in results]).mean
-                if variance > 0:
-                    points.append((seconds, variance, budget.name))
+    families: dict[tuple[str, int], list[tuple[float, float, str]]] = {}
+    for budget in grid:
+        points = families.setdefault((budget.estimator, budget.n), [])
+        seconds, variance = (interval([r[budget.name][k] for r in results]).mean for k in ("seconds", "variance"))
+        if variance > 0:
+            points.append((seconds, variance, budget.name))
+    for (estimator, n), points in families.items():
+        style: dict[str, Any] = {"marker": markers[n], "color": colors[estimator], "label": f"{estimator}, n = {n}"}
         points.sort()
-        axis.plot(
-            [p[0] for p in points],
-            [p[1] for p in points],
-            marker=markers[n],
-            color=colors[estimator],
-            label=f"{estimator}, n = {n}",
-        )
+        axis.plot([p[0] for p in points], [p[1] for p in points], **style)
         for seconds, variance, name in points:
             if name in elbows:
                 axis.plot(seconds, variance, marker="o", markersize=16, markerfacecolor="none", color="black")
@@ -199,12 +142,3 @@ def plot_budgets(path: Path, results: list[dict[str, dict[str, float]]], grid: l
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def _half(value: Interval) -> str:
-    return f"{value.half:.3f}" if math.isfinite(value.half) else "?"
-
-
-def _bar(value: Interval) -> float | None:
-    return value.half if math.isfinite(value.half) else None

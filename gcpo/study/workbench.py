@@ -16,15 +16,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, 
 from trl import GRPOConfig
 
 from gcpo import GCPOConfig, __version__
+from gcpo.demo.settings import Scale
 from gcpo.demo.tiny import TINY_TEMPLATES, save_tiny, tiny_model, tiny_tokenizer, warm_start
-from gcpo.evaluation.evaluate import evaluate_pass_at_k
+from gcpo.evaluation.rewards import load_rewards
+from gcpo.evaluation.sources import TASK_PREFIX, is_task, load_named
 from gcpo.evaluation.tasks import train_and_held_out
-from gcpo.reports.diagnose import overhead
-from gcpo.run.inputs import TASK_PREFIX, is_task, load_named, load_rewards
+from gcpo.reports.diagnose import overheads
+from gcpo.run.checkpoints import last_complete_checkpoint
 from gcpo.run.quiet import quiet
 from gcpo.run.records import read_run
 from gcpo.run.redaction import redacted
-from gcpo.run.resume import last_complete_checkpoint
 from gcpo.study.definitions import Arm
 from gcpo.study.rewards import open_ended_reward
 from gcpo.study.trainers import ReferencedGCPOTrainer, ScaledGRPOTrainer
@@ -34,26 +35,14 @@ _LAYOUT = 1
 
 
 @dataclass(frozen=True)
-class Scale:
+class StudyScale(Scale):
     """
-    How much a study trains and measures. Counts are of prompts, except where they say otherwise.
+    How much a study trains and measures, with every seed of `seeds`.
 
     `model` and `dataset` are those of the demo where they are None; `options` go to every trainer.
     """
 
-    steps: int
-    seeds: tuple[int, ...]
-    prompts_per_step: int = 8
-    num_generations: int = 8
-    num_colliders: int = 2
-    completion_tokens: int = 12
-    num_held_out: int = 128
-    num_samples: int = 4
-    num_train: int = 2000
-    learning_rate: float = 2e-4
-    beta: float = 0.02
-    warm_target: float = 0.3
-    eval_batch_size: int = 512
+    seeds: tuple[int, ...] = ()
     model: str | None = None
     dataset: str | None = None
     reward: str | None = None
@@ -70,7 +59,7 @@ class Workbench:
         tick: called after every optimizer step.
     """
 
-    def __init__(self, scale: Scale, folder: Path, tick: Callable[[], None] = lambda: None):
+    def __init__(self, scale: StudyScale, folder: Path, tick: Callable[[], None] = lambda: None):
         self.scale = scale
         self.folder = folder
         self.tick = tick
@@ -173,7 +162,7 @@ class Workbench:
     ) -> Any:
         """The trainer of an arm, ready to train; of `gcpo_class` where the arm's method is GCPO."""
         options = self._options(arm, seed, folder)
-        reward = open_ended_reward if arm.open_ended and self.demo else self.reward
+        reward = self._reward_of(arm)
         common: dict[str, Any] = {
             "train_dataset": self.train,
             "processing_class": AutoTokenizer.from_pretrained(self.start),
@@ -197,38 +186,16 @@ class Workbench:
 
     def measure(self, model: Any, arm: Arm, seed: int) -> dict[str, Any]:
         """Score a model on the held-out prompts, sampled at temperature 1 whatever the arm trained with."""
-        result = evaluate_pass_at_k(
-            model,
-            AutoTokenizer.from_pretrained(self.start),
-            self.held_out,
-            open_ended_reward if arm.open_ended and self.demo else self.reward,
-            num_samples=self.scale.num_samples,
-            max_new_tokens=self.scale.completion_tokens,
-            batch_size=self.scale.eval_batch_size,
-            seed=seed,
-            progress=False,
-        )
+        reward = self._reward_of(arm)
+        result = self.scale.measure(model, self.start, self.held_out, reward, seed, progress=False)
         return {key: getattr(result, key) for key in ("pass_at_1", "mean_score", "num_passed", "prompt_scores")}
+
+    def _reward_of(self, arm: Arm) -> Callable[..., list[float]]:
+        return open_ended_reward if arm.open_ended and self.demo else self.reward
 
     def _options(self, arm: Arm, seed: int, folder: Path) -> dict[str, Any]:
         scale = self.scale
-        options: dict[str, Any] = {
-            "output_dir": str(folder),
-            "seed": seed,
-            "max_steps": scale.steps,
-            "learning_rate": scale.learning_rate,
-            "lr_scheduler_type": "constant",
-            "per_device_train_batch_size": scale.prompts_per_step * scale.num_generations,
-            "num_generations": scale.num_generations,
-            "max_completion_length": scale.completion_tokens,
-            "num_colliders": scale.num_colliders,
-            "collider_max_completion_length": scale.completion_tokens,
-            "beta": scale.beta,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "logging_steps": 1,
-        }
+        options = scale.trainer_options(folder, seed) | scale.causal_options() | {"disable_tqdm": True}
         if not torch.accelerator.is_available():
             options.update(use_cpu=True, bf16=False)
         if self.demo:
@@ -269,15 +236,10 @@ def summarize(folder: Path) -> dict[str, float]:
         "distinct": "study/distinct",
         "scale": "study/scale",
     }
-    found = {}
-    for name, key in means.items():
-        values = run.values(key)
-        if values:
-            found[name] = statistics.fmean(values[len(values) // 2 :])
+    found = {name: mean for name, key in means.items() if (mean := run.recent_mean(key)) is not None}
     found["reward"] = statistics.fmean(run.values("reward")[-10:])
     found["step_seconds"] = statistics.median(run.values("step_time"))
-    ratios = [ratio for row in run.log if (ratio := overhead(row)) is not None]
-    if ratios:
+    if ratios := overheads(run):
         found["overhead"] = statistics.median(ratios)
     return found
 

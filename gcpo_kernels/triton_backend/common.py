@@ -101,9 +101,9 @@ def token_objective(
     """
     Eq. 10 for one block of tokens: the loss, its derivatives in log R, in logp and in causal_logp, both k3 terms, the
     ratio as metrics count it, and where the log-ratio of either k3 leaves [-kl_clip, kl_clip].
-    `reference.token_objective` and `token_objective_gradient`, in one pass.
+    `maths.token_objective` and `token_objective_gradient`, in one pass.
     """
-    # As `reference.bounded_log_ratio`: R may overflow only where the loss grows with it.
+    # As `maths.bounded_log_ratio`: R may overflow only where the loss grows with it.
     bounded = at_most(log_ratio, LARGEST_LOG)
     if not HAS_DELTA:
         bounded = tl.where(advantage < 0.0, log_ratio, bounded)

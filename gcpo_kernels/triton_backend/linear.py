@@ -10,7 +10,7 @@ import torch
 from gcpo_kernels import linear
 from gcpo_kernels.linear import RowState, Scores, TileGradient, Tiles
 from gcpo_kernels.options import LossOptions
-from gcpo_kernels.reference import TokenInputs
+from gcpo_kernels.tokens import TokenInputs
 from gcpo_kernels.triton_backend import gate
 from gcpo_kernels.triton_backend.logprob import (
     RowScores,

@@ -3,91 +3,47 @@ Registered operators of the Triton backend that have no counterpart in the torch
 plain differentiable torch: the token loss, the causal weights, the leave-one-out mean.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gcpo_kernels.checks import check_no_tangents
 from gcpo_kernels.ops import on_device_of
-from gcpo_kernels.options import LOSS_TYPES, LossOptions
+from gcpo_kernels.options import LossOptions
+from gcpo_kernels.tokens import TokenInputs
 from gcpo_kernels.triton_backend import causal, token_loss
-from gcpo_kernels.triton_backend.token_loss import metric_places as metric_places
+
+# TokenInputs are arguments one by one: through a list of tensors autograd takes longer.
+_TOKENS = ", ".join(
+    f"Tensor{'?' if name in TokenInputs._field_defaults else ''} {name}" for name in TokenInputs._fields
+)
 
 
-def loss_numbers(options: LossOptions) -> list[float]:
-    """LossOptions as an operator takes them: numbers, with `num_items_in_batch` left to a tensor if it is one."""
-    items = options.num_items_in_batch
-    return [
-        options.beta,
-        options.kappa,
-        options.epsilon_low,
-        options.epsilon_high,
-        0.0 if options.delta is None else options.delta,
-        options.proj_floor,
-        float(LOSS_TYPES.index(options.loss_type)),
-        float(options.importance_sampling_level == "sequence"),
-        float(options.max_completion_length or 0),
-        -1.0 if items is None or isinstance(items, Tensor) else float(items),
-        0.0 if options.kl_clip is None else options.kl_clip,
-    ]
-
-
-def _options(numbers: list[float], items: Tensor | None) -> LossOptions:
-    return LossOptions(
-        beta=numbers[0],
-        kappa=numbers[1],
-        epsilon_low=numbers[2],
-        epsilon_high=numbers[3],
-        delta=numbers[4] or None,
-        proj_floor=numbers[5],
-        loss_type=LOSS_TYPES[int(numbers[6])],
-        importance_sampling_level="sequence" if numbers[7] else "token",
-        max_completion_length=int(numbers[8]) or None,
-        num_items_in_batch=items if items is not None else (None if numbers[9] < 0 else numbers[9]),
-        kl_clip=numbers[10] or None,
-    )
-
-
-@torch.library.custom_op("gcpo::triton_token_loss", mutates_args=())
+@torch.library.custom_op(
+    "gcpo::triton_token_loss",
+    mutates_args=(),
+    schema=f"(Tensor logp, Tensor? items, float[] numbers, {_TOKENS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 def triton_token_loss(
-    logp: Tensor,  # (B, T), and the rest as in TokenTensors
-    mask: Tensor,
-    advantages: Tensor,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    query_logp: Tensor | None,
-    causal_logp: Tensor | None,
-    importance_sampling_ratio: Tensor | None,
-    context_logp: Tensor | None,
-    context_weights: Tensor | None,
-    items: Tensor | None,
-    numbers: list[float],
+    logp: Tensor,  # (B, T)
+    items: Tensor | None,  # `num_items_in_batch`, where it is a tensor
+    numbers: list[float],  # LossOptions, packed
+    *tokens: Any,  # TokenInputs, as given
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss and metrics, d_logp, d_causal, per-sequence part, partial sums): see token_loss.TokenResult."""
-    tensors = token_loss.TokenTensors(
-        logp,
-        mask,
-        advantages,
-        old_logp,
-        ref_logp,
-        query_logp,
-        causal_logp,
-        importance_sampling_ratio,
-        context_logp,
-        context_weights,
-    )
     with on_device_of(logp):
-        return tuple(token_loss.token_loss_forward(tensors, _options(numbers, items)))  # type: ignore[return-value]
+        return token_loss.token_loss_forward(logp, TokenInputs(*tokens), LossOptions.unpack(numbers, items))
 
 
 @triton_token_loss.register_fake
-def _(
-    logp, mask, advantages, old_logp, ref_logp, query_logp, causal_logp, ratio, context_logp, weights, items, numbers
-):
+def _(logp, items, numbers, *tokens):
     b, t = logp.shape
-    by_sequence = bool(numbers[7])
+    options = LossOptions.unpack(numbers)
+    by_sequence = options.importance_sampling_level == "sequence"
     blocks, _ = token_loss.blocking(b, t, by_sequence)
-    n_out, n_sums = token_loss.result_sizes(numbers[10] > 0)
+    n_out, n_sums = token_loss.result_sizes(options.kl_clip is not None)
 
     def empty(*shape: Any) -> Tensor:
         return logp.new_empty(shape, dtype=torch.float32)
@@ -95,7 +51,7 @@ def _(
     return (
         empty(n_out),
         empty(b, t),
-        empty(b, t) if causal_logp is not None else empty(0),
+        empty(b, t) if TokenInputs(*tokens).causal_logp is not None else empty(0),
         empty(b) if by_sequence else empty(0),
         empty(n_sums, b, blocks),
     )
@@ -115,8 +71,9 @@ def triton_token_loss_backward(
     numbers: list[float],
 ) -> tuple[Tensor, Tensor]:
     result = token_loss.TokenResult(out, d_logp, d_causal, sequence, sums)
+    options = LossOptions.unpack(numbers)
     with on_device_of(d_logp):
-        return token_loss.token_loss_backward(grad, result, mask, _options(numbers, None), (logp_dtype, causal_dtype))
+        return token_loss.token_loss_backward(grad, result, mask, options, (logp_dtype, causal_dtype))
 
 
 @triton_token_loss_backward.register_fake
@@ -125,9 +82,10 @@ def _(grad, out, d_logp, d_causal, sequence, sums, mask, logp_dtype, causal_dtyp
 
 
 def _token_loss_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    logp, mask, causal_logp, ctx.numbers = inputs[0], inputs[1], inputs[6], inputs[-1]
-    ctx.dtypes = (logp.dtype, None if causal_logp is None else causal_logp.dtype)
-    ctx.save_for_backward(*output, mask)
+    logp, _, ctx.numbers, *tokens = inputs
+    given = TokenInputs(*tokens)
+    ctx.dtypes = (logp.dtype, None if given.causal_logp is None else given.causal_logp.dtype)
+    ctx.save_for_backward(*output, given.mask)
 
 
 def _token_loss_grad(ctx: Any, grad: Tensor, *unused: Any) -> tuple:
@@ -135,13 +93,26 @@ def _token_loss_grad(ctx: Any, grad: Tensor, *unused: Any) -> tuple:
     grad_logp, grad_causal = triton_token_loss_backward(
         grad, out, d_logp, d_causal, sequence, sums, mask, *ctx.dtypes, ctx.numbers
     )
-    grads: list[Any] = [None] * 12
-    grads[0] = grad_logp
-    grads[6] = grad_causal if ctx.dtypes[1] is not None else None
-    return tuple(grads)
+    of_tokens = (grad_causal if name == "causal_logp" and ctx.dtypes[1] else None for name in TokenInputs._fields)
+    return grad_logp, None, None, *of_tokens
 
 
 triton_token_loss.register_autograd(_token_loss_grad, setup_context=_token_loss_setup)
+
+
+def loss_and_metrics(logp: Tensor, given: TokenInputs, options: LossOptions) -> tuple[Tensor, dict[str, Tensor]]:
+    """What `gcpo_loss` returns, from log-probabilities (B, T) and their tensors as given."""
+    check_no_tangents(logp=logp, causal_logp=given.causal_logp)
+    items = options.num_items_in_batch
+    if items is not None and not isinstance(items, Tensor) and torch.compiler.is_compiling():
+        # A number would be a constant of the operator, and compile again for every value.
+        items = torch.ones((), dtype=torch.float32, device=logp.device) * items
+        options = replace(options, num_items_in_batch=items)
+    on_device = items.to(logp.device) if isinstance(items, Tensor) else None
+    out = triton_token_loss(logp, on_device, options.pack(), *given.constants())[0]
+    metrics = out.detach()
+    places = token_loss.metric_places(options.kl_clip is not None)
+    return out[0], {name: metrics[place] for name, place in places.items()}
 
 
 @torch.library.custom_op("gcpo::triton_causal_weights", mutates_args=())

@@ -33,7 +33,7 @@ def _log_proj(
     BLOCK_L: tl.constexpr,  # divides L
 ):
     """
-    log p' of a block of tokens and whether it was clamped: `reference.project`, with a running maximum over blocks of
+    log p' of a block of tokens and whether it was clamped: `maths.project`, with a running maximum over blocks of
     contexts. Contexts are read as a tile, so that neighbours in memory are read together, whichever axis is innermost.
     """
     first = ctx_ptr + t[:, None] * stride_ctx_t

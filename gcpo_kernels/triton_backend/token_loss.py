@@ -2,7 +2,7 @@
 The token loss: one pass over every input, which writes each token's derivative and per-block partial sums; a second,
 one-program launch that turns the partial sums into the loss and the metrics; and one launch backward.
 
-The reduction's weight is constant along a sequence (`reference.token_weights`), so derivatives are stored without it
+The reduction's weight is constant along a sequence (`maths.token_weights`), so derivatives are stored without it
 and scaled in the backward, when all counts are known. Sums run in a fixed order: results repeat bit for bit.
 """
 
@@ -13,7 +13,7 @@ import torch
 import triton
 
 from gcpo_kernels.options import LossOptions
-from gcpo_kernels.reference import TokenInputs
+from gcpo_kernels.tokens import TokenInputs
 from gcpo_kernels.triton_backend.token_kernels import (
     MOST_BLOCKS,
     N_SUMS,
@@ -29,21 +29,6 @@ N_OUT = 7
 KL_CLIP_METRICS = ("kl_clipped", "kl_causal_clipped")
 
 GRPO, PER_TOKEN, GIVEN = 0, 1, 2  # what the loss is divided by: each sequence's count, all tokens, a given number
-
-
-class TokenTensors(NamedTuple):
-    """Tensor arguments of the token loss, unchanged: any strides, any floating type, garbage where masked."""
-
-    logp: torch.Tensor  # (B, T)
-    mask: torch.Tensor  # (B, T)
-    advantages: torch.Tensor  # (B,) or (B, T)
-    old_logp: torch.Tensor | None
-    ref_logp: torch.Tensor | None
-    query_logp: torch.Tensor | None
-    causal_logp: torch.Tensor | None
-    importance_sampling_ratio: torch.Tensor | None  # (B,), (B, 1) or (B, T)
-    context_logp: torch.Tensor | None  # (B, T, L)
-    context_weights: torch.Tensor | None  # (L,) or (B, L)
 
 
 class TokenResult(NamedTuple):
@@ -125,10 +110,10 @@ def _divide_by(options: LossOptions, b: int) -> tuple[int, float, torch.Tensor |
     return (GIVEN, 0.0, items) if isinstance(items, torch.Tensor) else (GIVEN, float(items), None)
 
 
-def _launch(x: TokenTensors, options: LossOptions) -> TokenResult:
-    """The pass over the tokens; `out` is left unwritten."""
-    b, t = x.logp.shape
-    device = x.logp.device
+def _launch(logp: torch.Tensor, x: TokenInputs, options: LossOptions) -> TokenResult:
+    """The pass over the tokens (B, T), their tensors as given; `out` is left unwritten."""
+    b, t = logp.shape
+    device = logp.device
     by_sequence = options.importance_sampling_level == "sequence"
     blocks, block_t = blocking(b, t, by_sequence)
     has_causal = x.causal_logp is not None
@@ -155,10 +140,10 @@ def _launch(x: TokenTensors, options: LossOptions) -> TokenResult:
         given = x.context_weights.stride()
         weights_strides = (0, given[0]) if x.context_weights.dim() == 1 else (given[0], given[1])
     rows = (x.old_logp, x.ref_logp, x.query_logp, x.causal_logp, x.importance_sampling_ratio)
-    strides = [_rows_strides(y, (b, t)) for y in (x.logp, mask, x.advantages, *rows)]
-    anything = x.logp  # stands in for pointers that a flag keeps from being read
+    strides = [_rows_strides(y, (b, t)) for y in (logp, mask, x.advantages, *rows)]
+    anything = logp  # stands in for pointers that a flag keeps from being read
     token_loss_kernel[(b * blocks,)](
-        x.logp,
+        logp,
         mask,
         x.advantages,
         *(anything if y is None else y for y in rows),
@@ -202,10 +187,10 @@ def _launch(x: TokenTensors, options: LossOptions) -> TokenResult:
     return result
 
 
-def token_loss_forward(x: TokenTensors, options: LossOptions) -> TokenResult:
-    """Loss, metrics and unreduced derivatives: two launches, no sync."""
-    result = _launch(x, options)
-    divide_by, divisor, items = _divide_by(options, x.logp.shape[0])
+def token_loss_forward(logp: torch.Tensor, x: TokenInputs, options: LossOptions) -> TokenResult:
+    """Loss, metrics and unreduced derivatives of tokens (B, T), their tensors as given: two launches, no sync."""
+    result = _launch(logp, x, options)
+    divide_by, divisor, items = _divide_by(options, logp.shape[0])
     blocks = result.sums.shape[2]
     block_p = triton.next_power_of_2(blocks)
     token_loss_finish_kernel[(1,)](
@@ -237,27 +222,11 @@ def token_derivatives(logp: torch.Tensor, inputs: TokenInputs, options: LossOpti
     else:
         shape = (logp.shape[0], logp.shape[1])
 
-    def rows(x: torch.Tensor | None) -> torch.Tensor | None:
-        return None if x is None else x.reshape(*shape, *x.shape[logp.dim() :])
-
     weights = inputs.context_weights
     if weights is not None and logp.dim() == 2:
         weights = weights.amax(dim=1)  # constant along a sequence, but 0 where masked
-    result = _launch(
-        TokenTensors(
-            logp=logp.reshape(shape),
-            mask=inputs.mask.reshape(shape),
-            advantages=inputs.advantages.reshape(shape),
-            old_logp=rows(inputs.old_logp),
-            ref_logp=rows(inputs.ref_logp),
-            query_logp=rows(inputs.query_logp),
-            causal_logp=rows(inputs.causal_logp),
-            importance_sampling_ratio=rows(inputs.importance_sampling_ratio),
-            context_logp=rows(inputs.context_logp),
-            context_weights=weights,
-        ),
-        options,
-    )
+    rows = inputs._replace(context_weights=None).map(lambda x: x.reshape(*shape, *x.shape[logp.dim() :]))
+    result = _launch(logp.reshape(shape), rows._replace(context_weights=weights), options)
     d = result.d_logp
     if options.importance_sampling_level == "sequence":
         d = torch.where(inputs.mask, d + result.sequence.unsqueeze(1), 0.0)

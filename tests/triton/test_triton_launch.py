@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gcpo_kernels
 from gcpo_kernels.options import LossOptions
 from gcpo_kernels.testing import make_linear_inputs, make_representations, make_token_inputs, with_gradients
+from gcpo_kernels.tokens import TokenInputs
 from gcpo_kernels.triton_backend import causal, gate, token_loss
 from gcpo_kernels.triton_backend import ops as triton_ops
 from gcpo_kernels.triton_backend.token_kernels import MOST_BLOCKS
@@ -194,9 +195,9 @@ def test_token_loss_does_not_sync(level: str, kind: str, launches: Launches) -> 
 def test_launchers_do_not_sync(launches: Launches) -> None:
     """With weights of contexts too, and under the linear loss, where tokens of one tile come from any sequence."""
     inputs = make_token_inputs()
-    tensors = token_loss.TokenTensors(**{key: inputs[key] for key in token_loss.TokenTensors._fields})
+    logp, tokens = inputs.pop("logp"), TokenInputs(**inputs)
     with NoSync():
-        token_loss.token_loss_forward(tensors, LossOptions(kappa=0.1, importance_sampling_level="sequence"))
+        token_loss.token_loss_forward(logp, tokens, LossOptions(kappa=0.1, importance_sampling_level="sequence"))
 
 
 @pytest.mark.parametrize("baseline", ["mean", "loo"])

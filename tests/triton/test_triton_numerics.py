@@ -109,8 +109,8 @@ def test_projection(count: int, at_a_time: int, floor: float, weighted: bool) ->
     weights = torch.tensor([0.3, 0.9, 0.0, 0.1])[torch.arange(count) % 4] if weighted else None
     ours, clamped = project(query, contexts, weights, floor, at_a_time)
     wide = None if weights is None else weights.double()
-    truth, truly = reference.project(query.double(), contexts.double(), wide, floor)
-    single, _ = reference.project(query, contexts, weights, floor)
+    truth, truly = reference.projection(query.double(), contexts.double(), wide, floor)
+    single, _ = reference.projection(query, contexts, weights, floor)
     assert torch.equal(ours.isnan(), truth.isnan())
     seen = ~truth.isnan()
     assert (ours[seen] >= log(floor) - 1e-5).all()

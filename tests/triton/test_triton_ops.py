@@ -12,10 +12,8 @@ import gcpo_kernels
 from gcpo_kernels import ops
 from gcpo_kernels.options import LossOptions
 from gcpo_kernels.testing import make_linear_inputs, make_representations, make_token_inputs
+from gcpo_kernels.tokens import TokenInputs
 from gcpo_kernels.triton_backend import ops as triton_ops
-
-LOSS_KEYS = ("logp", "mask", "advantages", "old_logp", "ref_logp", "query_logp", "causal_logp")
-LOSS_KEYS += ("importance_sampling_ratio", "context_logp", "context_weights")
 
 
 def operator_calls() -> dict[str, tuple[Any, tuple]]:
@@ -30,13 +28,14 @@ def operator_calls() -> dict[str, tuple[Any, tuple]]:
     inputs = make_token_inputs(3, 4, 2)
     for key in ("logp", "causal_logp"):
         inputs[key].requires_grad_()
-    tensors = [inputs[key] for key in LOSS_KEYS]
-    full = triton_ops.loss_numbers(LossOptions(beta=0.1, kappa=0.1, delta=1.5, loss_type="dapo", kl_clip=0.3))
-    plain = triton_ops.loss_numbers(LossOptions(importance_sampling_level="sequence"))
-    calls["token_loss"] = (triton_ops.triton_token_loss, (*tensors, torch.tensor(11), full))
-    calls["token_loss, few"] = (triton_ops.triton_token_loss, (*tensors[:3], *[None] * 7, None, plain))
+    logp, tokens = inputs.pop("logp"), TokenInputs(**inputs)
+    few = TokenInputs(inputs["mask"], inputs["advantages"])
+    full = LossOptions(beta=0.1, kappa=0.1, delta=1.5, loss_type="dapo", kl_clip=0.3).pack()
+    plain = LossOptions(importance_sampling_level="sequence").pack()
+    calls["token_loss"] = (triton_ops.triton_token_loss, (logp, torch.tensor(11), full, *tokens))
+    calls["token_loss, few"] = (triton_ops.triton_token_loss, (logp, None, plain, *few))
     for name, numbers in (("token", full), ("sequence", plain)):
-        saved = [x.detach() for x in triton_ops.triton_token_loss(*tensors, None, numbers)]
+        saved = [x.detach() for x in triton_ops.triton_token_loss(logp, None, numbers, *tokens)]
         rest = (inputs["mask"], torch.float32, torch.float16, numbers)
         calls[f"token_loss_backward, {name}"] = (
             triton_ops.triton_token_loss_backward,

@@ -1,0 +1,238 @@
+"""A policy without a model: the real causal step runs on it, and it counts what would pass through one."""
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property, total_ordering
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+
+from gcpo.causal.options import CausalOptions
+from gcpo.causal.port import Continuation, Ids, Piece, Prompt, Reading, length_of
+from gcpo.forward.packing import PackedRow
+from gcpo.forward.scheduling import ScheduledPolicy, Scored
+
+_EMPTY: Piece = []
+_Z = torch.zeros(1)
+
+
+@total_ordering
+class Span:
+    """
+    Token ids in few words: runs (what, start, stop) of tokens that stand together, each token known by (what, place).
+    It does what the causal step does with a list of ids, whatever its length.
+    """
+
+    def __init__(self, runs: tuple[tuple[Hashable, int, int], ...]):
+        self.runs = runs
+
+    @classmethod
+    def of(cls, what: Hashable, count: int) -> "Span":
+        return cls(((what, 0, count),) if count else ())
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(stop - start for _, start, stop in self.runs))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self.runs else 0
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            first, last, _ = at.indices(len(self))
+            return Span(tuple(self._between(first, last))) if first < last else Span(())
+        at = at + len(self) if at < 0 else at
+        number = bisect_right(self._ends, at)
+        what, _, stop = self.runs[number]
+        return what, stop - (self._ends[number] - at)
+
+    def _between(self, first: int, last: int) -> Iterator[tuple[Hashable, int, int]]:
+        for (what, start, stop), end in zip(self.runs, self._ends, strict=True):
+            begin = end - (stop - start)
+            if end > first and begin < last:
+                yield what, start + max(first - begin, 0), stop - max(end - last, 0)
+
+    def __add__(self, other: "Span") -> "Span":
+        if self.runs and other.runs:
+            (what, start, stop), (next_what, next_start, next_stop) = self.runs[-1], other.runs[0]
+            if what == next_what and stop == next_start:  # one run: the same tokens are always written down alike
+                return Span((*self.runs[:-1], (what, start, next_stop), *other.runs[1:]))
+        return Span(self.runs + other.runs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Span) and self.runs == other.runs
+
+    def __lt__(self, other: "Span") -> bool:
+        return self.runs < other.runs
+
+    def __hash__(self) -> int:
+        return hash(self.runs)
+
+    def common_prefix(self, other: "Span", start: int = 0) -> int:
+        """How many tokens both begin with; they agree on the first `start`."""
+        mine, others = bisect_right(self._ends, start), bisect_right(other._ends, start)
+        if mine != others:  # one goes on with another run there, or ends
+            return start
+        for number in range(mine, min(len(self.runs), len(other.runs))):
+            left, right = self.runs[number], other.runs[number]
+            if left != right:
+                before = self._ends[number] - (left[2] - left[1])
+                same = left[:2] == right[:2]
+                return before + (min(left[2], right[2]) - left[1] if same else 0)
+        return min(len(self), len(other))
+
+
+class Pass(NamedTuple):
+    """A row that passes through the model."""
+
+    phase: str  # as in `gcpo/seconds/PHASE`
+    what: str
+    mode: str  # "prefill", "decode" (one token at a time), "score" (no gradient) or "train" (forward and backward)
+    new: int  # tokens of the row that pass through the model
+    predicted: int = 0  # of those, at how many the output layer is applied
+    before: int = 0  # tokens that they attend to as keys and values
+    dense: bool = False  # attention is computed over the whole square, not its lower half
+    keeps: bool = False  # keys and values stay until all contexts are scored
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """What a model and its engine can do, of what decides which forwards are made."""
+
+    can_continue: bool = True  # every layer keeps the keys and values of all tokens
+    can_pack: bool = True  # attention takes a mask over packed rows
+    in_house: bool = True  # transformers generates in the training process
+    caches_prefixes: bool = False  # the engine reads prompts that repeat once of its own accord
+
+
+class CountingPolicy(ScheduledPolicy):
+    """
+    Args:
+        options: of the method.
+        num_generations: n.
+        outputs: the completion of a prompt, given the phase it is generated in and how many came before in it.
+        eos_token_id: what completions end in.
+        step_seed: of the draws, as a run has it.
+        masks_truncated: whether completions that do not end in `eos_token_id` are left out of the loss.
+        abilities: what is assumed of model and engine.
+
+    Attributes:
+        passes: how many rows of each kind pass through the model.
+        tokens: by kind, as a run logs them.
+    """
+
+    allows_nan = True
+    max_positions = None
+    max_completion_length = None
+    hidden_size = 1
+    rows_per_forward = 2**62
+    name = "counted"
+    device = torch.device("cpu")
+
+    def __init__(
+        self,
+        options: CausalOptions,
+        num_generations: int,
+        outputs: Callable[[str, int], Ids],
+        eos_token_id: Any,
+        *,
+        step_seed: int = 0,
+        masks_truncated: bool = False,
+        abilities: Abilities | None = None,
+    ):
+        self.options, self.num_generations, self.outputs = options, num_generations, outputs
+        self.eos_token_ids = self.ending_ids = [eos_token_id]
+        self.step_seed, self.masks_truncated = step_seed, masks_truncated
+        self.abilities = abilities or Abilities()
+        self.can_continue, self.can_pack = self.abilities.can_continue, self.abilities.can_pack
+        self.passes: Counter[Pass] = Counter()
+        self.tokens: Counter[str] = Counter()
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether generation leaves representations, keys and values."""
+        return self.abilities.in_house and self.options.reuse_rollout and self.options.uses_rollout_states
+
+    def phase(self, name: str) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def log(self, name: str, value: Any) -> None:
+        pass
+
+    def count(self, kind: str, tokens: int) -> None:
+        self.tokens[kind] += tokens
+
+    def reward(self, inputs: list[dict[str, Any]], prompts: list[Prompt], ids: list[Ids]) -> torch.Tensor:
+        return torch.zeros(len(ids))
+
+    def generate(self, prompts: list[Ids], seed: int, *, limit: int, temperature: float | None) -> list[Ids]:
+        return self.count_generation("colliders", "", prompts)
+
+    def sample_states(self, prompts: list[Ids], seed: int, rows: int) -> tuple[list[Ids], torch.Tensor]:
+        outputs = self.count_generation("contexts", "samples, ", prompts)
+        if not self.keeps_states:
+            for _ in self._score_rows(prompts, outputs, "scored_contexts"):
+                pass
+        return outputs, torch.zeros(len(prompts), 1)
+
+    @property
+    def reads_once(self) -> bool:
+        """Whether generation reads prompts that repeat once."""
+        return self.abilities.caches_prefixes or (self.abilities.in_house and self.shares)
+
+    def count_generation(
+        self, phase: str, what: str, prompts: list[Ids], once: bool | None = None, keeps: bool = False
+    ) -> list[Ids]:
+        """The completions of these prompts, of which those that repeat are read `once`. None: as the causal step's."""
+        once = self.reads_once if once is None else once
+        for prompt in {_key(ids): ids for ids in prompts}.values() if once else prompts:
+            self.passes[Pass(phase, f"{what}prefill", "prefill", len(prompt), 1)] += 1
+        outputs = [self.outputs(phase, number) for number in range(len(prompts))]
+        for x, y in zip(prompts, outputs, strict=True):
+            self.passes[Pass(phase, f"{what}decode", "decode", len(y), len(y), len(x), keeps=keeps)] += 1
+        return outputs
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _forward_rows(self, prompts: list[Ids], completions: list[Ids], tokens: str, counts: bool) -> list[Scored]:
+        phase = "contexts" if tokens == "scored_contexts" else "scoring"
+        what = {"scored_query": "candidates", "scored_colliders": "colliders"}.get(tokens, "one by one")
+        for x, y in zip(prompts, completions, strict=True):
+            self.count(tokens, len(x) + len(y))
+            self.passes[Pass(phase, what, "score", len(x) + len(y), len(y))] += 1
+        return [Scored(k, _zeros(len(y)), _Z) for k, y in enumerate(completions)]
+
+    def _forward_continuations(self, rows: list[Continuation], keep: bool, counts: bool) -> list[Reading]:
+        for row in rows:
+            phase = "contexts" if row.tokens == "scored_contexts" else "scoring"
+            what = "colliders" if row.tokens == "scored_colliders" else "candidates"
+            if not row.scores:
+                what = "beginnings" if phase == "contexts" else "queries"
+            before, size = sum(map(length_of, filter(None, row.past))), len(row.ids)
+            self.count(row.tokens, size)
+            self.passes[Pass(phase, what, "score", size, (size - 1) * row.scores, before, keeps=keep)] += 1
+        return [Reading(_zeros(len(row.ids) - 1), _Z, piece_of(len(row.ids)) if keep else _EMPTY) for row in rows]
+
+    def _forward_packed(self, row: PackedRow, counts: bool) -> list[Scored]:
+        self.count("scored_contexts", len(row.ids))
+        predicted = len({place for branch in row.branches for place in branch.predictors.tolist()})
+        self.passes[Pass("contexts", "packed", "score", len(row.ids), predicted, dense=True)] += 1
+        return [Scored(branch.key, _zeros(len(branch.completion)), _Z) for branch in row.branches]
+
+
+def _key(ids: Ids) -> Hashable:
+    return tuple(ids) if isinstance(ids, list) else ids
+
+
+def _zeros(count: int) -> torch.Tensor:
+    return _Z.expand(count)
+
+
+def piece_of(tokens: int) -> Piece:
+    """Keys and values of so many tokens, without any numbers."""
+    empty = torch.empty(0, tokens)
+    return [(empty, empty)]
