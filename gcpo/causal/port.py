@@ -156,11 +156,11 @@ class Policy(Protocol):
 
     @property
     def max_completion_length(self) -> int | None:
-        """Most tokens of a sampled output. None: no limit."""
+        """Most tokens of a sampled output, None without a limit."""
 
     @property
     def max_positions(self) -> int | None:
-        """Most tokens of a sequence. None: unknown."""
+        """Most tokens of a sequence, None where that is unknown."""
 
     @property
     def hidden_size(self) -> int:
@@ -168,7 +168,7 @@ class Policy(Protocol):
 
     @property
     def name(self) -> str:
-        """What to call the model in messages: its type."""
+        """The type of the model, as messages call it."""
 
     @property
     def can_continue(self) -> bool:
