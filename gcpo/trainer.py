@@ -209,4 +209,4 @@ class GCPOTrainer(KLTermsTrainer):
         if result is None:
             with self._policy.watched(model, logits_to_keep):
                 result = call(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
-        return self._keep_for_loss(result) if torch.is_grad_enabled() else result
+        return self._keep_for_loss(result)
