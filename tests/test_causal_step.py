@@ -1,10 +1,13 @@
 """The causal step without a model: colliders, scores and states are given, what it makes of them is computed here."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from scripted_policy import END, ListBuilder, ScriptedPolicy, World, scores_of
 
 from gcpo.causal import CausalOptions, CausalStep, Rollout
+from gcpo.causal.loss import causal_kl_loss
 from gcpo_kernels import reference
 
 # Scripted policies that cannot read after keys and values are what many of these tests are about.
@@ -183,3 +186,73 @@ def test_several_processes_give_what_one_gives(size, changed):
         assert scripted.logged == pytest.approx(one.logged)
     totals = [scripted.tokens.get("generated_colliders", 0) for scripted, _ in found]
     assert sum(totals) == one.tokens["generated_colliders"]
+
+
+def nan_in(tensor):
+    return tensor.index_fill(0, torch.tensor([1]), torch.nan)
+
+
+def each(**changes):
+    """Every reading, with these functions of it in place of its parts."""
+    return lambda readings: [replace(one, **{name: f(one) for name, f in changes.items()}) for one in readings]
+
+
+SAMPLED, READS = {"estimator": "sampled"}, {"policy": {"can_continue": True}, "context_attention": "parallel"}
+# method, what becomes of its answer, options under which it is asked, what the error says
+WRONG = {
+    "fewer outputs": ("generate", lambda a: a[1:], {}, "must return 6 completions, one for each prompt, got 5"),
+    "no outputs": ("generate", lambda a: None, {}, "must return 6 completions, one for each prompt, got NoneType"),
+    "scores alone": ("score", lambda a: a[0], {}, "must return a tuple of two, got Tensor"),
+    "short rows": ("score", lambda a: (a[0][:, 1:], a[1]), {}, r"of shape \(8, 3\), got \(8, 2\)"),
+    "fewer rows": ("score", lambda a: (a[0][1:], a[1]), {}, r"log-probabilities of shape \(8, 3\), got \(7, 3\)"),
+    "small z": ("score", lambda a: (a[0], a[1][:, 1:]), {}, r"representations of shape \(8, 6\), got \(8, 5\)"),
+    "a list": ("score", lambda a: (a[0].tolist(), a[1]), {}, "must return log-probabilities as a tensor, got list"),
+    "NaN": ("score", lambda a: (nan_in(a[0]), a[1]), {}, "log-probabilities that are numbers, got NaN"),
+    "NaN in z": ("score", lambda a: (a[0], nan_in(a[1])), {}, "representations that are numbers, got NaN"),
+    "fewer samples": ("sample_states", lambda a: (a[0][1:], a[1]), SAMPLED, "must return 24 completions, .* got 23"),
+    "z by row": ("sample_states", lambda a: (a[0], a[1][:, None]), SAMPLED, r"shape \(24, 6\), got \(24, 1, 6\)"),
+    "no states": ("sample_states", lambda a: a[0], SAMPLED, "must return a tuple of two, got list"),
+    "NaN sampled": ("sample_states", lambda a: (a[0], nan_in(a[1])), SAMPLED, "representations .* got NaN"),
+    "fewer readings": ("read", lambda a: a[1:], READS, "must return 1 readings, one for each row, got 0"),
+    "no readings": ("read", lambda a: None, READS, "must return 1 readings, one for each row, got NoneType"),
+    "no keys": ("read", each(own=lambda one: []), READS, "keys and values of 1 tokens with `keep=True`, got 0"),
+    "other keys": ("read", each(own=lambda one: [(torch.zeros(1, 4),) * 2]), READS, "of 1 tokens .* got 4"),
+    "short reading": ("read", each(logp=lambda one: one.logp[1:]), READS, r"of shape \(3,\), got \(2,\)"),
+    "NaN read": ("read", each(z=lambda one: one.z * torch.nan), READS, "representations that are numbers, got NaN"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_policy_that_answers_wrongly(name):
+    """One error, which names the method and what it returned."""
+    method, broken, changed, message = WRONG[name]
+    scripted, step = step_of(**changed)
+    step.terms(rollout_of(), LENGTH)
+    answer = getattr(scripted, method)
+    setattr(scripted, method, lambda *args, **kwargs: broken(answer(*args, **kwargs)))
+    with pytest.raises((ValueError, TypeError), match=f"`policy.{method}` .*{message}"):
+        step.terms(rollout_of(), LENGTH)
+
+
+def test_nan_is_let_through_where_a_guard_deals_with_it():
+    scripted, step = step_of(policy={"allows_nan": True})
+    score = scripted.score
+    scripted.score = lambda *args: tuple(map(nan_in, score(*args)))
+    assert step.terms(rollout_of(), LENGTH).kl.context_logp.isnan().any()
+
+
+@pytest.mark.parametrize("items", [None, 20])
+def test_the_second_term_is_reduced_as_the_loss_it_is_added_to(items):
+    """Of rows that are left out the tokens count all the same, so that a draw's scale makes up for them."""
+    _, step = step_of(kappa=0.5)
+    terms = step.terms(rollout_of(), LENGTH).kl
+    mask = torch.tensor([[k < len(ids) for k in range(LENGTH)] for ids in CANDIDATES])
+    logp = -torch.rand(8, LENGTH, generator=torch.Generator().manual_seed(0))
+
+    def loss(counted):
+        own = replace(terms, counted=counted)
+        return causal_kl_loss(own, step.options, logp, mask, loss_type="dapo", num_items_in_batch=items)[0]
+
+    alone = [loss(torch.arange(8) == k) for k in range(8)]
+    assert min(alone) > 1e-4
+    torch.testing.assert_close(sum(alone), loss(torch.ones(8, dtype=torch.bool)))
