@@ -114,10 +114,20 @@ def test_scores_of_full_contexts_and_what_a_draw_leaves_out():
     assert any(torch.equal(drawn.context_logp[first, :, 1], terms.context_logp[first, :, l]) for l in (1, 2))
 
 
+def test_weights_do_not_depend_on_what_is_drawn_for_the_kl():
+    whole, drawn = (step_of(**saving)[1].terms(rollout_of(), LENGTH) for saving in ({}, {"kl_fraction": 0.25}))
+    assert drawn.kl.counted.sum() == 2 and torch.equal(whole.upsilon, drawn.upsilon)
+
+
 def test_truncated_candidates_are_not_drawn_where_they_are_masked():
+    ended = torch.tensor([ids[-1] == END for ids in CANDIDATES])
     _, step = step_of(policy={"masks_truncated": True})
-    counted = step.terms(rollout_of(), LENGTH).kl.counted
-    assert counted.tolist() == [ids[-1] == END for ids in CANDIDATES]
+    assert torch.equal(step.terms(rollout_of(), LENGTH).kl.counted, ended)
+    _, some = step_of(policy={"masks_truncated": True}, kl_fraction=0.5)
+    drawn = some.terms(rollout_of(), LENGTH).kl
+    assert drawn.counted.sum() == 3 and not drawn.counted[~ended].any() and drawn.scale == 2.0
+    _, scored = step_of(policy={"masks_truncated": True}, estimator="scored", kl_fraction=0.5)
+    assert scored.terms(rollout_of(), LENGTH).kl.counted.all()  # it needs all of them
 
 
 def test_parallel_contexts_see_what_they_should():
