@@ -3,13 +3,14 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from gcpo._version import __version__
+
 if TYPE_CHECKING:
     from gcpo.causal import CausalOptions, CausalStep, Policy
     from gcpo.config import GCPOConfig
     from gcpo.forward.model_policy import ModelPolicy
     from gcpo.trainer import GCPOTrainer
 
-__version__ = "0.1.0"
 __all__ = ["CausalOptions", "CausalStep", "GCPOConfig", "GCPOTrainer", "ModelPolicy", "Policy", "__version__"]
 
 _HOMES = {

@@ -71,7 +71,7 @@ class Recording(GCPOTrainer):
         self.keeps_account = True  # with the causal parts off, too
         self.rollouts: list[tuple] = []
         self.outputs: list[dict[str, list]] = []
-        self.eos_token_id = self.eos_token_ids[0]
+        self.ending_ids = self._policy.ending_ids
         if self.args.is_causal:
             self.builder, sample_states = self._causal.builder, self._policy.sample_states
 

@@ -114,10 +114,20 @@ def test_scores_of_full_contexts_and_what_a_draw_leaves_out():
     assert any(torch.equal(drawn.context_logp[first, :, 1], terms.context_logp[first, :, l]) for l in (1, 2))
 
 
+def test_weights_do_not_depend_on_what_is_drawn_for_the_kl():
+    whole, drawn = (step_of(**saving)[1].terms(rollout_of(), LENGTH) for saving in ({}, {"kl_fraction": 0.25}))
+    assert drawn.kl.counted.sum() == 2 and torch.equal(whole.upsilon, drawn.upsilon)
+
+
 def test_truncated_candidates_are_not_drawn_where_they_are_masked():
+    ended = torch.tensor([ids[-1] == END for ids in CANDIDATES])
     _, step = step_of(policy={"masks_truncated": True})
-    counted = step.terms(rollout_of(), LENGTH).kl.counted
-    assert counted.tolist() == [ids[-1] == END for ids in CANDIDATES]
+    assert torch.equal(step.terms(rollout_of(), LENGTH).kl.counted, ended)
+    _, some = step_of(policy={"masks_truncated": True}, kl_fraction=0.5)
+    drawn = some.terms(rollout_of(), LENGTH).kl
+    assert drawn.counted.sum() == 3 and not drawn.counted[~ended].any() and drawn.scale == 2.0
+    _, scored = step_of(policy={"masks_truncated": True}, estimator="scored", kl_fraction=0.5)
+    assert scored.terms(rollout_of(), LENGTH).kl.counted.all()  # it needs all of them
 
 
 def test_parallel_contexts_see_what_they_should():
@@ -216,3 +226,73 @@ def test_the_baseline_follows_the_estimator_it_is_used_with():
     assert CausalOptions().group_baseline == "loo"
     assert replace(CausalOptions(), estimator="scored").group_baseline == "mean"
     assert replace(CausalOptions(baseline="loo"), estimator="scored").group_baseline == "loo"
+
+
+def nan_in(tensor):
+    return tensor.index_fill(0, torch.tensor([1]), torch.nan)
+
+
+def each(**changes):
+    """Every reading, with these functions of it in place of its parts."""
+    return lambda readings: [replace(one, **{name: f(one) for name, f in changes.items()}) for one in readings]
+
+
+SAMPLED, READS = {"estimator": "sampled"}, {"policy": {"can_continue": True}, "context_attention": "parallel"}
+# method, what becomes of its answer, options under which it is asked, what the error says
+WRONG = {
+    "fewer outputs": ("generate", lambda a: a[1:], {}, "must return 6 completions, one for each prompt, got 5"),
+    "no outputs": ("generate", lambda a: None, {}, "must return 6 completions, one for each prompt, got NoneType"),
+    "scores alone": ("score", lambda a: a[0], {}, "must return a tuple of two, got Tensor"),
+    "short rows": ("score", lambda a: (a[0][:, 1:], a[1]), {}, r"of shape \(8, 3\), got \(8, 2\)"),
+    "fewer rows": ("score", lambda a: (a[0][1:], a[1]), {}, r"log-probabilities of shape \(8, 3\), got \(7, 3\)"),
+    "small z": ("score", lambda a: (a[0], a[1][:, 1:]), {}, r"representations of shape \(8, 6\), got \(8, 5\)"),
+    "a list": ("score", lambda a: (a[0].tolist(), a[1]), {}, "must return log-probabilities as a tensor, got list"),
+    "NaN": ("score", lambda a: (nan_in(a[0]), a[1]), {}, "log-probabilities that are numbers, got NaN"),
+    "NaN in z": ("score", lambda a: (a[0], nan_in(a[1])), {}, "representations that are numbers, got NaN"),
+    "fewer samples": ("sample_states", lambda a: (a[0][1:], a[1]), SAMPLED, "must return 24 completions, .* got 23"),
+    "z by row": ("sample_states", lambda a: (a[0], a[1][:, None]), SAMPLED, r"shape \(24, 6\), got \(24, 1, 6\)"),
+    "no states": ("sample_states", lambda a: a[0], SAMPLED, "must return a tuple of two, got list"),
+    "NaN sampled": ("sample_states", lambda a: (a[0], nan_in(a[1])), SAMPLED, "representations .* got NaN"),
+    "fewer readings": ("read", lambda a: a[1:], READS, "must return 1 readings, one for each row, got 0"),
+    "no readings": ("read", lambda a: None, READS, "must return 1 readings, one for each row, got NoneType"),
+    "no keys": ("read", each(own=lambda one: []), READS, "keys and values of 1 tokens with `keep=True`, got 0"),
+    "other keys": ("read", each(own=lambda one: [(torch.zeros(1, 4),) * 2]), READS, "of 1 tokens .* got 4"),
+    "short reading": ("read", each(logp=lambda one: one.logp[1:]), READS, r"of shape \(3,\), got \(2,\)"),
+    "NaN read": ("read", each(z=lambda one: one.z * torch.nan), READS, "representations that are numbers, got NaN"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_policy_that_answers_wrongly(name):
+    """One error, which names the method and what it returned."""
+    method, broken, changed, message = WRONG[name]
+    scripted, step = step_of(**changed)
+    step.terms(rollout_of(), LENGTH)
+    answer = getattr(scripted, method)
+    setattr(scripted, method, lambda *args, **kwargs: broken(answer(*args, **kwargs)))
+    with pytest.raises((ValueError, TypeError), match=f"`policy.{method}` .*{message}"):
+        step.terms(rollout_of(), LENGTH)
+
+
+def test_nan_is_let_through_where_a_guard_deals_with_it():
+    scripted, step = step_of(policy={"allows_nan": True})
+    score = scripted.score
+    scripted.score = lambda *args: tuple(map(nan_in, score(*args)))
+    assert step.terms(rollout_of(), LENGTH).kl.context_logp.isnan().any()
+
+
+@pytest.mark.parametrize("items", [None, 20])
+def test_the_second_term_is_reduced_as_the_loss_it_is_added_to(items):
+    """Of rows that are left out the tokens count all the same, so that a draw's scale makes up for them."""
+    _, step = step_of(kappa=0.5)
+    terms = step.terms(rollout_of(), LENGTH).kl
+    mask = torch.tensor([[k < len(ids) for k in range(LENGTH)] for ids in CANDIDATES])
+    logp = -torch.rand(8, LENGTH, generator=torch.Generator().manual_seed(0))
+
+    def loss(counted):
+        own = replace(terms, counted=counted)
+        return causal_kl_loss(own, step.options, logp, mask, loss_type="dapo", num_items_in_batch=items)[0]
+
+    alone = [loss(torch.arange(8) == k) for k in range(8)]
+    assert min(alone) > 1e-4
+    torch.testing.assert_close(sum(alone), loss(torch.ones(8, dtype=torch.bool)))

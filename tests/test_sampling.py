@@ -138,11 +138,3 @@ def test_only_what_is_drawn_is_scored(policy, tmp_path):
     expected, _ = plain_scores(some, context, group.candidates[i])
     got = output["context_logps"][row, : len(expected), 0]
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_weights_do_not_depend_on_what_is_drawn_for_the_kl(policy, tmp_path):
-    upsilon = []
-    for saving in ({}, {"num_kl_contexts": 1, "kl_fraction": 0.5}):
-        trainer = make_trainer(policy, tmp_path, num_colliders=4, **saving)
-        upsilon.append(first_batch(trainer)[1]["upsilon"])
-    torch.testing.assert_close(upsilon[0], upsilon[1])

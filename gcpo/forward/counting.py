@@ -116,9 +116,9 @@ class CountingPolicy(ScheduledPolicy):
         options: of the method.
         num_generations: n.
         outputs: the completion of a prompt, given the phase it is generated in and how many came before in it.
-        eos_token_id: what completions end in.
+        ending_ids: what completions end in, the end token first.
         step_seed: of the draws, as a run has it.
-        masks_truncated: whether completions that do not end in `eos_token_id` are left out of the loss.
+        masks_truncated: whether completions that end in none of `ending_ids` are left out of the loss.
         abilities: what is assumed of model and engine.
 
     Attributes:
@@ -138,14 +138,14 @@ class CountingPolicy(ScheduledPolicy):
         options: CausalOptions,
         num_generations: int,
         outputs: Callable[[str, int], Ids],
-        eos_token_id: Any,
+        ending_ids: list[Any],
         *,
         step_seed: int = 0,
         masks_truncated: bool = False,
         abilities: Abilities | None = None,
     ):
         self.options, self.num_generations, self.outputs = options, num_generations, outputs
-        self.eos_token_ids = self.ending_ids = [eos_token_id]
+        self.eos_token_ids, self.ending_ids = ending_ids[:1], ending_ids
         self.step_seed, self.masks_truncated = step_seed, masks_truncated
         self.abilities = abilities or Abilities()
         self.name = self.abilities.name

@@ -68,7 +68,7 @@ class Script(Protocol):
     """The token ids of a run: given by lengths, or those of one that was made."""
 
     builder: Any  # of fusion prompts and contexts
-    eos_token_id: Any
+    ending_ids: list[Any]  # of completions that are not cut off, the end token first
 
     def rollout(self, number: int) -> tuple[list[Prompt], list[Ids], list[Ids]]:
         """Prompts, their ids, and the candidates, of all processes."""
@@ -80,7 +80,7 @@ class Script(Protocol):
 class PlannedScript:
     """A `Script` of given lengths, in which no two texts have a token in common; it is its own prompt builder."""
 
-    eos_token_id = (_END, 0)
+    ending_ids = [(_END, 0)]
 
     def __init__(self, config: GCPOConfig, lengths: Lengths):
         self.config, self.lengths, self.builder = config, lengths, self
@@ -96,7 +96,7 @@ class PlannedScript:
         return _ended((phase, number), self.lengths.collider if phase == "colliders" else own)
 
     def content(self, ids: Any) -> Any:
-        return ids[:-1] if ids and ids[-1] == self.eos_token_id else ids
+        return ids[:-1] if ids and ids[-1] in self.ending_ids else ids
 
     def fusion(self, prompt: Any, candidates: list[Any]) -> Any:
         return Span((*prompt.runs, *Span.of(("fusion",), self.lengths.fusion_template).runs, *self._show(candidates)))
@@ -174,7 +174,7 @@ class _Rollout:
             config,
             int(config.num_generations or 1),
             output,
-            script.eos_token_id,
+            script.ending_ids,
             step_seed=seed,
             masks_truncated=config.mask_truncated_completions,
             abilities=abilities,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import gcpo_kernels
-from gcpo import __version__
+from gcpo._version import __version__
 from gcpo_kernels import reference
 from gcpo_kernels.testing import (
     assert_close_to_truth,

@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from gcpo import __version__
+from gcpo._version import __version__
 from gcpo.run.redaction import redacted
 
 CONFIG, LOG, SAMPLES = "gcpo_run.json", "gcpo_log.jsonl", "gcpo_samples.jsonl"
