@@ -37,8 +37,11 @@ def test_step_overhead(tmp_path, capsys, monkeypatch):
         alike = results[shared[0] if name in shared else "GRPO"]
         assert result["tokens"]["trained"] == alike["tokens"]["trained"] > 0
         assert result["step_seconds"]["min"] > 0 and len(result["ratio"]["all"]) == 2
-        # Planned with prompts of the mean length, rounded; and how many prompts a batch has is chance.
-        assert result["predicted"]["tokens"]["trained"] == pytest.approx(alike["tokens"]["trained"], rel=0.05)
+        trained = alike["tokens"]["trained"]
+        if name in shared:  # how many prompts a batch has is chance
+            assert result["predicted"]["tokens"]["trained"] == pytest.approx(trained, rel=0.05)
+        else:  # planned with prompts of the mean length, which is a whole number of tokens
+            assert result["predicted"]["tokens"]["trained"] == 8 * round(trained / 8)
         # Two layers of weights, gradients and Adam's moments at the least, and no process's own memory.
         peaks = result["peak_memory_bytes"]
         assert 4 * MIB < peaks["rollout"] <= max(peaks.values()) < 512 * MIB
