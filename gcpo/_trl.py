@@ -18,7 +18,13 @@ import trl
 from accelerate.utils import is_peft_model
 from packaging.version import Version
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_callable, pad
+from trl.trainer.utils import (
+    get_callable_name,
+    get_config_model_id,
+    is_async_callable,
+    maybe_gather_lm_head_ctx,
+    pad,
+)
 
 TESTED_VERSION = "1.16"
 
@@ -29,6 +35,7 @@ __all__ = [
     "get_callable_name",
     "get_config_model_id",
     "is_async_callable",
+    "maybe_gather_lm_head_ctx",
     "pad",
     "refuse_wrapped_head",
 ]

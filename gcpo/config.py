@@ -1,5 +1,6 @@
 """Options of GCPOTrainer: those of the method, on top of those of TRL's GRPOConfig."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +30,25 @@ class GCPOConfig(CausalOptions, GRPOConfig):
     that concerns the trainer alone. n is `num_generations`. `kappa=0` with `estimator="none"` is GRPO, at GRPO's cost.
 
     Parameters:
-        share_prompt (`bool`, *optional*, defaults to `False`):
-            In the policy's own forward, the one with gradient, read a prompt that several rows of a batch have once:
-            the same loss and gradients within float error, from fewer tokens; the longer prompts are beside
-            completions, the more it saves. Needs `gradient_checkpointing=False` and what `share_prefix` needs.
+        fused_loss (`bool`, *optional*):
+            Make the policy's loss, second KL included, from hidden states ([`~gcpo_kernels.linear_gcpo_loss`]): three
+            products with the output layer where TRL's path takes four, and TRL's metrics as they are. Not with an
+            entropy bonus or quantile, `off_policy_mask_threshold`, a router's auxiliary loss, prompt tuning, images, or
+            `torch_compile`. True raises where it cannot hold; None: where it can and GCPO's parts are on, with a line
+            in the log where it cannot.
+        padding_free (`bool`, *optional*):
+            Let the policy's forward with gradient, and the scoring passes before it, read packed rows without padding,
+            in which a prompt that several completions have stands once: the same loss and gradients within float error,
+            from fewer tokens. Rows of a prompt are brought together in micro-batches, within an optimizer step. Needs
+            `attn_implementation` sdpa, eager or flex_attention and a model whose layers take a mask; True and None as
+            for `fused_loss`.
+        share_prompt (`bool`, *optional*):
+            The old name of `padding_free`.
     """
 
-    share_prompt: bool = option(False, "Read a prompt that rows of a batch share once, in training too.")
+    fused_loss: bool | None = option(None, "Make the loss from hidden states. None: where that is possible.")
+    padding_free: bool | None = option(None, "Train on packed rows without padding. None: where that is possible.")
+    share_prompt: bool | None = option(None, "The old name of `padding_free`.")
 
     def __post_init__(self) -> None:
         with explained_groups(self):
@@ -103,9 +116,13 @@ class GCPOConfig(CausalOptions, GRPOConfig):
         if self.max_completion_length is not None and self.max_completion_length < 1:
             raise ValueError(f"`max_completion_length` must be at least 1, got {self.max_completion_length}.")
         check_choice("loss_type", self.loss_type, LOSS_TYPES)
-        # Older releases of transformers know it by the first name alone.
-        if self.share_prompt and (self.gradient_checkpointing or getattr(self, "activation_checkpointing", False)):
-            raise ValueError(
-                "`share_prompt` must be False with `gradient_checkpointing`, whose layers drop the keys and values that"
-                " rows would share, got True. Set `gradient_checkpointing=False`."
+        if self.share_prompt is not None:
+            warnings.warn(
+                "`share_prompt` is now `padding_free`, which does more: give that.", FutureWarning, stacklevel=4
             )
+            if self.padding_free is None:
+                self.padding_free = self.share_prompt
+            self.share_prompt = None
+        for name in ("fused_loss", "padding_free"):
+            if getattr(self, name) not in (True, False, None):
+                raise TypeError(f"`{name}` must be True, False or None, got {getattr(self, name)!r}.")

@@ -11,17 +11,6 @@ from gcpo.causal.loss import causal_kl_loss, clip_log_ratio
 from gcpo.causal.port import KLTerms
 from gcpo.run.meter import AccountedGRPOTrainer
 
-# How each of TRL's loss types reduces its tokens, in terms of the four that gcpo_loss knows.
-_REDUCTION = {
-    "grpo": "grpo",
-    "sapo": "grpo",
-    "bnpo": "bnpo",
-    "dr_grpo": "dr_grpo",
-    "luspo": "luspo",
-    "dapo": "dapo",
-    "cispo": "dapo",
-    "vespo": "dapo",
-}
 _LEFT_OUT = {
     "clip": "`kl_clip` of the reference KL. Take `self.clipped_reference(inputs, per_token_logps)` for the reference's "
     "log-probabilities.",
@@ -116,23 +105,8 @@ class KLTermsTrainer(AccountedGRPOTrainer):
             A scalar with gradient.
         """
         self._held |= {"causal"}
-        causal_logp = None
-        if "context_ids" in inputs:  # the paper's form: pi_theta under x_i too, in a forward with its own gradient
-            completion = inputs["completion_ids"], inputs["completion_mask"]
-            causal_logp, _, _ = self._get_per_token_logps_and_entropies(
-                model,
-                torch.cat([inputs["context_ids"], completion[0]], dim=1),
-                torch.cat([inputs["context_mask"], completion[1]], dim=1),
-                completion[0].size(1),
-            )
-        reduction, accumulation = _REDUCTION[self.loss_type], self.current_gradient_accumulation_steps
-        scale, items, length = 1.0 / accumulation, None, self.max_completion_length
-        if reduction == "dapo":
-            # The count spans the generation batch: bring it to one accumulation window of one process.
-            items = inputs["num_items_in_batch"] / self.accelerator.num_processes
-            items, scale = items * accumulation / self.args.steps_per_generation, 1.0
-        elif reduction == "luspo":
-            reduction, length = "dr_grpo", 1
+        causal_logp = self._logps_under_contexts(model, inputs)
+        items, scale = self._reduction(inputs)
         terms = KLTerms(
             context_logp=inputs["context_logps"],
             context_weights=inputs["context_weights"],
@@ -146,8 +120,8 @@ class KLTermsTrainer(AccountedGRPOTrainer):
             per_token_logps,
             self._loss_mask(inputs),
             causal_logp=causal_logp,
-            loss_type=reduction,
-            max_completion_length=length,
+            loss_type=self.loss_type,
+            max_completion_length=self.max_completion_length,
             num_items_in_batch=items,
         )
         # Sums over the tokens of all processes, for `log` to divide: a micro-batch may hold no row that was scored.
@@ -157,6 +131,27 @@ class KLTermsTrainer(AccountedGRPOTrainer):
         sums = torch.stack([*(mean * count for mean in means), count])
         self._metrics["train"]["causal_sums"].append(self.accelerator.reduce(sums, reduction="sum").tolist())
         return loss * scale
+
+    def _logps_under_contexts(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """log pi_theta under x_i with a gradient of its own, where the second KL has the paper's form."""
+        if "context_ids" not in inputs:
+            return None
+        completion = inputs["completion_ids"], inputs["completion_mask"]
+        return self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["context_ids"], completion[0]], dim=1),
+            torch.cat([inputs["context_mask"], completion[1]], dim=1),
+            completion[0].size(1),
+        )[0]
+
+    def _reduction(self, inputs: dict[str, Any]) -> tuple[torch.Tensor | None, float]:
+        """TRL's reduction of a micro-batch, as (`num_items_in_batch`, a factor of the loss) for `gcpo_loss`."""
+        accumulation = self.current_gradient_accumulation_steps if self.model.training else 1
+        if self.loss_type not in ("dapo", "cispo", "vespo"):
+            return None, 1.0 / accumulation
+        # The count spans the generation batch: bring it to one accumulation window of one process.
+        items = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        return items * accumulation / self.args.steps_per_generation if self.model.training else items, 1.0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:

@@ -5,7 +5,6 @@ import textwrap
 from typing import Any
 
 import torch
-from torch import nn
 from trl import GRPOTrainer
 
 from gcpo._trl import (
@@ -19,7 +18,7 @@ from gcpo.causal.port import CausalTerms, Prompt, Rollout
 from gcpo.causal.step import CausalStep
 from gcpo.config import GCPOConfig
 from gcpo.forward.trl_policy import TrlPolicy
-from gcpo.kl_terms import KLTermsTrainer
+from gcpo.own_loss import OwnLossTrainer
 from gcpo.run.admission import check_datasets, check_model, refuse_unsupported
 from gcpo.run.guard import SkipNonFiniteSteps
 from gcpo.run.lengths import check_prompt_lengths
@@ -30,7 +29,7 @@ _OWN_ARGUMENTS = ("self", "model", "reward_funcs", "args")
 WEIGHT_COLUMNS = ("plain_advantage", "upsilon")
 
 
-class GCPOTrainer(KLTermsTrainer):
+class GCPOTrainer(OwnLossTrainer):
     """
     Trainer for Group Causal Policy Optimization (GCPO, https://huggingface.co/papers/2508.05428).
 
@@ -95,6 +94,7 @@ class GCPOTrainer(KLTermsTrainer):
         self.max_positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self._policy = TrlPolicy(self)
         check_model(self, self._policy)
+        self._decide_on_own_loss()
         if args.is_causal:  # without, it builds no prompts, and asks no more of the tokenizer than GRPOTrainer
             builder = PromptBuilder(self._tokenizer, args, self.chat_template, self.chat_template_kwargs)
             self._causal = CausalStep(self._policy, args, builder)
@@ -188,25 +188,3 @@ class GCPOTrainer(KLTermsTrainer):
         if self._collider_ids is None:
             return super()._collider_texts()
         return [self._tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in self._collider_ids]
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Forwards
-    # -----------------------------------------------------------------------------------------------------------------
-
-    def _get_per_token_logps_and_entropies(
-        self,
-        model: nn.Module,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        logits_to_keep: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple:
-        call, result = super()._get_per_token_logps_and_entropies, None
-        if torch.is_grad_enabled() and self.args.share_prompt:
-            entropy = kwargs.get("compute_entropy", False)
-            result = self._policy.logps_sharing_prompts(model, input_ids, attention_mask, logits_to_keep, entropy)
-        if result is None:
-            with self._policy.watched(model, logits_to_keep):
-                result = call(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
-        return self._keep_for_loss(result)

@@ -13,6 +13,7 @@ TOKENS = (
     "generated",
     "scored_query",
     "trained",
+    "trained_padding",  # positions that the forward with gradient reads beside
     "generated_colliders",
     "generated_contexts",
     "scored_colliders",

@@ -14,6 +14,7 @@ from gcpo.causal.port import Ids, Prompt, Rollout, RolloutStates
 from gcpo.causal.sampling import own_random_stream
 from gcpo.forward.generation import GenerationRecorder, read_repeated_prompts_once
 from gcpo.forward.models import ModelForwards, no_auxiliary_loss, without_dropout
+from gcpo.forward.output_layer import logit_options
 from gcpo.forward.representations import HiddenRecorder
 from gcpo_kernels import linear_logprob
 from gcpo_kernels.options import check_count, check_number
@@ -290,25 +291,10 @@ def _generating(model: Any) -> Iterator[None]:
 
 
 def _head_options(model: Any) -> dict[str, Any]:
-    """What the model does between hidden @ weight.T and a logit, by the names that configs have for it."""
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear):
         raise ValueError(
             "The output layer must be a linear layer without an adapter, for it is read by its weight, got "
             f"{type(head).__name__}. Leave it out of what the adapter changes."
         )
-    scale = next(
-        (
-            value
-            for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")
-            if (value := getattr(config, name, None)) is not None
-        ),
-        None,
-    )
-    scaling = getattr(config, "logits_scaling", None)
-    if scale is None and scaling is not None:
-        scale = scaling if config.model_type == "hyperclovax" else 1.0 / scaling
-    return {
-        "logit_scale": 1.0 if scale is None else float(scale),
-        "logit_softcap": getattr(config, "final_logit_softcapping", None),
-    }
+    return logit_options(model.config.get_text_config())

@@ -74,7 +74,7 @@ class PackedRow:
         return labels
 
 
-def pack(contexts: list[Ids], completions: list[Ids], max_tokens: int) -> list[PackedRow]:
+def pack(contexts: list[Ids], completions: list[Ids], max_tokens: int | None) -> list[PackedRow]:
     """
     Pack sequences so that common beginnings are shared.
 
@@ -82,6 +82,7 @@ def pack(contexts: list[Ids], completions: list[Ids], max_tokens: int) -> list[P
         contexts: what each completion comes after; at least one token each.
         completions: the tokens to score.
         max_tokens: a row is closed before it would hold more, or more than twice its longest sequence, if that is more.
+            None: there is one row.
 
     Returns:
         Rows; every sequence is in exactly one. A branch's key is its sequence's number.
@@ -106,7 +107,7 @@ def pack(contexts: list[Ids], completions: list[Ids], max_tokens: int) -> list[P
             # Not the last token of either, which predicts its completion's first.
             shared = common_prefix(contexts[before][:-1], contexts[k][:-1])
             longest = max(longest, len(sequence))
-            if len(ids) + len(sequence) - shared > max(max_tokens, 2 * longest):
+            if max_tokens is not None and len(ids) + len(sequence) - shared > max(max_tokens, 2 * longest):
                 close()
                 ids, positions, branches, before = [], [], [], None
         if before is None:

@@ -19,7 +19,6 @@ from gcpo.causal.sampling import own_random_stream
 from gcpo.forward.generation import GenerationRecorder, read_repeated_prompts_once
 from gcpo.forward.models import ModelForwards, learns_positions, no_auxiliary_loss, padded_width, without_dropout
 from gcpo.forward.representations import HiddenRecorder
-from gcpo.forward.shared_prompt import logps_sharing_prompts, repeats_prompts
 
 
 class TrlPolicy(ModelForwards):
@@ -201,11 +200,14 @@ class TrlPolicy(ModelForwards):
         finally:
             self._recorder = None
 
+    def recorder_of(self, model: Any) -> HiddenRecorder | None:
+        """What watches scoring passes of this model, if anything does."""
+        return self._recorder if model is self.model else None
+
     def watched(self, model: Any, logits_to_keep: int) -> AbstractContextManager[Any]:
         """For a scoring pass of TRL's: adds to the recorder that watches, where there is one."""
-        if self._recorder is None or model is not self.model:
-            return ExitStack()
-        return self._recorder.attached(self.backbone, logits_to_keep)
+        recorder = self.recorder_of(model)
+        return ExitStack() if recorder is None else recorder.attached(self.backbone, logits_to_keep)
 
     def _score_padded(
         self, ids: torch.Tensor, mask: torch.Tensor, completion_length: int, recorder: HiddenRecorder
@@ -218,21 +220,6 @@ class TrlPolicy(ModelForwards):
         with self.autocast():
             output = self.model(shift_labels=labels, fused_lm_head=True, **inputs, **no_auxiliary_loss(self.model))
         return output.log_probs
-
-    def logps_sharing_prompts(
-        self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int, entropy: bool
-    ) -> tuple | None:
-        """
-        What TRL's forward with gradient returns, from one in which a prompt that rows share is read once. None where
-        they share none: as many forwards on every process, whatever its own share of the prompts.
-        """
-        width = input_ids.shape[1] - logits_to_keep
-        if self.most(int(width < 2)) or not self.most(int(repeats_prompts(input_ids, attention_mask, width))):
-            return None
-        with self.autocast():
-            result = logps_sharing_prompts(model, self.model.config, input_ids, attention_mask, logits_to_keep, entropy)
-        self.count("trained", result.tokens)
-        return result.logps, result.entropies, None
 
     # -----------------------------------------------------------------------------------------------------------------
     # Rewards

@@ -18,15 +18,6 @@ def check_model(trainer: Any, policy: Any) -> None:
     if args.is_causal:
         longest = longest_prompt(args, args.num_generations, policy.max_completion_length or 0)
         check_length(longest, policy.max_positions, "Showing the candidates and colliders of one prompt")
-    if args.share_prompt and (not policy.can_continue or trainer._is_vlm or trainer.aux_loss_enabled):
-        raise ValueError(
-            "`share_prompt` needs a text model whose every layer keeps the keys and values of all tokens, without "
-            f"sliding windows or an auxiliary loss, got {policy.name}."
-        )
-    if args.share_prompt and (trainer._dist.is_fsdp or trainer._dist.is_zero3):
-        # Gradients reach a layer through the keys and values it leaves, which neither watches: its parameters
-        # would not be gathered for them.
-        raise ValueError("`share_prompt` must be False where parameters are sharded (FSDP, DeepSpeed ZeRO-3).")
 
 
 def check_datasets(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,8 @@ ROLLOUT = (
 ).split()
 # Options of GCPO that change how a rollout is computed, or its loss, and not what it holds.
 OTHERS = (
-    "proj_floor kl_clip context_batch_size share_prefix share_prompt pack_tokens reuse_rollout log_collider_reward"
+    "proj_floor kl_clip context_batch_size share_prefix share_prompt fused_loss padding_free pack_tokens reuse_rollout "
+    "log_collider_reward"
 ).split()
 
 

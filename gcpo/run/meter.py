@@ -87,6 +87,7 @@ class AccountedGRPOTrainer(ResumableGRPOTrainer):
         call = super()._get_per_token_logps_and_entropies
         if torch.is_grad_enabled():
             self._account.add_tokens("trained", attention_mask.sum())
+            self._account.add_tokens("trained_padding", (attention_mask == 0).sum())
             return call(model, input_ids, attention_mask, *args, **kwargs)
         self._account.add_tokens("scored_query", attention_mask.sum())
         with self._account.phase("scoring"):

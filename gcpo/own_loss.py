@@ -1,0 +1,242 @@
+"""
+The loss phase of the trainer, as `fused_loss` and `padding_free` have it: the policy's loss from hidden states
+(`gcpo_kernels.linear_gcpo_loss`), from rows without padding that read a prompt once. With both off it is TRL's.
+"""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from torch import nn
+
+from gcpo._trl import maybe_gather_lm_head_ctx
+from gcpo.forward.microbatches import regrouped
+from gcpo.forward.output_layer import add_reader, logit_options
+from gcpo.forward.own_forward import OwnForward, Rows, against_unpadded
+from gcpo.kl_terms import KLTermsTrainer
+
+logger = get_logger(__name__)
+
+
+class OwnLossTrainer(KLTermsTrainer):
+    """
+    Attributes:
+        fuses_loss: whether the loss is made from hidden states, instead of by TRL's `_compute_loss`.
+        leaves_padding_out: whether the policy's rows, and those that TRL scores, are packed.
+    """
+
+    fuses_loss = False
+    leaves_padding_out = False
+    _policy: Any  # a TrlPolicy
+    _own: OwnForward | None = None
+    # What forwards of a loss gave that TRL's `_compute_loss` is to take, in the order in which it asks.
+    _given_scores: list[tuple] | None = None
+
+    def _decide_on_own_loss(self) -> None:
+        """Find out which of the two options hold, and prepare the models for them."""
+        found = {"fused_loss": against_fused_loss(self), "padding_free": against_padding_free(self)}
+        holds = {name: self._holds(name, reason) for name, reason in found.items()}
+        self.fuses_loss, self.leaves_padding_out = holds["fused_loss"], holds["padding_free"]
+        if not any(holds.values()):
+            return
+        in_float32 = self.args.cast_lm_head_to_fp32
+        for model in (self.model, self.ref_model):
+            if model is not None:
+                add_reader(causal_lm(self, model), in_float32, maybe_gather_lm_head_ctx)
+        model = causal_lm(self, self.model)
+        head = {"temperature": self.temperature, **logit_options(model.config.get_text_config())}
+        self._own = OwnForward(model, head, self._tokenizer.pad_token_id, self.accelerator.autocast)
+
+    def _holds(self, name: str, reason: str | None) -> bool:
+        wanted = getattr(self.args, name)
+        if wanted and reason is not None:
+            raise ValueError(f"`{name}` must be False or None: {reason}.")
+        if wanted is None and self.args.is_causal and reason is not None:
+            logger.info(f"`{name}` is off: {reason}.", main_process_only=True)
+        return reason is None and (self.args.is_causal if wanted is None else wanted)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Micro-batches
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        buffered = self._buffered_inputs
+        # A micro-batch's loss of type "bnpo" is divided by its own tokens: it would be another one.
+        if not (self.leaves_padding_out and self.model.training) or buffered is before or self.loss_type == "bnpo":
+            return inputs
+        self._buffered_inputs = regrouped(buffered, self.args.gradient_accumulation_steps)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Forwards
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple:
+        if self._given_scores:
+            return self._keep_for_loss(self._given_scores.pop(0))
+        if not self.leaves_padding_out:
+            call = super()._get_per_token_logps_and_entropies
+            with self._policy.watched(model, logits_to_keep):
+                result = call(model, input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs)
+            return self._keep_for_loss(result)
+        # TRL's own scoring passes have a phase; a forward with gradient is part of the loss.
+        with nullcontext() if torch.is_grad_enabled() else self._account.phase("scoring"):
+            return self._keep_for_loss(self._scores(model, input_ids, attention_mask, logits_to_keep, batch_size))
+
+    def _scores(
+        self,
+        model: nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        width: int,
+        batch_size: int | None,
+    ) -> tuple:
+        """What TRL's method returns, from packed rows: `batch_size` completions in each forward."""
+        assert self._own is not None
+        recorder, size, parts = self._policy.recorder_of(model), batch_size or len(input_ids), []
+        for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True):
+            rows = self._own.rows(ids, mask, width, without_padding=True)
+            kind = None if recorder is None else self.args.representation
+            scores, z = self._own.score(model, rows, ids[:, -width:], mask[:, -width:], kind)
+            self._count_read(rows)
+            if recorder is not None:
+                recorder.rows.append(z)
+            parts.append(scores)
+        logp, entropy = (torch.cat(each) for each in zip(*parts, strict=True))
+        return logp, entropy, None
+
+    def _count_read(self, rows: Rows) -> None:
+        if not torch.is_grad_enabled():
+            self._account.add_tokens("scored_query", rows.tokens)
+            return
+        self._account.add_tokens("trained", rows.tokens)
+        self._account.add_tokens("trained_padding", rows.padding)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The loss
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        if not self.fuses_loss:
+            return super()._compute_loss(model, inputs)
+        assert self._own is not None
+        completion_ids, completion_mask = inputs["completion_ids"], inputs["completion_mask"]
+        width = completion_ids.size(1)
+        under_contexts = self._logps_under_contexts(model, inputs)
+        rows = self._own.rows(
+            torch.cat([inputs["prompt_ids"], completion_ids], dim=1),
+            torch.cat([inputs["prompt_mask"], completion_mask], dim=1),
+            width,
+            self.leaves_padding_out,
+        )
+        items, scale = self._reduction(inputs)
+        loss, scores = self._own.loss(
+            model,
+            rows,
+            completion_ids,
+            inputs["advantages"],
+            self._loss_mask(inputs),
+            num_items_in_batch=items,
+            causal_logp=under_contexts,
+            **self._loss_options(inputs),
+        )
+        self._count_read(rows)
+        # TRL's own loss and that of the second KL, of the same log-probabilities: for their metrics.
+        self._given_scores = [(scores.logp, scores.entropy, None)]
+        if under_contexts is not None:
+            self._given_scores.append((under_contexts.detach(), None, None))
+        try:
+            with torch.no_grad():
+                super()._compute_loss(model, inputs)
+        finally:
+            self._given_scores = None
+        return loss * scale
+
+    def _loss_options(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Options of `linear_gcpo_loss`, from TRL's and ours and what a micro-batch holds."""
+        args = self.args
+        options: dict[str, Any] = {
+            "old_logp": inputs.get("old_per_token_logps"),
+            "importance_sampling_ratio": inputs.get("importance_sampling_ratio"),
+            "beta": self.beta,
+            "ref_logp": inputs.get("ref_per_token_logps") if self.beta != 0.0 else None,
+            "bias_correction_kl": args.use_bias_correction_kl,
+            "kl_clip": args.kl_clip,
+            "epsilon_low": self.epsilon_low,
+            "epsilon_high": self.epsilon_high,
+            "delta": args.delta,
+            "importance_sampling_level": self.importance_sampling_level,
+            "loss_type": self.loss_type,
+            "max_completion_length": self.max_completion_length,
+            **{name: getattr(args, name) for name in _GATES},
+        }
+        # Estimates of the log-probabilities, for speed alone, the nearest first.
+        estimates = (inputs.get(name) for name in ("sampling_per_token_logps", "old_per_token_logps", "query_logps"))
+        options["offset_logp"] = next((x for x in estimates if x is not None), None)
+        if "context_logps" in inputs:
+            options |= {
+                "kappa": args.kappa,
+                "context_logp": inputs["context_logps"],
+                "context_weights": inputs["context_weights"],
+                "query_logp": inputs.get("query_logps"),
+                "kappa_weights": inputs["has_collider"] * inputs["causal_scale"],
+                "proj_floor": args.proj_floor,
+            }
+        return options
+
+
+# Options of TRL's that single loss types have, by the names that `gcpo_loss` has for them too.
+_GATES = "sapo_temperature_pos sapo_temperature_neg vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg".split()
+
+
+def causal_lm(trainer: Any, model: Any) -> Any:
+    """The causal language model of transformers inside what wraps it."""
+    model = trainer.accelerator.unwrap_model(model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def against_fused_loss(trainer: Any) -> str | None:
+    """What keeps the loss from being made from hidden states, in words; None: nothing does."""
+    args = trainer.args
+    for name, off in (("entropy_coef", 0.0), ("use_adaptive_entropy", False), ("top_entropy_quantile", 1.0)):
+        if getattr(args, name) != off:
+            return f"`{name}={getattr(args, name)}` needs the gradient of the entropy, or a look at all of it first"
+    if args.off_policy_mask_threshold is not None:
+        return "`off_policy_mask_threshold` needs every log-probability of a completion before its loss"
+    return _against_both(trainer)
+
+
+def against_padding_free(trainer: Any) -> str | None:
+    """What keeps the policy's rows from being packed, in words; None: nothing does."""
+    return _against_both(trainer) or against_unpadded(causal_lm(trainer, trainer.model))
+
+
+def _against_both(trainer: Any) -> str | None:
+    model = causal_lm(trainer, trainer.model)
+    adapter = getattr(trainer.accelerator.unwrap_model(trainer.model), "active_peft_config", None)
+    head = model.get_output_embeddings()
+    if trainer.args.torch_compile:
+        return "`torch_compile` would compile anew for every batch"
+    if trainer._is_vlm:
+        return "images and other inputs beside tokens are for TRL's forward"
+    if trainer.aux_loss_enabled:
+        return "`router_aux_loss_coef` adds a loss of the router's, which counts padding and prompts as TRL reads them"
+    if adapter is not None and adapter.is_prompt_learning:
+        return f"the adapter ({adapter.peft_type.value}) puts tokens of its own before every row"
+    if not getattr(head, "weight", torch.empty(0, dtype=torch.long)).is_floating_point():
+        return f"the output layer ({type(head).__name__}) has no weight of a floating type"
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        return "the model is spread over devices (`device_map`)"
+    return None
