@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import gcpo_kernels
 from bench import peers
 from bench.registry import Case, Tensors
-from gcpo_kernels import maths
+from gcpo_kernels import group
 
 Run = Callable[[Case, Tensors], torch.Tensor]
 
@@ -130,7 +130,7 @@ def _plain_logits(case: Case, x: Tensors) -> torch.Tensor:
 
 
 def _plain_causal(case: Case, x: Tensors) -> torch.Tensor:
-    return maths.causal_weights(x["z"], x["context_z"])
+    return group.causal_weights(x["z"], x["context_z"])
 
 
 PLAIN: dict[str, Run] = {

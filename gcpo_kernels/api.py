@@ -1,5 +1,5 @@
 """
-The public functions: what they take, what they give, and which backend runs them.
+The public functions but for the losses (losses.py): what they take, what they give, and which backend runs them.
 
 Conventions. B sequences, T tokens, L contexts, V vocabulary, H hidden size, P prompts, n candidates per prompt, m
 samples. "float" is float32, bfloat16 or float16 (float64 too on the torch backend); arithmetic and results are float32
@@ -11,274 +11,11 @@ from typing import Any
 
 import torch
 
-from gcpo_kernels import maths, ops
+from gcpo_kernels import group, maths, ops
 from gcpo_kernels.backends import storage_dtype, triton_ops, use_triton
-from gcpo_kernels.checks import (
-    check_causal,
-    check_contexts,
-    check_head,
-    check_ids,
-    check_main_grad,
-    check_no_tangents,
-    check_rank,
-    check_tensor,
-    check_token_arguments,
-)
+from gcpo_kernels.checks import check_causal, check_contexts, check_head, check_ids, check_no_tangents, check_rank
 from gcpo_kernels.head import gather_head, group_name
-from gcpo_kernels.options import (
-    ADVANTAGE_SCALES,
-    HeadOptions,
-    LossOptions,
-    check_choice,
-    check_count,
-    check_number,
-)
-from gcpo_kernels.tokens import TokenInputs
-
-Metrics = dict[str, torch.Tensor]
-
-
-def gcpo_loss(
-    logp: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    *,
-    old_logp: torch.Tensor | None = None,
-    ref_logp: torch.Tensor | None = None,
-    context_logp: torch.Tensor | None = None,
-    context_weights: torch.Tensor | None = None,
-    query_logp: torch.Tensor | None = None,
-    causal_logp: torch.Tensor | None = None,
-    beta: float = 0.0,
-    kappa: float = 0.0,
-    epsilon_low: float = 0.2,
-    epsilon_high: float = 0.2,
-    delta: float | None = None,
-    importance_sampling_level: str = "token",
-    importance_sampling_ratio: torch.Tensor | None = None,
-    loss_type: str = "grpo",
-    max_completion_length: int | None = None,
-    num_items_in_batch: float | torch.Tensor | None = None,
-    proj_floor: float = 1e-6,
-    kl_clip: float | None = None,
-    backend: str | None = None,
-) -> tuple[torch.Tensor, Metrics]:
-    r"""
-    The GCPO objective (eq. 10), as a loss to minimise, from per-token log-probabilities.
-
-    Per token, with R = exp(logp - old_logp), A the advantage (eq. 9: already multiplied by Upsilon) and
-    k3(d) = exp(d) - d - 1:
-
-        -min(R A, clip(R, 1 - epsilon_low, 1 + epsilon_high) A) w
-            + beta k3(ref_logp - logp) + kappa k3(log p' - causal_logp)
-
-    where p' = exp(context_logp[..., 0]) - mean_l exp(context_logp[..., l]) + exp(query_logp), clamped to
-    [proj_floor, 1], is the causal reference (eqs. 12, 13). With kappa = 0 this is GRPO's loss.
-
-    Args:
-        logp: (B, T) float, log pi_theta of the tokens; carries gradient.
-        advantages: (B,) or (B, T) float; a constant.
-        mask: (B, T) bool, int or float 0/1. Where it is 0 nothing matters, whatever the other arguments hold there.
-        old_logp: (B, T) float, log pi_old. None: `logp.detach()`.
-        ref_logp: (B, T) float, log pi_ref. Needed when beta > 0.
-        context_logp: (B, T, L) float, log pi_old of the tokens under the contexts x_{i,l}. Needed when kappa > 0.
-        context_weights: (L,) or (B, L) float >= 0, the weights of the mean over l, used as given. None: 1 / L each.
-            Where a weight is 0 the context's scores are ignored, NaN included; index 0 still serves as the context
-            x_i.
-        query_logp: (B, T) float, log pi_old under the query alone. None: `old_logp`.
-        causal_logp: (B, T) float, log pi_theta under the context x_i; carries gradient. None: `logp`.
-        beta: weight of the KL term to the reference policy, >= 0.
-        kappa: weight of the KL term to the causal reference, >= 0.
-        epsilon_low: lower clip range of R, >= 0.
-        epsilon_high: upper clip range of R, >= 0.
-        delta: caps the unclipped R (two-sided clipping), > 0. None: no cap.
-        importance_sampling_level: "token", or "sequence": log R averaged over a sequence's unmasked tokens.
-        importance_sampling_ratio: (B, T), (B, 1) or (B,) float, w: the correction of a separate sampler.
-        loss_type: "grpo": mean over sequences of each one's mean over its unmasked tokens; "bnpo": mean over unmasked
-            tokens; "dr_grpo": sum / (B * max_completion_length); "dapo": sum / num_items_in_batch. Denominators are
-            at least 1.
-        max_completion_length: tokens, for "dr_grpo".
-        num_items_in_batch: tokens, a number or a one-element tensor, for "dapo". None: the unmasked tokens here.
-        proj_floor: lower bound of p', in (0, 1).
-        kl_clip: finite and > 0: clamps the log-ratio d of both k3(d) terms to [-kl_clip, kl_clip]; beyond, the term is
-            constant and has no gradient. The slope e^d - 1 knows no bound otherwise, and one token that the policy
-            thinks little of can outweigh a batch. NaN stays NaN. None: no clamp, as in the paper.
-        backend: "triton", "torch", or None for the first of `available_backends`.
-
-    Returns:
-        The loss, a scalar, and metrics: detached float32 scalars, means over unmasked tokens: "kl", "kl_causal",
-        "proj_clamped" (share of tokens whose p' was clamped), "clip_low", "clip_high" (share of tokens clipped on
-        that side). Terms that were not given are 0. With `kl_clip`, and only then, also "kl_clipped" and
-        "kl_causal_clipped": shares of tokens whose log-ratio was clamped; "kl" and "kl_causal" are of the clamped ones.
-    """
-    options = LossOptions(
-        beta=beta,
-        kappa=kappa,
-        epsilon_low=epsilon_low,
-        epsilon_high=epsilon_high,
-        delta=delta,
-        importance_sampling_level=importance_sampling_level,
-        loss_type=loss_type,
-        max_completion_length=max_completion_length,
-        num_items_in_batch=num_items_in_batch,
-        proj_floor=proj_floor,
-        kl_clip=kl_clip,
-    )
-    check_rank("logp", logp, (2,), "(B, T)")
-    given = TokenInputs(
-        mask,
-        advantages,
-        old_logp=old_logp,
-        ref_logp=ref_logp,
-        query_logp=query_logp,
-        causal_logp=causal_logp,
-        importance_sampling_ratio=importance_sampling_ratio,
-        context_logp=context_logp,
-        context_weights=context_weights,
-    )
-    check_token_arguments(tuple(logp.shape), logp, given, options)
-    if use_triton(backend, logp, *given[1:]):
-        return triton_ops.loss_and_metrics(logp, given, options)
-    dtype = maths.compute_dtype(logp)
-    return maths.objective(logp.to(dtype), given.clean(dtype), options)
-
-
-def linear_gcpo_loss(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    token_ids: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    *,
-    bias: torch.Tensor | None = None,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
-    old_logp: torch.Tensor | None = None,
-    ref_logp: torch.Tensor | None = None,
-    context_logp: torch.Tensor | None = None,
-    context_weights: torch.Tensor | None = None,
-    query_logp: torch.Tensor | None = None,
-    causal_logp: torch.Tensor | None = None,
-    beta: float = 0.0,
-    kappa: float = 0.0,
-    epsilon_low: float = 0.2,
-    epsilon_high: float = 0.2,
-    delta: float | None = None,
-    importance_sampling_level: str = "token",
-    importance_sampling_ratio: torch.Tensor | None = None,
-    loss_type: str = "grpo",
-    max_completion_length: int | None = None,
-    num_items_in_batch: float | torch.Tensor | None = None,
-    proj_floor: float = 1e-6,
-    kl_clip: float | None = None,
-    offset_logp: torch.Tensor | None = None,
-    main_grad: torch.Tensor | None = None,
-    process_group: Any = None,
-    backend: str | None = None,
-) -> tuple[torch.Tensor, Metrics]:
-    """
-    `gcpo_loss` from hidden states and the output layer, without ever holding (B * T, V) logits.
-
-    Equal to `gcpo_loss(linear_logprob(hidden, weight, token_ids, ...), advantages, mask, ...)`. Gradients in hidden,
-    weight and bias are made in the forward, tile by tile: three matrix products, two when the weight needs no
-    gradient, one when nothing does. Weight gradients accumulate in float32. Masked tokens cost nothing. The backward
-    multiplies by the upstream gradient, in place unless `retain_graph` or torch.compile forbids it, and not at all
-    where that is 1.
-
-    Args:
-        hidden: (B, T, H) or (B * T, H) float; row t is what predicts token t.
-        weight: (V, H) float.
-        token_ids: (B, T) or (B * T,) int64, in [0, V) where the mask is not 0.
-        advantages, mask: as in `gcpo_loss`; the mask gives B and T.
-        bias: (V,) float.
-        temperature, logit_scale, logit_softcap, process_group: as in `linear_logprob`; a DTensor as weight, too.
-        offset_logp: (B, T) float, any estimate of the tokens' log-probabilities, such as a sampler's or an older
-            policy's, for speed alone: where it is within 27 nats, the Triton backend reads each logit once instead of
-            twice. No result depends on it, whatever it holds, NaN included. None: `old_logp`, if it is given.
-        main_grad: (V, H) float32, contiguous: the backward adds the weight's gradient to it, in float32, and the weight
-            itself gets none, as trainers want that keep gradients in float32 beside a bfloat16 weight. Every backward
-            adds, one for other inputs alone too. Not under torch.compile, nor with a DTensor as weight. None: the
-            weight gets its gradient.
-        others: as in `gcpo_loss`.
-
-    Returns:
-        As `gcpo_loss`, with "entropy" (nats, mean over unmasked tokens) among the metrics.
-    """
-    options = LossOptions(
-        beta=beta,
-        kappa=kappa,
-        epsilon_low=epsilon_low,
-        epsilon_high=epsilon_high,
-        delta=delta,
-        importance_sampling_level=importance_sampling_level,
-        loss_type=loss_type,
-        max_completion_length=max_completion_length,
-        num_items_in_batch=num_items_in_batch,
-        proj_floor=proj_floor,
-        kl_clip=kl_clip,
-    )
-    head = HeadOptions(temperature, logit_scale, logit_softcap)
-    group = group_name(process_group)
-    whole = weight
-    weight, bias = gather_head(weight, bias, group)
-    check_rank("hidden", hidden, (2, 3), "(B, T, H) or (B * T, H)")
-    check_tensor("mask", mask, floating=False, like=hidden)
-    if mask.dim() != 2:
-        raise ValueError(f"`mask` must have shape (B, T), got {tuple(mask.shape)}.")
-    shape = tuple(mask.shape)
-    lead = tuple(hidden.shape[:-1])
-    if lead not in (shape, (shape[0] * shape[1],)):
-        raise ValueError(
-            f"`hidden` must have shape (B, T, H) or (B * T, H) with (B, T) = {shape}, got {lead} before H."
-        )
-    token_ids = check_ids("token_ids", token_ids, lead, "(B, T)", hidden)
-    check_head(hidden, weight, bias, group)
-    given = TokenInputs(
-        mask,
-        advantages,
-        old_logp=old_logp,
-        ref_logp=ref_logp,
-        query_logp=query_logp,
-        causal_logp=causal_logp,
-        importance_sampling_ratio=importance_sampling_ratio,
-        context_logp=context_logp,
-        context_weights=context_weights,
-    )
-    check_token_arguments(shape, hidden, given, options)
-    if offset_logp is not None:
-        check_tensor("offset_logp", offset_logp, shapes=(shape,), wanted="(B, T)", like=hidden)
-    if main_grad is not None:
-        check_main_grad(main_grad, weight, gathered=weight is not whole)
-    storage = storage_dtype(hidden, weight)
-    where = "triton" if use_triton(backend, hidden, weight, bias, *given[1:], storage=storage) else "torch"
-    dtype = maths.compute_dtype(hidden, weight)
-    inputs = given.clean(dtype)
-    grad = torch.is_grad_enabled()
-    logp, entropy, *gradients = ops.linear_loss(
-        hidden.detach().flatten(0, -2),
-        weight.detach(),
-        None if bias is None else bias.detach(),
-        token_ids.flatten(),
-        [None if x is None else x.detach() for x in inputs],
-        maths.token_weights(inputs.mask, options, dtype),
-        None if offset_logp is None else offset_logp.detach(),
-        storage,
-        None if main_grad is None else torch.float32,
-        head.pack(),
-        options.per_token().pack(),
-        [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)],
-        where,
-        group,
-    )
-    # The value again from the log-probabilities, on (B, T): it also carries the gradient in causal_logp.
-    if where == "triton":
-        value, metrics = triton_ops.loss_and_metrics(logp, given, options)
-    else:
-        value, metrics = maths.objective(logp, inputs, options)
-    metrics["entropy"] = maths.masked_mean(entropy, inputs.mask)
-    loss = ops.LossWithGradients.apply(value, hidden.flatten(0, -2), weight, bias, *gradients, main_grad, where)
-    return loss, metrics
+from gcpo_kernels.options import ADVANTAGE_SCALES, HeadOptions, check_choice, check_count, check_number
 
 
 def linear_logprob(
@@ -319,11 +56,11 @@ def linear_logprob(
         (B, T) or (N,) log-probabilities, or (log-probabilities, entropies).
     """
     head = HeadOptions(temperature, logit_scale, logit_softcap)
-    group = group_name(process_group)
-    weight, bias = gather_head(weight, bias, group)
+    shared = group_name(process_group)
+    weight, bias = gather_head(weight, bias, shared)
     check_rank("hidden", hidden, (2, 3), "(B, T, H) or (N, H)")
     token_ids = check_ids("token_ids", token_ids, tuple(hidden.shape[:-1]), "of hidden without H", hidden)
-    check_head(hidden, weight, bias, group)
+    check_head(hidden, weight, bias, shared)
     check_no_tangents(hidden=hidden, weight=weight, bias=bias)
     storage = storage_dtype(hidden, weight)
     logp, entropy, _ = ops.linear_logprob(
@@ -334,7 +71,7 @@ def linear_logprob(
         storage,
         head.pack(),
         "triton" if use_triton(backend, hidden, weight, bias, storage=storage) else "torch",
-        group,
+        shared,
     )
     logp, entropy = logp.view(token_ids.shape), entropy.view(token_ids.shape)
     return (logp, entropy) if return_entropy else logp
@@ -405,7 +142,7 @@ def causal_weights(
     if use_triton(backend, z, context_z):
         check_no_tangents(z=z, context_z=context_z)
         return triton_ops.triton_causal_weights(z, None, context_z, context_mask, float(alpha), baseline, similarity)[0]
-    return maths.causal_weights(
+    return group.causal_weights(
         z, context_z, alpha=alpha, baseline=baseline, similarity=similarity, context_mask=context_mask
     )
 
@@ -451,7 +188,7 @@ def causal_weights_from_hidden(
         return triton_ops.triton_causal_weights(
             hidden, last_index, context_z, context_mask, float(alpha), baseline, similarity
         )[0]
-    return maths.causal_weights_from_hidden(
+    return group.causal_weights_from_hidden(
         hidden,
         last_index,
         context_z,
@@ -468,7 +205,7 @@ def leave_one_out_mean(z: torch.Tensor, *, backend: str | None = None) -> torch.
     if use_triton(backend, z):
         check_no_tangents(z=z)
         return triton_ops.triton_leave_one_out(z, torch.float32)
-    return maths.leave_one_out_mean(z)
+    return group.leave_one_out_mean(z)
 
 
 def group_advantages(
@@ -493,7 +230,7 @@ def group_advantages(
         raise ValueError(f"`group_size` must divide the number of rewards, {rewards.shape[0]}, got {group_size}.")
     check_choice("scale", scale, ADVANTAGE_SCALES)
     check_number("eps", eps, low=0.0)
-    return maths.group_advantages(rewards, group_size, scale=scale, eps=eps)
+    return group.group_advantages(rewards, group_size, scale=scale, eps=eps)
 
 
 def causal_reference_logprob(

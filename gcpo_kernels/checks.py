@@ -130,6 +130,11 @@ def check_main_grad(main_grad: Any, weight: torch.Tensor, gathered: bool) -> Non
         )
 
 
+def check_weights(name: str, x: torch.Tensor) -> None:
+    if not bool(((x >= 0) & (x < torch.inf)).all()):
+        raise ValueError(f"`{name}` must be finite and at least 0, got {x.tolist()}.")
+
+
 def check_token_arguments(
     shape: tuple[int, ...],
     like: torch.Tensor,
@@ -147,9 +152,21 @@ def check_token_arguments(
     if (ratio := given.importance_sampling_ratio) is not None:
         wanted = "(B, T), (B, 1) or (B,)"
         check_tensor("importance_sampling_ratio", ratio, shapes=(shape, (b, 1), (b,)), wanted=wanted, like=like)
+    if given.policy_weights is not None:
+        wanted = "(B,), (B, 1) or (B, T)"
+        check_tensor("policy_weights", given.policy_weights, shapes=((b,), (b, 1), shape), wanted=wanted, like=like)
     context_logp, weights = given.context_logp, given.context_weights
     if context_logp is not None:
         check_contexts(shape, like, context_logp)
+    reads_contexts = mask != 0  # (B, T): tokens whose contexts matter
+    if (kappa_weights := given.kappa_weights) is not None:
+        if context_logp is None:
+            raise ValueError("`kappa_weights` needs `context_logp`, got None.")
+        check_tensor("kappa_weights", kappa_weights, shapes=per_row, wanted="(B,) or (B, T)", like=like)
+        kappa_weights = kappa_weights if kappa_weights.dim() == 2 else kappa_weights[:, None]
+        if kappa_weights.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_weights("kappa_weights", kappa_weights.expand(shape)[reads_contexts])
+        reads_contexts = reads_contexts & (kappa_weights != 0)
     if weights is not None:
         if context_logp is None:
             raise ValueError("`context_weights` needs `context_logp`, got None.")
@@ -157,9 +174,7 @@ def check_token_arguments(
         shapes, wanted = ((contexts,), (b, contexts)), "(L,) or (B, L)"
         check_tensor("context_weights", weights, shapes=shapes, wanted=wanted, like=like)
         if weights.device.type == "cpu" and not torch.compiler.is_compiling():
-            counted = weights if weights.dim() == 1 else weights[(mask != 0).any(dim=1)]
-            if not bool(((counted >= 0) & (counted < torch.inf)).all()):
-                raise ValueError(f"`context_weights` must be finite and at least 0, got {counted.tolist()}.")
+            check_weights("context_weights", weights if weights.dim() == 1 else weights[reads_contexts.any(dim=1)])
     if options.beta > 0 and given.ref_logp is None:
         raise ValueError(f"`beta` = {options.beta} needs `ref_logp`, got None.")
     if options.kappa > 0 and context_logp is None:

@@ -355,8 +355,8 @@ def linear_loss(
     """
     (B, T) log-probabilities and entropies (0 where masked), and the gradients of the loss in hidden, weight and bias.
 
-    Masked tokens are left out of every product. With a ratio per sequence, a token's gradient depends on its whole
-    sequence: tiles hold whole sequences, and one that is longer than a tile is scored first.
+    Masked tokens are left out of every product. With a ratio per sequence, and in vespo, a token's gradient depends on
+    its whole sequence: tiles hold whole sequences, and one that is longer than a tile is scored first.
     """
     shape = inputs.mask.shape
     logp, entropy = (torch.zeros(shape, dtype=tiles.dtype, device=hidden.device) for _ in range(2))
@@ -364,7 +364,7 @@ def linear_loss(
     flat_inputs, flat_weights = inputs.flatten(), weights.flatten()
     offset = inputs.old_logp if offset is None else offset
     flat_offset = None if offset is None else offset.flatten()
-    by_sequence = options.importance_sampling_level == "sequence"
+    by_sequence = options.whole_sequences
 
     def rows_of(tokens: int) -> int:
         if not any(need):
@@ -387,7 +387,8 @@ def linear_loss(
         scores = tiles.score(x, ids, None if flat_offset is None else flat_offset[at])
         flat_logp[at], flat_entropy[at] = scores.logp, scores.entropy
         if by_sequence:
-            g = tiles.loss_gradient(logp[rows], inputs.take(rows), weights[rows], options)
+            weighed = maths.weigh_by_phi(logp[rows], inputs.take(rows), options)
+            g = tiles.loss_gradient(logp[rows], weighed, weights[rows], options)
             g = g.flatten()[_shifted(at, -rows.start * shape[1])]
         else:
             g = tiles.loss_gradient(scores.logp, flat_inputs.take(at), flat_weights[at], options)

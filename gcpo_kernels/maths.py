@@ -1,21 +1,19 @@
 """
-The maths of GCPO in plain torch, as the torch backend and the loop over tiles run it.
+The maths of the losses in plain torch, as the torch backend and the loop over tiles run it; groups' is in group.py.
 
 Everything here is differentiable, careful about rounding and overflow, and runs in float64 when given float64. The
-public functions of `gcpo_kernels.api` check their arguments and choose a backend; these do not. What all of it must
-equal is `gcpo_kernels.reference`, which shares no code with it. Equation numbers are the paper's (arXiv 2508.05428).
+public functions (losses.py, api.py) check their arguments and choose a backend; these do not. What all of it must equal
+is `gcpo_kernels.reference`, which shares no code with it. Equation numbers are the paper's (arXiv 2508.05428).
 
-Shapes: B sequences, T tokens, L contexts, V vocabulary, H hidden size, P prompts, n candidates per prompt, m samples.
+Shapes: B sequences, T tokens, L contexts, V vocabulary.
 """
 
-from typing import Any
+import math
 
 import torch
 
 from gcpo_kernels.options import HeadOptions, LossOptions
 from gcpo_kernels.tokens import TokenInputs
-
-COSINE_EPS = 1e-8
 
 
 def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
@@ -93,16 +91,18 @@ def token_weights(mask: torch.Tensor, options: LossOptions, dtype: torch.dtype) 
     """
     (B, T) weights w, 0 where masked, such that the loss is sum(w * per-token loss): TRL's reductions.
 
-    grpo: mean over sequences of the mean over a sequence's tokens; bnpo: mean over tokens; dr_grpo: sum / (B *
-    max_completion_length); dapo: sum / num_items_in_batch. Denominators are at least 1.
+    grpo, sapo: mean over sequences of the mean over a sequence's tokens; bnpo: mean over tokens; dr_grpo: sum / (B *
+    max_completion_length); dapo, cispo, vespo: sum / num_items_in_batch; luspo: sum / B. Denominators are at least 1.
     """
     ones = (mask != 0).to(dtype)
-    if options.loss_type == "grpo":
+    if options.reduction == "grpo":
         return ones / (ones.sum(dim=1, keepdim=True).clamp(min=1.0) * max(mask.shape[0], 1))
-    if options.loss_type == "dr_grpo":
+    if options.reduction == "luspo":
+        return ones / max(mask.shape[0], 1)
+    if options.reduction == "dr_grpo":
         assert options.max_completion_length is not None
         return ones / (max(mask.shape[0], 1) * options.max_completion_length)
-    if options.loss_type == "dapo" and options.num_items_in_batch is not None:
+    if options.reduction == "dapo" and options.num_items_in_batch is not None:
         items = options.num_items_in_batch
         if isinstance(items, torch.Tensor):  # of any rank: it must not broadcast
             return ones / items.reshape(()).to(device=mask.device, dtype=dtype).clamp(min=1.0)
@@ -134,14 +134,18 @@ def causal_target(
 LARGEST_LOG = {torch.float32: 88.72283, torch.float64: 709.78271}
 
 
+# What the clamps of `vespo_phi` keep: a sequence's ratio, in logs, as TRL has it.
+PHI_LOG_RANGE = (math.log(1e-8), 20.0)
+
+
 def bounded_log_ratio(log_ratio: torch.Tensor, inputs: TokenInputs, options: LossOptions) -> torch.Tensor:
     """
-    log R, kept from overflowing for tokens whose loss does not grow with R there: with an advantage of at least 0 the
-    clip has taken over long before, or `delta` has, or the sampler's correction is 0. Their loss is what it was, and
-    their derivative 0, not 0 * inf. Where the loss itself is infinite it stays so.
+    log R, kept from overflowing for tokens whose policy term does not grow with R there: with an advantage of at least
+    0 the clip has taken over long before, or `delta` has, or the sampler's correction is 0, or it is no clipped term at
+    all. Their loss is what it was, and their derivative 0, not 0 * inf. Where the loss itself is infinite it stays so.
     """
     bounded = log_ratio.clamp(max=LARGEST_LOG[log_ratio.dtype])
-    if options.delta is None:
+    if options.delta is None and options.kind == "clipped":
         bounded = torch.where(inputs.advantages < 0, log_ratio, bounded)
     if inputs.importance_sampling_ratio is not None:
         bounded = torch.where(inputs.importance_sampling_ratio == 0, log_ratio.clamp(max=0.0), bounded)
@@ -158,23 +162,75 @@ def token_objective(
     """
     Loss of each token (eq. 10, to minimise), before the reduction; all arguments of one shape:
 
-        -min(R A, clip(R, 1 - eps_low, 1 + eps_high) A) w + beta k3(log pi_ref - log pi) + kappa k3(log p' - log pi)
+        -min(R A, clip(R, 1 - eps_low, 1 + eps_high) A) w + beta k3(log pi_ref - log pi) + kappa u k3(log p' - log pi)
 
-    `delta` caps the unclipped R from above, as in TRL. With `kl_clip`, the log-ratios of both k3 terms are clamped to
-    [-kl_clip, kl_clip]. `token_objective_gradient` is its derivative.
+    `delta` caps the unclipped R from above, as in TRL. In place of the clipped term, other kinds of loss have
+
+        cispo: -min(R, eps_high) A w log pi, whose first factor is a constant
+        sapo:  -4 / tau sigmoid(tau (R - 1)) A w, with tau by the sign of A
+        vespo: -A w log pi, with phi in A already (`weigh_by_phi`)
+
+    With `bias_correction_kl` the reference's k3 is times R. With `kl_clip`, the log-ratios of both k3 terms are clamped
+    to [-kl_clip, kl_clip]. The weights are w = importance_sampling_ratio (`fold_weights`) and u = kappa_weights.
+    `token_objective_gradient` is the derivative.
     """
-    ratio = torch.exp(bounded_log_ratio(log_ratio, inputs, options))
-    clipped = ratio.clamp(1.0 - options.epsilon_low, 1.0 + options.epsilon_high)
-    capped = ratio if options.delta is None else ratio.clamp(max=options.delta)
-    loss = -torch.minimum(capped * inputs.advantages, clipped * inputs.advantages)
+    if options.kind == "vespo":
+        loss = -inputs.advantages * logp
+    elif options.kind == "cispo":
+        capped = torch.exp(bounded_log_ratio(log_ratio, inputs, options)).clamp(max=options.epsilon_high)
+        loss = -capped.detach() * inputs.advantages * logp
+    elif options.kind == "sapo":
+        ratio = torch.exp(bounded_log_ratio(log_ratio, inputs, options))
+        tau = sapo_temperature(inputs.advantages, options)
+        loss = -4.0 / tau * torch.sigmoid(tau * (ratio - 1.0)) * inputs.advantages
+    else:
+        ratio = torch.exp(bounded_log_ratio(log_ratio, inputs, options))
+        clipped = ratio.clamp(1.0 - options.epsilon_low, 1.0 + options.epsilon_high)
+        capped = ratio if options.delta is None else ratio.clamp(max=options.delta)
+        loss = -torch.minimum(capped * inputs.advantages, clipped * inputs.advantages)
     if inputs.importance_sampling_ratio is not None:
         loss = loss * inputs.importance_sampling_ratio
     if options.beta != 0.0 and inputs.ref_logp is not None:
-        loss = loss + options.beta * k3(clip_kl_ratio(inputs.ref_logp - logp, options))
+        loss = loss + options.beta * reference_kl(inputs.ref_logp - logp, log_ratio, options)
     if options.kappa != 0.0 and log_proj is not None:
-        causal_logp = logp if inputs.causal_logp is None else inputs.causal_logp
-        loss = loss + options.kappa * k3(clip_kl_ratio(log_proj - causal_logp, options))
+        term = options.kappa * k3(clip_kl_ratio(causal_ratio(logp, log_proj, inputs), options))
+        loss = loss + (term if inputs.kappa_weights is None else term * inputs.kappa_weights)
     return loss
+
+
+def sapo_temperature(advantages: torch.Tensor, options: LossOptions) -> torch.Tensor:
+    pos, neg = (advantages.new_full((), x) for x in (options.sapo_temperature_pos, options.sapo_temperature_neg))
+    return torch.where(advantages > 0, pos, neg)
+
+
+def reference_kl(d: torch.Tensor, log_ratio: torch.Tensor, options: LossOptions) -> torch.Tensor:
+    """k3 of the log-ratio d to the reference, clamped; with `bias_correction_kl` times R."""
+    d = clip_kl_ratio(d, options)
+    if not options.bias_correction_kl:
+        return k3(d)
+    # In the exponent where d is large: there R is small, and their product need not overflow with exp(d).
+    large, top = d > 2.0, LARGEST_LOG[d.dtype]
+    near, far = torch.where(large, 0.0, d), torch.where(large, d, 2.0)
+    kl = k3(near)
+    kl = kl * torch.exp(torch.where(kl == 0.0, log_ratio.clamp(max=top), log_ratio))  # 0 is not to meet an infinity
+    product = torch.exp(torch.where(large, far + log_ratio, 0.0)) * (1.0 - (far + 1.0) * torch.exp(-far))
+    return torch.where(large, product, kl)
+
+
+def reference_kl_slope(d: torch.Tensor, log_ratio: torch.Tensor, options: LossOptions) -> torch.Tensor:
+    """The derivative of `reference_kl` in d at fixed R."""
+    slope = k3_slope(d, options)
+    if not options.bias_correction_kl:
+        return slope
+    near = slope * torch.exp(log_ratio)
+    far = torch.exp(d + log_ratio) * -torch.expm1(-d)
+    return torch.where(slope == 0.0, 0.0, torch.where(d > 2.0, far, near))
+
+
+def causal_ratio(logp: torch.Tensor, log_proj: torch.Tensor, inputs: TokenInputs) -> torch.Tensor:
+    """log p' - log pi, the log-ratio of the causal KL, and 0 where its weight is 0: nothing matters there, nor NaN."""
+    difference = log_proj - (logp if inputs.causal_logp is None else inputs.causal_logp)
+    return difference if inputs.kappa_weights is None else torch.where(inputs.kappa_weights != 0, difference, 0.0)
 
 
 def token_objective_gradient(
@@ -190,7 +246,38 @@ def token_objective_gradient(
     For backends that make gradients in the forward, where autograd does not reach. Ties are split as autograd's: half
     to each side of the minimum.
     """
+    d_ratio, d_logp = policy_term_gradient(log_ratio, inputs, options)
+    d_causal = None
+    if options.beta != 0.0 and inputs.ref_logp is not None:
+        difference = inputs.ref_logp - logp
+        d_logp = d_logp - options.beta * reference_kl_slope(difference, log_ratio, options)
+        if options.bias_correction_kl:
+            d_ratio = d_ratio + options.beta * reference_kl(difference, log_ratio, options)
+    if options.kappa != 0.0 and log_proj is not None:
+        slope = -options.kappa * k3_slope(causal_ratio(logp, log_proj, inputs), options)
+        slope = slope if inputs.kappa_weights is None else slope * inputs.kappa_weights
+        if inputs.causal_logp is None:
+            d_logp = d_logp + slope
+        else:
+            d_causal = slope
+    return d_ratio, d_logp, d_causal
+
+
+def policy_term_gradient(
+    log_ratio: torch.Tensor, inputs: TokenInputs, options: LossOptions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Derivatives of the policy term in log R and in logp at fixed R."""
+    correction = 1.0 if inputs.importance_sampling_ratio is None else inputs.importance_sampling_ratio
+    zeros = torch.zeros_like(log_ratio)
+    if options.kind == "vespo":
+        return zeros, -inputs.advantages * correction
     ratio = torch.exp(bounded_log_ratio(log_ratio, inputs, options))
+    if options.kind == "cispo":
+        return zeros, -ratio.clamp(max=options.epsilon_high) * inputs.advantages * correction
+    if options.kind == "sapo":
+        u = sapo_temperature(inputs.advantages, options) * (ratio - 1.0)
+        # sigmoid(-u), not 1 - sigmoid(u), which loses its digits as u grows.
+        return -4.0 * torch.sigmoid(u) * torch.sigmoid(-u) * ratio * inputs.advantages * correction, zeros
     unclipped = (ratio >= 1.0 - options.epsilon_low) & (ratio <= 1.0 + options.epsilon_high)
     clipped = ratio.clamp(1.0 - options.epsilon_low, 1.0 + options.epsilon_high)
     capped, uncapped = ratio, torch.ones_like(unclipped)
@@ -201,18 +288,7 @@ def token_objective_gradient(
     tie = 0.5 * (uncapped.to(ratio) + unclipped.to(ratio))
     passes = torch.where(left == right, tie, passes)
     d_ratio = -passes * ratio * inputs.advantages
-    if inputs.importance_sampling_ratio is not None:
-        d_ratio = d_ratio * inputs.importance_sampling_ratio
-    d_logp = torch.zeros_like(d_ratio)
-    d_causal = None
-    if options.beta != 0.0 and inputs.ref_logp is not None:
-        d_logp = d_logp - options.beta * k3_slope(inputs.ref_logp - logp, options)
-    if options.kappa != 0.0 and log_proj is not None:
-        if inputs.causal_logp is None:
-            d_logp = d_logp - options.kappa * k3_slope(log_proj - logp, options)
-        else:
-            d_causal = -options.kappa * k3_slope(log_proj - inputs.causal_logp, options)
-    return d_ratio, d_logp, d_causal
+    return d_ratio * correction, zeros
 
 
 def objective(
@@ -220,6 +296,7 @@ def objective(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The reduced loss of eq. 10 and its metrics, from the policy's (B, T) log-probabilities."""
     logp = torch.where(inputs.mask, logp, 0.0)
+    inputs = weigh_by_phi(logp, inputs, options)
     ratio = log_ratio(logp, inputs, options.importance_sampling_level)
     log_proj, clamped = causal_target(logp, inputs, options)
     per_token = token_objective(logp, ratio, log_proj, inputs, options)
@@ -241,32 +318,101 @@ def objective_metrics(
     """
     Means over unmasked tokens, as float32 scalars: "kl" (k3 to the reference), "kl_causal" (k3 to p'), "proj_clamped"
     (share of tokens whose p' left [proj_floor, 1]), "clip_low" and "clip_high" (share of tokens whose gradient a clip
-    side stopped, as TRL counts them). A term that was not given is 0. With `kl_clip`, both k3 are of the clamped
-    log-ratios, and "kl_clipped" and "kl_causal_clipped" are the shares of tokens whose log-ratio was clamped.
+    side stopped, as TRL counts them; in cispo those whose factor was capped are "clip_high"). A term that was not given
+    is 0. With `kl_clip`, both k3 are of the clamped log-ratios, and "kl_clipped" and "kl_causal_clipped" are the shares
+    of tokens whose log-ratio was clamped. With `bias_correction_kl`, "kl" is times R. With kappa_weights, the three of
+    the causal term are means over the tokens whose weight is not 0.
     """
-    count = inputs.mask.sum().clamp(min=1)
 
-    def mean(x: torch.Tensor) -> torch.Tensor:
-        return (torch.where(inputs.mask, x.to(logp.dtype), 0.0).sum() / count).to(torch.float32)
+    def mean(x: torch.Tensor, mask: torch.Tensor = inputs.mask) -> torch.Tensor:
+        return masked_mean(x.to(logp.dtype), mask)
 
     zero = torch.zeros((), dtype=torch.float32, device=logp.device)
-    ratio = torch.exp(log_ratio)
-    if options.delta is not None:
-        ratio = ratio.clamp(max=options.delta)
-    causal_logp = logp if inputs.causal_logp is None else inputs.causal_logp
-    ref_ratio = None if inputs.ref_logp is None else inputs.ref_logp - logp
-    causal_ratio = None if log_proj is None else log_proj - causal_logp
-    metrics = {
-        "kl": zero if ref_ratio is None else mean(k3(clip_kl_ratio(ref_ratio, options))),
-        "kl_causal": zero if causal_ratio is None else mean(k3(clip_kl_ratio(causal_ratio, options))),
-        "proj_clamped": zero if clamped is None else mean(clamped),
-        "clip_low": mean((ratio < 1.0 - options.epsilon_low) & (inputs.advantages < 0)),
-        "clip_high": mean((ratio > 1.0 + options.epsilon_high) & (inputs.advantages > 0)),
-    }
+    counted = inputs.mask if inputs.kappa_weights is None else inputs.mask & (inputs.kappa_weights != 0)
+    metrics = dict.fromkeys(("kl", "kl_causal", "proj_clamped", "clip_low", "clip_high"), zero)
     if options.kl_clip is not None:
-        for name, d in (("kl_clipped", ref_ratio), ("kl_causal_clipped", causal_ratio)):
-            metrics[name] = zero if d is None else mean(beyond_kl_clip(d, options.kl_clip))
+        metrics |= {"kl_clipped": zero, "kl_causal_clipped": zero}
+    if inputs.ref_logp is not None:
+        d = inputs.ref_logp - logp
+        metrics["kl"] = mean(reference_kl(d, log_ratio, options))
+        if options.kl_clip is not None:
+            metrics["kl_clipped"] = mean(beyond_kl_clip(d, options.kl_clip))
+    if log_proj is not None and clamped is not None:
+        d = causal_ratio(logp, log_proj, inputs)
+        metrics["kl_causal"] = mean(k3(clip_kl_ratio(d, options)), counted)
+        metrics["proj_clamped"] = mean(clamped, counted)
+        if options.kl_clip is not None:
+            metrics["kl_causal_clipped"] = mean(beyond_kl_clip(d, options.kl_clip), counted)
+    ratio = torch.exp(log_ratio)
+    if options.kind == "cispo":
+        metrics["clip_high"] = mean((ratio > options.epsilon_high) & (inputs.advantages > 0))
+    elif options.kind == "clipped":
+        if options.delta is not None:
+            ratio = ratio.clamp(max=options.delta)
+        metrics["clip_low"] = mean((ratio < 1.0 - options.epsilon_low) & (inputs.advantages < 0))
+        metrics["clip_high"] = mean((ratio > 1.0 + options.epsilon_high) & (inputs.advantages > 0))
     return metrics
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights of the policy term
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def fold_weights(given: TokenInputs, options: LossOptions, dtype: torch.dtype) -> TokenInputs:
+    """
+    The same with one weight of the policy term, in place of `importance_sampling_ratio`: its product with
+    `policy_weights`. In vespo it is the latter alone, and `sampler_log` holds what the former adds to the log of a
+    sequence's ratio: the clamped log of each token's, or an even share of the sequence's own.
+    """
+    weights, ratio = given.policy_weights, given.importance_sampling_ratio
+    if options.kind != "vespo":
+        if weights is None:
+            return given
+        if ratio is not None:
+            weights, ratio = (x.detach().to(dtype) for x in (weights, ratio))
+            weights = (weights if weights.dim() == 2 else weights[:, None]) * (
+                ratio if ratio.dim() == 2 else ratio[:, None]
+            )
+        return given._replace(importance_sampling_ratio=weights, policy_weights=None)
+    log = None
+    if ratio is not None:
+        log = ratio.detach().to(dtype).log().clamp(*PHI_LOG_RANGE)
+        if tuple(log.shape) != tuple(given.mask.shape):
+            log = log.reshape(-1, 1) / (given.mask != 0).sum(dim=1, keepdim=True).clamp(min=1)
+            log = log.expand(given.mask.shape)
+    return given._replace(importance_sampling_ratio=weights, policy_weights=None, sampler_log=log)
+
+
+def weigh_by_phi(logp: torch.Tensor, given: TokenInputs, options: LossOptions) -> TokenInputs:
+    """
+    In vespo, the same with advantages (B,) or (B, T) times phi; else as it is. Scores are (B, T) log-probabilities,
+    clean or not.
+
+    phi = exp(lambda) w^k exp(-lambda w), a constant, with log w the sum over a sequence's tokens of log R and
+    `sampler_log`, each clamped and so is their sum; k and lambda go by the sign of the advantage. TRL's
+    `get_gamma_weights`, but that NaN stays NaN.
+    """
+    if options.kind != "vespo":
+        return given
+    logp, given, keep = logp.detach(), given.constants(), given.mask != 0
+    dtype = compute_dtype(logp)
+    logs = logp.to(dtype) - (logp if given.old_logp is None else given.old_logp).to(dtype)
+    logs = logs.clamp(-PHI_LOG_RANGE[1], PHI_LOG_RANGE[1])
+    if given.sampler_log is not None:
+        logs = logs + given.sampler_log
+    log_w = torch.where(keep, logs, 0.0).sum(dim=1).clamp(*PHI_LOG_RANGE)
+    advantages = given.advantages.to(dtype)
+    log_w = log_w if advantages.dim() == 1 else log_w[:, None]
+    positive = advantages >= 0
+
+    def by_sign(pos: float, neg: float) -> torch.Tensor:
+        return torch.where(positive, advantages.new_full((), pos), advantages.new_full((), neg))
+
+    k = by_sign(options.vespo_k_pos, options.vespo_k_neg)
+    scale = by_sign(options.vespo_lambda_pos, options.vespo_lambda_neg).clamp(min=1e-4)
+    phi = torch.exp(scale + k * log_w - scale * torch.exp(log_w))
+    return given._replace(advantages=advantages * torch.where(phi == torch.inf, 0.0, phi), sampler_log=None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -285,109 +431,3 @@ def head_logits(u: torch.Tensor, head: HeadOptions) -> torch.Tensor:
 def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean of x where mask is true (0 where it nowhere is), as a float32 scalar."""
     return (torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)).to(torch.float32)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Advantages and causal weights (eqs. 8, 11)
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def group_advantages(
-    rewards: torch.Tensor,  # (B,)
-    group_size: int,
-    *,
-    scale: str = "group",
-    eps: float = 1e-4,
-) -> torch.Tensor:
-    """
-    A of eq. 8, (B,): (r - mean) / (std + eps) within each group of `group_size` consecutive rewards.
-
-    The std is the unbiased one. NaN rewards are left out of the statistics and get 0; so do groups of equal rewards.
-    """
-    grouped = rewards.to(compute_dtype(rewards)).view(-1, group_size)
-    scored = ~torch.isnan(grouped)
-    centred = torch.where(scored, grouped - grouped.nanmean(dim=1, keepdim=True), 0.0)
-    # Equal rewards can differ from their own rounded mean: the comparison is exact, a std is not.
-    high = torch.where(scored, grouped, -torch.inf).amax(dim=1, keepdim=True)
-    low = torch.where(scored, grouped, torch.inf).amin(dim=1, keepdim=True)
-    if scale == "group":
-        count = scored.sum(dim=1, keepdim=True)
-        std = (centred.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-        centred = centred / (std + eps)
-    elif scale == "batch":
-        every = torch.where(scored, grouped - grouped.nanmean(), 0.0)
-        std = (every.square().sum() / (scored.sum() - 1).clamp(min=1)).sqrt()
-        centred = centred / (std + eps)
-    return torch.where(high > low, centred, 0.0).reshape(-1)
-
-
-def leave_one_out_mean(z: torch.Tensor) -> torch.Tensor:  # (P, n, H) -> (P, n, H)
-    """mean_{k != i} z_k for every i. With n = 1 there is no other candidate and the mean is NaN."""
-    z = z.to(compute_dtype(z))
-    return (z.sum(dim=1, keepdim=True) - z) / (z.shape[1] - 1)
-
-
-def context_difference(context_z: torch.Tensor, context_mask: torch.Tensor | None) -> torch.Tensor:
-    """Zbar_i - Zprime_i of eq. 11, (P, n, H), from (P, n, L, m, H); 0 where context 0, or every context, is empty."""
-    dtype = compute_dtype(context_z)
-    if context_mask is None:
-        per_context = context_z.mean(dim=3, dtype=dtype)  # (P, n, L, H)
-        return per_context[:, :, 0] - per_context.mean(dim=2)
-    keep = context_mask.bool()
-    total = torch.where(keep.unsqueeze(-1), context_z, 0.0).sum(dim=3, dtype=dtype)  # (P, n, L, H)
-    count = keep.sum(dim=3)  # (P, n, L)
-    first = total[:, :, 0] / count[:, :, 0, None].clamp(min=1)
-    per_context = total / count.unsqueeze(-1).clamp(min=1)
-    filled = (count > 0).sum(dim=2)  # contexts that hold a sample: the mean over l is over those
-    average = per_context.sum(dim=2) / filled.unsqueeze(-1).clamp(min=1)
-    return torch.where((count[:, :, 0] > 0).unsqueeze(-1), first - average, 0.0)
-
-
-def _norm(x: torch.Tensor) -> torch.Tensor:
-    """|x| over the last dimension, with gradient 0 rather than NaN at 0."""
-    square = x.square().sum(dim=-1)
-    zero = square == 0
-    return torch.where(zero, 0.0, torch.sqrt(torch.where(zero, 1.0, square)))
-
-
-def similarity_of_cosine(cosine: torch.Tensor, similarity: str) -> torch.Tensor:
-    """s as a function of the cosine: on unit vectors the squared distance is 2 - 2 cosine."""
-    if similarity == "cosine":
-        return cosine
-    distance2 = (2.0 - 2.0 * cosine).clamp(min=0.0)
-    if similarity == "gaussian":
-        return torch.exp(-distance2 / 2.0)
-    zero = distance2 == 0
-    return 1.0 / (1.0 + torch.where(zero, 0.0, torch.sqrt(torch.where(zero, 1.0, distance2))))
-
-
-def causal_weights(
-    z: torch.Tensor,  # (P, n, H)
-    context_z: torch.Tensor,  # (P, n, L, m, H)
-    *,
-    alpha: float = 2.0,
-    baseline: str = "mean",
-    similarity: str = "cosine",
-    context_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Upsilon of eq. 11, (P, n): alpha * s(z_i, Zbar_i - Zprime_i + zbar)."""
-    dtype = compute_dtype(z, context_z)
-    z = z.to(dtype)
-    zbar = leave_one_out_mean(z) if baseline == "loo" else z.mean(dim=1, keepdim=True)
-    target = context_difference(context_z, context_mask).to(dtype) + zbar
-    dot = (z * target).sum(dim=-1)
-    cosine = dot / (_norm(z) * _norm(target)).clamp(min=COSINE_EPS)
-    # Rounding can take it past 1: its value is bounded then, its derivative is what it is just below.
-    cosine = cosine + (cosine.clamp(-1.0, 1.0) - cosine).detach()
-    return alpha * similarity_of_cosine(cosine, similarity)
-
-
-def causal_weights_from_hidden(
-    hidden: torch.Tensor,  # (P * n, T, H)
-    last_index: torch.Tensor,  # (P * n,)
-    context_z: torch.Tensor,  # (P, n, L, m, H)
-    **options: Any,
-) -> torch.Tensor:
-    """`causal_weights` of row `last_index[i]` of each sequence's hidden states."""
-    rows = hidden[torch.arange(len(last_index), device=hidden.device), last_index]
-    return causal_weights(rows.unflatten(0, context_z.shape[:2]), context_z, **options)

@@ -6,7 +6,11 @@ from typing import Any
 
 import torch
 
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
+# What the policy term of a token is; types that are not named have the clipped one, and are reductions of it.
+KINDS = ("clipped", "cispo", "sapo", "vespo")
+# How the tokens of types that share a reduction with another are reduced.
+_REDUCTION_OF = {"sapo": "grpo", "cispo": "dapo", "vespo": "dapo"}
 IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence")
 BASELINES = ("mean", "loo")
 SIMILARITIES = ("cosine", "euclidean", "gaussian")
@@ -28,6 +32,13 @@ class LossOptions:
     num_items_in_batch: float | torch.Tensor | None = None
     proj_floor: float = 1e-6
     kl_clip: float | None = None
+    bias_correction_kl: bool = False
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
 
     def __post_init__(self) -> None:
         check_number("beta", self.beta, low=0.0)
@@ -39,6 +50,11 @@ class LossOptions:
         check_number("proj_floor", self.proj_floor, above=0.0, below=1.0)
         if self.kl_clip is not None:
             check_number("kl_clip", self.kl_clip, above=0.0)
+        check_flag("bias_correction_kl", self.bias_correction_kl)
+        for name in ("sapo_temperature_pos", "sapo_temperature_neg"):
+            check_number(name, getattr(self, name), above=0.0)
+        for name in ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"):
+            check_number(name, getattr(self, name), low=0.0)
         check_choice("importance_sampling_level", self.importance_sampling_level, IMPORTANCE_SAMPLING_LEVELS)
         check_choice("loss_type", self.loss_type, LOSS_TYPES)
         if self.max_completion_length is not None:
@@ -54,9 +70,25 @@ class LossOptions:
         elif items is not None:
             check_number("num_items_in_batch", items, low=0.0)
 
+    @property
+    def kind(self) -> str:
+        """The policy term of a token, one of KINDS."""
+        return self.loss_type if self.loss_type in KINDS else "clipped"
+
+    @property
+    def reduction(self) -> str:
+        """What is done with the tokens' losses: "grpo", "bnpo", "dr_grpo", "dapo" or "luspo"."""
+        return _REDUCTION_OF.get(self.loss_type, self.loss_type)
+
+    @property
+    def whole_sequences(self) -> bool:
+        """Whether a token's derivative depends on the other tokens of its sequence."""
+        return self.importance_sampling_level == "sequence" or self.kind == "vespo"
+
     def per_token(self) -> "LossOptions":
-        """The same without what only the reduction over tokens needs."""
-        return replace(self, loss_type="grpo", max_completion_length=None, num_items_in_batch=None)
+        """The same without what only the reduction over tokens needs: the types of one kind become one."""
+        kind = self.loss_type if self.loss_type in KINDS else "grpo"
+        return replace(self, loss_type=kind, max_completion_length=None, num_items_in_batch=None)
 
     def pack(self) -> list[float]:
         """
@@ -76,12 +108,19 @@ class LossOptions:
             -1.0 if items is None or isinstance(items, torch.Tensor) else float(items),
             self.proj_floor,
             _or_zero(self.kl_clip),
+            float(self.bias_correction_kl),
+            self.sapo_temperature_pos,
+            self.sapo_temperature_neg,
+            self.vespo_k_pos,
+            self.vespo_lambda_pos,
+            self.vespo_k_neg,
+            self.vespo_lambda_neg,
         ]
 
     @classmethod
     def unpack(cls, numbers: list[float], items: torch.Tensor | None = None) -> "LossOptions":
         """The options that `pack` made into numbers, with a `num_items_in_batch` that is a tensor."""
-        beta, kappa, low, high, delta, level, loss_type, length, number, floor, kl_clip = numbers
+        beta, kappa, low, high, delta, level, loss_type, length, number, floor, kl_clip, correct, *of_kinds = numbers
         return cls(
             beta,
             kappa,
@@ -94,6 +133,8 @@ class LossOptions:
             number if items is None and number >= 0 else items,
             floor,
             kl_clip or None,
+            bool(correct),
+            *of_kinds,
         )
 
 
@@ -158,6 +199,11 @@ def check_count(name: str, value: Any) -> None:
         raise TypeError(f"`{name}` must be an integer, got {type(value).__name__}.")
     if value < 1:
         raise ValueError(f"`{name}` must be at least 1, got {value}.")
+
+
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False, got {type(value).__name__}.")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

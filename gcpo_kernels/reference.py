@@ -31,6 +31,18 @@ def k3(d: Tensor) -> Tensor:
     return torch.expm1(d) - d
 
 
+def k3_times(d: Tensor, log_ratio: Tensor) -> Tensor:
+    """
+    k3(d) R. Convention: exp(d) R is taken at once where d is large, because with an R that is next to 0 the product may
+    be a number where exp(d) is none; and 0 times an R that no number can hold is 0.
+    """
+    large = d > 1.0
+    near, far = torch.where(large, 0.0, d), torch.where(large, d, 1.0)
+    log_ratio = torch.where((d == 0) & (log_ratio > 0), 0.0, log_ratio)
+    whole = (far + torch.where(large, log_ratio, 0.0)).exp() * (1.0 - (far + 1.0) * (-far).exp())
+    return torch.where(large, whole, k3(near) * torch.where(large, 0.0, log_ratio).exp())
+
+
 def projection(
     query_logp: Tensor,  # (...)
     context_logp: Tensor,  # (..., L)
@@ -66,6 +78,7 @@ def gcpo_loss(
     context_weights: Tensor | None = None,
     query_logp: Tensor | None = None,
     causal_logp: Tensor | None = None,
+    kappa_weights: Tensor | None = None,
     beta: float = 0.0,
     kappa: float = 0.0,
     epsilon_low: float = 0.2,
@@ -73,11 +86,19 @@ def gcpo_loss(
     delta: float | None = None,
     importance_sampling_level: str = "token",
     importance_sampling_ratio: Tensor | None = None,
+    policy_weights: Tensor | None = None,
     loss_type: str = "grpo",
     max_completion_length: int | None = None,
     num_items_in_batch: float | Tensor | None = None,
     proj_floor: float = 1e-6,
     kl_clip: float | None = None,
+    bias_correction_kl: bool = False,
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
+    vespo_k_pos: float = 2.0,
+    vespo_lambda_pos: float = 3.0,
+    vespo_k_neg: float = 3.0,
+    vespo_lambda_neg: float = 2.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. 10. Tokens that are masked are dropped at once: what follows is about the N that are left."""
     keep = mask != 0
@@ -96,53 +117,84 @@ def gcpo_loss(
 
     logp = tokens(logp)
     old = logp.detach() if old_logp is None else tokens(old_logp.detach())
-    log_ratio = logp - old
+    log_ratio = token_log_ratio = logp - old
     if importance_sampling_level == "sequence":
         log_ratio = (per_sequence(log_ratio) / count.clamp(min=1))[row]
     # Convention: a ratio that no number of this type can hold is a very large one. Infinity would turn the clipped
     # side's slope of 0, an advantage of 0 and a correction of 0 into NaN.
     ratio = log_ratio.clamp(max=0.9 * math.log(torch.finfo(dtype).max)).exp()
     low, high = 1.0 - epsilon_low, 1.0 + epsilon_high
-    capped = ratio if delta is None else ratio.clamp(max=delta)
     advantage = tokens(advantages.detach())
-    loss = -torch.minimum(capped * advantage, ratio.clamp(low, high) * advantage)
-    if importance_sampling_ratio is not None:
-        loss = loss * tokens(importance_sampling_ratio.detach())
+    sampler = torch.ones_like(logp) if importance_sampling_ratio is None else tokens(importance_sampling_ratio.detach())
 
     zero = torch.zeros_like(logp)
-    shares = {"clip_low": (capped < low) & (advantage < 0), "clip_high": (capped > high) & (advantage > 0)}
-    shares |= dict.fromkeys(("kl", "kl_causal", "proj_clamped"), zero)
-    if kl_clip is not None:
-        shares |= {"kl_clipped": zero, "kl_causal_clipped": zero}
+    names = ("kl", "kl_causal", "proj_clamped", "clip_low", "clip_high")
+    shares = dict.fromkeys((*names, "kl_clipped", "kl_causal_clipped") if kl_clip is not None else names, zero)
+    if loss_type == "cispo":
+        loss = -ratio.detach().clamp(max=epsilon_high) * advantage * logp * sampler
+        shares["clip_high"] = (ratio > epsilon_high) & (advantage > 0)
+    elif loss_type == "sapo":
+        tau = torch.where(advantage > 0, zero + sapo_temperature_pos, zero + sapo_temperature_neg)
+        loss = -4.0 / tau * torch.sigmoid(tau * (ratio - 1.0)) * advantage * sampler
+    elif loss_type == "vespo":
+        log_w = per_sequence(token_log_ratio.detach().clamp(-20.0, 20.0))
+        # Convention: a correction per sequence is the sequence's, and counts once.
+        log_sampler = sampler.log().clamp(math.log(1e-8), 20.0)
+        once = importance_sampling_ratio is not None and importance_sampling_ratio.shape != mask.shape
+        log_w = log_w + per_sequence(log_sampler) / (count.clamp(min=1) if once else 1)
+        log_w = log_w.clamp(math.log(1e-8), 20.0)[row]
+        k = torch.where(advantage >= 0, zero + vespo_k_pos, zero + vespo_k_neg)
+        rate = torch.where(advantage >= 0, zero + vespo_lambda_pos, zero + vespo_lambda_neg).clamp(min=1e-4)
+        phi = (rate + k * log_w - rate * log_w.exp()).exp()
+        # Convention: what no number of this type can hold is 0 here, as in TRL.
+        loss = -torch.where(phi.isinf(), 0.0, phi).detach() * advantage * logp
+    else:
+        capped = ratio if delta is None else ratio.clamp(max=delta)
+        loss = -torch.minimum(capped * advantage, ratio.clamp(low, high) * advantage) * sampler
+        shares["clip_low"], shares["clip_high"] = (capped < low) & (advantage < 0), (capped > high) & (advantage > 0)
+    if policy_weights is not None:
+        loss = loss * tokens(policy_weights.detach())
 
-    def kl(name: str, d: Tensor) -> Tensor:
-        if kl_clip is not None:
-            shares[f"{name}_clipped"] = d.abs() > kl_clip
-            d = d.clamp(-kl_clip, kl_clip)
-        shares[name] = k3(d)
-        return shares[name]
+    def clipped(name: str, d: Tensor) -> Tensor:
+        if kl_clip is None:
+            return d
+        shares[f"{name}_clipped"] = d.abs() > kl_clip
+        return d.clamp(-kl_clip, kl_clip)
 
     if ref_logp is not None:
-        term = kl("kl", tokens(ref_logp.detach()) - logp)
+        d = clipped("kl", tokens(ref_logp.detach()) - logp)
+        term = k3_times(d, log_ratio) if bias_correction_kl else k3(d)
+        shares["kl"] = term
         loss = loss + beta * term if beta else loss
+    share = torch.ones_like(logp) if kappa_weights is None else tokens(kappa_weights.detach())
+    there = share != 0
     if context_logp is not None:
         query = old if query_logp is None else tokens(query_logp.detach())
         weights = None if context_weights is None else context_weights.detach().to(dtype)
         weights = weights[row] if weights is not None and weights.dim() == 2 else weights
         log_p, shares["proj_clamped"] = projection(query, tokens(context_logp.detach()), weights, proj_floor)
-        term = kl("kl_causal", log_p - (logp if causal_logp is None else tokens(causal_logp)))
-        loss = loss + kappa * term if kappa else loss
+        d = log_p - (logp if causal_logp is None else tokens(causal_logp))
+        # Convention: where its weight is 0 the term does not exist, whatever the scores are.
+        term = k3(clipped("kl_causal", torch.where(there, d, 0.0)))
+        shares["kl_causal"] = term
+        loss = loss + kappa * share * term if kappa else loss
 
-    if loss_type == "grpo":
+    if loss_type in ("grpo", "sapo"):
         total = (per_sequence(loss) / count.clamp(min=1)).sum() / max(batch, 1)
     elif loss_type == "dr_grpo":
         assert max_completion_length is not None
         total = loss.sum() / (max(batch, 1) * max_completion_length)
-    elif loss_type == "dapo" and num_items_in_batch is not None:
+    elif loss_type == "luspo":
+        total = loss.sum() / max(batch, 1)
+    elif loss_type in ("dapo", "cispo", "vespo") and num_items_in_batch is not None:
         total = loss.sum() / max(float(num_items_in_batch), 1.0)
     else:
         total = loss.sum() / max(len(row), 1)
-    means = {name: (x.detach().to(dtype).sum() / max(len(row), 1)).float() for name, x in shares.items()}
+    means = {}
+    for name, x in shares.items():
+        x = x.detach().to(dtype)
+        x = x[there] if name in ("kl_causal", "proj_clamped", "kl_causal_clipped") else x
+        means[name] = (x.sum() / max(len(x), 1)).float()
     return total, means
 
 
@@ -201,8 +253,9 @@ def linear_gcpo_loss(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    return_scores: bool = False,
     **others: Any,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> Any:
     """`gcpo_loss` of the `linear_logprob` of the tokens that are not masked, with their mean entropy."""
     keep = mask != 0
     kept = hidden.reshape(*mask.shape, weight.shape[1])[keep]
@@ -212,7 +265,8 @@ def linear_gcpo_loss(
     whole = logp.new_zeros(mask.shape).masked_scatter(keep, logp)
     loss, metrics = gcpo_loss(whole, advantages, mask, **others)
     metrics["entropy"] = (entropy.detach().sum() / max(len(kept), 1)).float()
-    return loss, metrics
+    scores = (whole.detach(), torch.zeros_like(whole).masked_scatter(keep, entropy.detach()))
+    return (loss, metrics, scores) if return_scores else (loss, metrics)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,9 @@ class TokenInputs(NamedTuple):
     importance_sampling_ratio: torch.Tensor | None = None  # (B,), (B, 1) or (B, T)
     context_logp: torch.Tensor | None = None  # (B, T, L)
     context_weights: torch.Tensor | None = None  # (L,) or (B, L); clean, (B, T, L)
+    policy_weights: torch.Tensor | None = None  # (B,), (B, 1) or (B, T); `maths.fold_weights` folds them in
+    kappa_weights: torch.Tensor | None = None  # (B,) or (B, T)
+    sampler_log: torch.Tensor | None = None  # (B, T), of `maths.fold_weights`: logs that vespo sums
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "TokenInputs":
         """The same with `function` applied to every tensor that is there."""

@@ -11,6 +11,7 @@ from gcpo_kernels.testing import with_gradients
 
 BACKEND = "torch"  # what `run` runs on; the tests of another backend change it
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")
+OTHER_LOSSES = ("luspo", "cispo", "sapo", "vespo")
 HEADS: tuple[dict[str, Any], ...] = (
     {},
     {"temperature": 0.7},
@@ -49,13 +50,53 @@ def cases() -> list[tuple[dict[str, Any], dict[str, Any]]]:
             "mask": (torch.bool, torch.int64, torch.float32)[index % 3],
         }
         out.append((options, changes))
+    return [*out, *other_cases()]
+
+
+def other_cases() -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """
+    (options, changes) over the other loss types x level x beta x what the objective has beside; the rest cycles as in
+    `cases`. In each of them the policy term or the causal one has weights.
+    """
+    out = []
+    for index, (kind, level, beta) in enumerate(product(OTHER_LOSSES, ("token", "sequence"), (0.0, 0.04))):
+        options = {
+            "loss_type": kind,
+            "importance_sampling_level": level,
+            "beta": beta,
+            "kappa": (0.06, 0.0)[index % 3 // 2],
+        }
+        options |= {"bias_correction_kl": index % 4 != 2, "delta": (None, 1.2, 1.35)[index % 3]}
+        if kind == "sapo":
+            options |= {"sapo_temperature_pos": 1.7, "sapo_temperature_neg": 0.6}
+        if kind == "vespo":
+            options |= {"vespo_k_pos": 1.5, "vespo_lambda_pos": 0.8, "vespo_k_neg": 0.7, "vespo_lambda_neg": 0.0}
+        if kind == "cispo" and beta:
+            options["epsilon_high"] = 1.1
+        if kind in ("cispo", "vespo"):
+            options["num_items_in_batch"] = (None, 11, torch.tensor(23))[index % 3]
+        if index % 5 in (1, 2):
+            options["kl_clip"] = 0.3
+        weighted = index % 4
+        changes = {
+            "importance_sampling_ratio": (None, "(B, T)", "(B, 1)", "(B,)", "(B, T)")[index % 5],
+            "advantages": ("(B,)", "(B, T)", "(B,)")[index % 3],
+            "context_weights": (None, "(B, L)", "one is 0")[index % 3],
+            "causal_logp": index % 2 == 0,
+            "query_logp": index % 3 != 1,
+            "old_logp": index % 11 != 3,
+            "mask": (torch.bool, torch.int64, torch.float32)[index % 3],
+            "policy_weights": (None, "(B, T)", "(B,)", "(B, 1)")[weighted],
+            "kappa_weights": ("(B,)", None, "(B, T)", "(B, T)")[weighted],
+        }
+        out.append((options, changes))
     return out
 
 
 def name(case: Any) -> str:
     options, _ = case
     words = [options["loss_type"], options["importance_sampling_level"]]
-    words += [key for key in ("beta", "kappa", "delta", "kl_clip") if options.get(key)]
+    words += [key for key in ("beta", "kappa", "delta", "kl_clip", "bias_correction_kl") if options.get(key)]
     return "-".join(words)
 
 
@@ -78,6 +119,19 @@ def change(inputs: dict[str, Any], changes: dict[str, Any], seed: int = 0) -> di
     uniform = torch.full_like(weights[0], 1.0 / weights.shape[1])
     forms = {None: None, "(B, L)": weights, "(L,)": weights[0], "one is 0": holed, "drawn": uniform}
     out["context_weights"] = forms[changes["context_weights"]]
+    for key in ("policy_weights", "kappa_weights"):
+        # Some are 0, the whole first row's too; where those of the causal term are, its contexts' scores are garbage.
+        drawn = 0.5 + torch.rand(batch, tokens, generator=generator, dtype=torch.float64).to(inputs["advantages"])
+        drawn[:1] = 0.0
+        drawn[:, 1::3] = 0.0
+        forms = {"(B, T)": drawn, "(B, 1)": drawn[:, :1], "(B,)": drawn[:, 0] if tokens else drawn.sum(dim=1)}
+        if changes.get(key):
+            out[key] = forms[changes[key]]
+    if changes.get("kappa_weights"):
+        weights = out["kappa_weights"]
+        off = (weights if weights.dim() == 2 else weights.unsqueeze(1)).expand(batch, tokens) == 0
+        out["context_logp"] = out["context_logp"].masked_fill(off.unsqueeze(-1), torch.nan)
+        out["query_logp"] = out["query_logp"].masked_fill(off, torch.nan)
     for key in ("causal_logp", "query_logp", "old_logp"):
         if not changes[key]:
             out[key] = None

@@ -30,6 +30,7 @@ def loss(arguments: dict[str, Any], options: dict[str, Any]) -> tuple[float, dic
     beta, kappa = options.get("beta", 0.0), options.get("kappa", 0.0)
     low, high = 1.0 - options.get("epsilon_low", 0.2), 1.0 + options.get("epsilon_high", 0.2)
     delta, kind = options.get("delta"), options.get("loss_type", "grpo")
+    clips = kind in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 
     def get(name: str, default: Any = None) -> Any:
         return default if arguments.get(name) is None else arguments[name]
@@ -47,44 +48,67 @@ def loss(arguments: dict[str, Any], options: dict[str, Any]) -> tuple[float, dic
         sums[counted] += not -bound <= d <= bound
         return k3(clip(d, -bound, bound))
 
-    per_sequence, counts = [], []
+    per_sequence, counts, counted = [], [], 0
     for i in range(batch):
         real = [t for t in range(tokens) if mask[i][t]]
         counts.append(len(real))
         mean_log_ratio = sum(logp[i][t] - old[i][t] for t in real) / max(len(real), 1)
         total = 0.0
+        log_w = sum(clip(logp[i][t] - old[i][t], -20.0, 20.0) for t in real)
+        if get("importance_sampling_ratio") is not None:
+            logs = [clip(log(arguments["importance_sampling_ratio"][i][t]), log(1e-8), 20.0) for t in real]
+            log_w += sum(logs) / (max(len(logs), 1) if arguments.get("ratio_per_sequence") else 1)
+        big_w = exp(clip(log_w, log(1e-8), 20.0))
         for t in real:
             by_sequence = options.get("importance_sampling_level", "token") == "sequence"
             ratio = exp(mean_log_ratio if by_sequence else logp[i][t] - old[i][t])
-            capped = ratio if delta is None else min(ratio, delta)
+            capped = ratio if delta is None or not clips else min(ratio, delta)
             a = arguments["advantages"][i][t]
             w = 1.0 if get("importance_sampling_ratio") is None else arguments["importance_sampling_ratio"][i][t]
-            value = -min(capped * a, clip(ratio, low, high) * a) * w
+            if kind == "cispo":
+                value = -min(ratio, options.get("epsilon_high", 0.2)) * a * logp[i][t] * w
+            elif kind == "sapo":
+                tau = options.get("sapo_temperature_pos", 1.0) if a > 0 else options.get("sapo_temperature_neg", 1.05)
+                value = -4.0 / tau / (1.0 + exp(-tau * (ratio - 1.0))) * a * w
+            elif kind == "vespo":
+                sign = "pos" if a >= 0 else "neg"
+                k, rate = options[f"vespo_k_{sign}"], max(options[f"vespo_lambda_{sign}"], 1e-4)
+                value = -exp(rate) * big_w**k * exp(-rate * big_w) * a * logp[i][t]
+            else:
+                value = -min(capped * a, clip(ratio, low, high) * a) * w
+            value *= 1.0 if get("policy_weights") is None else arguments["policy_weights"][i][t]
             if get("ref_logp") is not None:
                 kl = clipped_k3(arguments["ref_logp"][i][t] - logp[i][t], "kl_clipped")
+                kl *= ratio if options.get("bias_correction_kl") else 1.0
                 sums["kl"] += kl
                 value += beta * kl
-            if get("context_logp") is not None:
+            share = 1.0 if get("kappa_weights") is None else arguments["kappa_weights"][i][t]
+            if get("context_logp") is not None and share != 0.0:
+                counted += 1
                 bs = arguments["context_logp"][i][t]
                 weights = get("context_weights", [[1.0 / len(bs)] * len(bs)] * batch)[i]
                 log_p, clamped = projected(bs[0], bs, weights, query[i][t], options.get("proj_floor", 1e-6))
                 kl_causal = clipped_k3(log_p - causal[i][t], "kl_causal_clipped")
                 sums["kl_causal"] += kl_causal
                 sums["proj_clamped"] += clamped
-                value += kappa * kl_causal
-            sums["clip_low"] += capped < low and a < 0
-            sums["clip_high"] += capped > high and a > 0
+                value += kappa * share * kl_causal
+            sums["clip_low"] += clips and capped < low and a < 0
+            sums["clip_high"] += clips and capped > high and a > 0
+            sums["clip_high"] += kind == "cispo" and ratio > options.get("epsilon_high", 0.2) and a > 0
             total += value
         per_sequence.append(total)
     count = max(sum(counts), 1)
     items = options.get("num_items_in_batch")
+    reduction = {"sapo": "grpo", "cispo": "dapo", "vespo": "dapo"}.get(kind, kind)
     reduced = {
+        "luspo": sum(per_sequence) / max(batch, 1),
         "grpo": sum(s / max(n, 1) for s, n in zip(per_sequence, counts, strict=True)) / max(batch, 1),
         "bnpo": sum(per_sequence) / count,
         "dr_grpo": sum(per_sequence) / (max(batch, 1) * (options.get("max_completion_length") or 1)),
         "dapo": sum(per_sequence) / (count if items is None else max(items, 1)),
     }
-    return reduced[kind], {name: s / count for name, s in sums.items()}
+    causal = ("kl_causal", "proj_clamped", "kl_causal_clipped")
+    return reduced[reduction], {name: s / (max(counted, 1) if name in causal else count) for name, s in sums.items()}
 
 
 def token_logprob(

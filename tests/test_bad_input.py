@@ -50,7 +50,7 @@ def complex_(x: torch.Tensor) -> torch.Tensor:
 
 
 TENSORS = ("advantages", "old_logp", "ref_logp", "query_logp", "causal_logp", "context_logp", "context_weights")
-TENSORS += ("importance_sampling_ratio",)
+TENSORS += ("importance_sampling_ratio", "policy_weights", "kappa_weights")
 CHANGES: tuple[Callable[[torch.Tensor], Any], ...] = (meta, integers, wider, longer, nested, listed)
 
 # Options of both losses: (argument, value), kappa and beta being 0 unless they are given.
@@ -60,7 +60,14 @@ LOSS_OPTIONS: list[tuple[str, Any]] = [
     *((name, value) for name in ("delta", "kl_clip") for value in (0, -1.0, NAN, INF, "1", True)),
     *(("proj_floor", value) for value in (0.0, -1e-6, 1.0, 2, NAN)),
     *(("importance_sampling_level", value) for value in ("tokens", "", None, 1)),
-    *(("loss_type", value) for value in ("GRPO", "luspo", "dapo ", None, 0)),
+    *(("loss_type", value) for value in ("GRPO", "gspo", "dapo ", None, 0)),
+    *(("bias_correction_kl", value) for value in (None, 1, 0.0, "True")),
+    *((f"sapo_temperature_{sign}", value) for sign in ("pos", "neg") for value in (0, -1.0, NAN, INF, None, "1", True)),
+    *(
+        (f"vespo_{name}", value)
+        for name in ("k_pos", "lambda_pos", "k_neg", "lambda_neg")
+        for value in (-1.0, NAN, "1")
+    ),
     *(("max_completion_length", value) for value in (0, -3, 2.5, "7", True)),
     *(("num_items_in_batch", value) for value in (-1, NAN, INF, "7", torch.ones(2), True)),
     *(("backend", value) for value in (*ABSENT, "cuda", "Torch", 1)),
@@ -95,7 +102,8 @@ def test_tensors_of_the_losses(function: str, name: str, changed: Callable[[torc
         inputs["context_weights"] = None
         if changed is wider:  # more contexts are no mistake: take all but one of the tokens instead
             changed = longer
-    raises(name, getattr(gcpo_kernels, function), inputs | {name: changed(inputs[name])}, kappa=0.1)
+    given = inputs.get(name, torch.ones(5, 7))
+    raises(name, getattr(gcpo_kernels, function), inputs | {name: changed(given)}, kappa=0.1)
 
 
 @pytest.mark.parametrize("changed", CHANGES, ids=ident)
@@ -141,6 +149,7 @@ def test_options_of_the_losses(function: str, name: str, value: Any) -> None:
         ("ref_logp", "ref_logp", {"beta": 0.1}),
         ("context_logp", "context_logp", {"kappa": 0.1}),
         ("context_weights", "context_logp", {}),
+        ("kappa_weights", "context_logp", {}),
         ("max_completion_length", None, {"loss_type": "dr_grpo"}),
     ],
 )
@@ -148,8 +157,10 @@ def test_what_an_option_needs(function: str, named: str, without: str | None, op
     inputs = LOSSES[function]()
     if without is not None:
         inputs[without] = None
-    if named == "context_logp":
+    if named in ("context_logp", "kappa_weights"):
         inputs["context_weights"] = None
+    if named == "kappa_weights":
+        inputs["kappa_weights"] = torch.ones(5, 7)
     raises(named, getattr(gcpo_kernels, function), inputs, **options)
 
 
@@ -159,6 +170,28 @@ def test_negative_context_weights(function: str, value: float) -> None:
     inputs = LOSSES[function]()
     inputs["context_weights"][0, 1] = value
     raises("context_weights", getattr(gcpo_kernels, function), inputs, kappa=0.1)
+
+
+@pytest.mark.parametrize("value", [-1e-3, -INF, INF, NAN])
+@pytest.mark.parametrize("by_token", [True, False])
+@pytest.mark.parametrize("function", LOSSES)
+def test_wrong_kappa_weights(function: str, by_token: bool, value: float) -> None:
+    """At tokens that count; elsewhere they may hold anything, and so may context_weights of rows left out by them."""
+    weights = torch.ones(5, 7) if by_token else torch.ones(5)
+    weights[-1] = value
+    inputs = LOSSES[function]() | {"kappa_weights": weights}
+    assert not inputs["mask"][-1].any()
+    loss, _ = getattr(gcpo_kernels, function)(**inputs, kappa=0.1)
+    assert torch.isfinite(loss)
+    weights[-1], weights[0], inputs["context_weights"][0] = 1.0, 0.0, value
+    loss, _ = getattr(gcpo_kernels, function)(**inputs, kappa=0.1)
+    assert torch.isfinite(loss)
+    weights[0] = value
+    raises("kappa_weights", getattr(gcpo_kernels, function), inputs, kappa=0.1)
+
+
+def test_return_scores_is_a_flag() -> None:
+    raises("return_scores", gcpo_kernels.linear_gcpo_loss, make_linear_inputs(), return_scores=1)
 
 
 def test_no_context_at_all() -> None:

@@ -37,7 +37,9 @@ def test_loss_is_the_equation(case: Any, module: Any) -> None:
     loss, metrics, _ = grid.run("gcpo_loss", inputs, options, backend=None if module is reference else "torch")
     items = options.get("num_items_in_batch")
     items = items.item() if isinstance(items, torch.Tensor) else items
-    want, want_metrics = scalar.loss(as_lists(inputs), options | {"num_items_in_batch": items})
+    lists = as_lists(inputs)
+    lists["ratio_per_sequence"] = changes["importance_sampling_ratio"] in ("(B, 1)", "(B,)")
+    want, want_metrics = scalar.loss(lists, options | {"num_items_in_batch": items})
     assert loss.item() == pytest.approx(want, rel=1e-12, abs=1e-14)
     assert set(metrics) == set(want_metrics)
     for key, value in want_metrics.items():

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gcpo_kernels
 from gcpo_kernels import maths, ops
-from gcpo_kernels.options import HeadOptions, LossOptions
+from gcpo_kernels.options import KINDS, LOSS_TYPES, HeadOptions, LossOptions
 from gcpo_kernels.testing import (
     make_hidden_representations,
     make_linear_inputs,
@@ -22,6 +22,7 @@ from gcpo_kernels.testing import (
 from gcpo_kernels.tokens import TokenInputs
 
 OPTIONS = {"beta": 0.04, "kappa": 0.06, "delta": 1.5, "kl_clip": 0.3}
+KL = {"bias_correction_kl": True}
 HEAD = {"temperature": 0.9, "logit_softcap": 4.0}
 LEAVES = ("logp", "hidden", "weight", "bias", "causal_logp", "logits", "z", "context_z")
 
@@ -53,6 +54,11 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[..., dict[str, Any]]]] = {
     "linear_gcpo_loss": (loss(gcpo_kernels.linear_gcpo_loss, **OPTIONS, **HEAD), make_linear_inputs),
     "linear_gcpo_loss, sequence": (
         loss(gcpo_kernels.linear_gcpo_loss, importance_sampling_level="sequence", loss_type="dapo"),
+        make_linear_inputs,
+    ),
+    "gcpo_loss, vespo": (loss(gcpo_kernels.gcpo_loss, **OPTIONS, **KL, loss_type="vespo"), make_token_inputs),
+    "linear_gcpo_loss, vespo": (
+        loss(gcpo_kernels.linear_gcpo_loss, **OPTIONS, **KL, loss_type="vespo"),
         make_linear_inputs,
     ),
     "linear_logprob": (lambda **k: gcpo_kernels.linear_logprob(**k, **HEAD, return_entropy=True), linear),
@@ -290,11 +296,13 @@ def operator_calls() -> dict[str, tuple[Any, tuple]]:
     ids = inputs["token_ids"].flatten()
     score = torch.linspace(-1, 1, len(ids))
     options = LossOptions(beta=0.04, kappa=0.06, kl_clip=0.3)
-    tokens = TokenInputs(**{key: inputs[key] for key in TokenInputs._fields}).clean(torch.float32)
+    tokens = TokenInputs(**{key: inputs[key] for key in TokenInputs._fields if key in inputs}).clean(torch.float32)
     frozen = tuple(x.detach() for x in (hidden, weight, bias))
     per_token = (list(tokens), maths.token_weights(tokens.mask, options, torch.float32))
     linear_loss = (*frozen, ids, *per_token, None, torch.float32, None, head, options.pack())
     by_sequence = replace(options, importance_sampling_level="sequence").pack()
+    weighted = tokens._replace(kappa_weights=tokens.old_logp.abs(), sampler_log=tokens.old_logp)
+    vespo = (*frozen, ids, list(weighted), *linear_loss[5:-1], replace(options, loss_type="vespo").pack())
     logits = inputs["hidden"].detach().requires_grad_()
     small = inputs["token_ids"] % 13
     scores = score.view(small.shape)
@@ -311,6 +319,7 @@ def operator_calls() -> dict[str, tuple[Any, tuple]]:
         ),
         "linear_loss": (ops.linear_loss, (*linear_loss, [True, True, True])),
         "linear_loss, sequence": (ops.linear_loss, (*linear_loss[:-1], by_sequence, [False, True, False])),
+        "linear_loss, vespo": (ops.linear_loss, (*vespo, [True, True, True])),
         "linear_loss, offset and float32": (
             ops.linear_loss,
             (*linear_loss[:6], tokens.ref_logp, torch.float32, torch.float32, *linear_loss[9:], [True] * 3),
@@ -325,7 +334,9 @@ def test_options_survive_their_packing() -> None:
     """Operators take numbers: what comes out of them is what went in, with every option away from its default."""
     given: dict[str, Any] = {"beta": 0.1, "kappa": 0.2, "epsilon_low": 0.3, "epsilon_high": 0.4, "delta": 1.5}
     given |= {"importance_sampling_level": "sequence", "loss_type": "dapo", "max_completion_length": 9}
-    given |= {"num_items_in_batch": 11, "proj_floor": 0.01, "kl_clip": 0.5}
+    given |= {"num_items_in_batch": 11, "proj_floor": 0.01, "kl_clip": 0.5, "bias_correction_kl": True}
+    given |= {"sapo_temperature_pos": 0.7, "sapo_temperature_neg": 0.8}
+    given |= {"vespo_k_pos": 0.1, "vespo_lambda_pos": 0.2, "vespo_k_neg": 0.3, "vespo_lambda_neg": 0.4}
     assert set(given) == set(LossOptions.__dataclass_fields__)
     for options in (LossOptions(**given), LossOptions(), LossOptions(loss_type="dapo", num_items_in_batch=0)):
         assert LossOptions.unpack(options.pack()) == options
@@ -335,6 +346,10 @@ def test_options_survive_their_packing() -> None:
     assert LossOptions.unpack(options.pack()) == replace(options, num_items_in_batch=None)
     changed = {name for name in given if getattr(options.per_token(), name) != given[name]}
     assert changed == {"loss_type", "max_completion_length", "num_items_in_batch"}
+    for loss_type in LOSS_TYPES:
+        options = LossOptions(loss_type=loss_type, max_completion_length=9)
+        assert LossOptions.unpack(options.pack()) == options
+        assert options.per_token().kind == options.kind == (loss_type if loss_type in KINDS else "clipped")
     for head in (HeadOptions(), HeadOptions(0.9, -2.0, 4.0)):
         assert HeadOptions.unpack(head.pack()) == head
 

@@ -5,7 +5,7 @@ import torch
 from gcpo.causal.options import CausalOptions
 from gcpo.causal.port import WeightInputs
 from gcpo_kernels import causal_weights
-from gcpo_kernels.maths import context_difference
+from gcpo_kernels.group import context_difference
 
 
 def estimate_weights(options: CausalOptions, inputs: WeightInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

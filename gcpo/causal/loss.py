@@ -29,8 +29,7 @@ def causal_kl_loss(
         mask: tokens that count.
         causal_logp: log-probabilities under x_{i,0}, with gradient, where the policy is conditioned on it. None: logp.
         loss_type, max_completion_length, num_items_in_batch: how tokens are reduced, as in `gcpo_kernels.gcpo_loss`,
-            whose types these are. "bnpo", and "dapo" without a number of items, divide by all unmasked tokens, those
-            of rows that are not counted included.
+            whose types these are. What divides by unmasked tokens divides by those of rows that are not counted, too.
 
     Raises:
         ValueError: `causal_policy_context="context"`, and no `causal_logp`.
@@ -44,9 +43,6 @@ def causal_kl_loss(
             "`causal_policy_context='context'` needs `causal_logp`, log-probabilities under `terms.first_contexts` "
             "with gradient (of a ModelPolicy: `policy.logps(rollout, terms.first_contexts)`), got None."
         )
-    if loss_type == "bnpo" or (loss_type == "dapo" and num_items_in_batch is None):
-        loss_type, num_items_in_batch = "dapo", mask.sum()  # of all rows, as the loss that this is added to
-    mask = mask * terms.counted.unsqueeze(1)
     loss, metrics = gcpo_loss(
         logp,
         torch.zeros_like(logp[:, 0]),
@@ -56,6 +52,7 @@ def causal_kl_loss(
         query_logp=terms.query_logp,
         context_logp=terms.context_logp,
         context_weights=terms.context_weights,
+        kappa_weights=terms.counted.to(logp.dtype),
         kappa=options.kappa,
         proj_floor=options.proj_floor,
         kl_clip=options.kl_clip,
@@ -63,7 +60,7 @@ def causal_kl_loss(
         max_completion_length=max_completion_length,
         num_items_in_batch=num_items_in_batch,
     )
-    return loss * terms.scale, {**metrics, "tokens": mask.sum().float()}
+    return loss * terms.scale, {**metrics, "tokens": (mask * terms.counted.unsqueeze(1)).sum().float()}
 
 
 def clip_log_ratio(ref_logp: torch.Tensor, logp: torch.Tensor, kl_clip: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -99,7 +99,7 @@ def _load_target(
 
 @triton.jit
 def _similarity(cosine, SIMILARITY: tl.constexpr):
-    """s(c), and its derivative in c: `maths.similarity_of_cosine`."""
+    """s(c), and its derivative in c: `group.similarity_of_cosine`."""
     s = cosine
     slope = 1.0
     if SIMILARITY != 0:

@@ -6,6 +6,10 @@ import triton.language as tl
 LARGEST_LOG = tl.constexpr(88.72283)  # exp of what lies above overflows
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+# What the policy term of a token is: places in `options.KINDS`.
+CLIPPED = tl.constexpr(0)
+CISPO = tl.constexpr(1)
+SAPO = tl.constexpr(2)
 
 
 @triton.jit
@@ -93,41 +97,63 @@ def token_objective(
     epsilon_high,
     delta,
     kl_clip,
+    tau_pos,
+    tau_neg,
+    KIND: tl.constexpr,
     HAS_DELTA: tl.constexpr,
     HAS_REF: tl.constexpr,
     HAS_CONTEXT: tl.constexpr,
     HAS_KL_CLIP: tl.constexpr,
+    BIAS_CORRECTION: tl.constexpr,
 ):
     """
-    Eq. 10 for one block of tokens: the loss, its derivatives in log R, in logp and in causal_logp, both k3 terms, the
+    Eq. 10 for one block of tokens: the loss, its derivatives in log R, in logp and in causal_logp, both KL terms, the
     ratio as metrics count it, and where the log-ratio of either k3 leaves [-kl_clip, kl_clip].
-    `maths.token_objective` and `token_objective_gradient`, in one pass.
+    `maths.token_objective` and `token_objective_gradient`, in one pass. KIND is the policy term, `kappa` one number or
+    one a token.
     """
     # As `maths.bounded_log_ratio`: R may overflow only where the loss grows with it.
     bounded = at_most(log_ratio, LARGEST_LOG)
-    if not HAS_DELTA:
+    if not HAS_DELTA and KIND == CLIPPED:
         bounded = tl.where(advantage < 0.0, log_ratio, bounded)
     # Times 0 in the loss, where R * A must be finite for that, but large enough for the metrics to count it as clipped.
     bounded = tl.where(is_ratio == 0.0, at_most(log_ratio, 40.0), bounded)
     ratio = tl.exp(bounded)
-    low = 1.0 - epsilon_low
-    high = 1.0 + epsilon_high
     capped = ratio
-    uncapped = ratio == ratio  # true, but for NaN, which the ratio below carries on anyway
-    if HAS_DELTA:
-        capped = at_most(ratio, delta)
-        uncapped = ratio <= delta
-    left = capped * advantage
-    right = at_most(at_least(ratio, low), high) * advantage
-    unclipped = (ratio >= low) & (ratio <= high)
-    # `left` where it is NaN: the minimum hides nothing.
-    loss = -tl.where((left < right) | (left != left), left, right) * is_ratio
-    # Where the minimum is a tie, each side has half of the derivative, as in torch.
-    tie = 0.5 * (uncapped.to(tl.float32) + unclipped.to(tl.float32))
-    passes = tl.where(left < right, uncapped.to(tl.float32), unclipped.to(tl.float32))
-    passes = tl.where(left == right, tie, passes)
-    d_ratio = -passes * ratio * advantage * is_ratio
-    d_logp = tl.zeros_like(loss)
+    if KIND == CLIPPED:
+        low = 1.0 - epsilon_low
+        high = 1.0 + epsilon_high
+        uncapped = ratio == ratio  # true, but for NaN, which the ratio below carries on anyway
+        if HAS_DELTA:
+            capped = at_most(ratio, delta)
+            uncapped = ratio <= delta
+        left = capped * advantage
+        right = at_most(at_least(ratio, low), high) * advantage
+        unclipped = (ratio >= low) & (ratio <= high)
+        # `left` where it is NaN: the minimum hides nothing.
+        loss = -tl.where((left < right) | (left != left), left, right) * is_ratio
+        # Where the minimum is a tie, each side has half of the derivative, as in torch.
+        tie = 0.5 * (uncapped.to(tl.float32) + unclipped.to(tl.float32))
+        passes = tl.where(left < right, uncapped.to(tl.float32), unclipped.to(tl.float32))
+        passes = tl.where(left == right, tie, passes)
+        d_ratio = -passes * ratio * advantage * is_ratio
+        d_logp = tl.zeros_like(loss)
+    elif KIND == SAPO:
+        tau = tl.where(advantage > 0.0, tau_pos, tau_neg)
+        u = tau * (ratio - 1.0)
+        # sigmoid(u) and its slope from exp of a negative argument only.
+        e = tl.exp(-tl.abs(u))
+        r = 1.0 / (1.0 + e)
+        loss = -4.0 / tau * tl.where(u < 0.0, e * r, r) * advantage * is_ratio
+        d_ratio = -4.0 * e * r * r * ratio * advantage * is_ratio
+        d_logp = tl.zeros_like(loss)
+    else:
+        factor = advantage * is_ratio  # in vespo it is the advantage that is times phi
+        if KIND == CISPO:
+            factor = at_most(ratio, epsilon_high) * advantage * is_ratio
+        loss = -factor * logp
+        d_ratio = tl.zeros_like(loss)
+        d_logp = -factor
     d_causal = tl.zeros_like(loss)
     kl = tl.zeros_like(loss)
     kl_causal = tl.zeros_like(loss)
@@ -139,9 +165,18 @@ def token_objective(
             kl_beyond = tl.abs(d) > kl_clip
             d = at_most(at_least(d, -kl_clip), kl_clip)
         kl = k3(d)
+        if BIAS_CORRECTION:
+            # As `maths.reference_kl`: in the exponent where d is large, and no 0 meets an infinity.
+            full = tl.exp(log_ratio)
+            largest = tl.exp(at_most(log_ratio, LARGEST_LOG))
+            whole = tl.exp(d + log_ratio)
+            kl = tl.where(d > 2.0, whole * (1.0 - (d + 1.0) * tl.exp(-d)), kl * tl.where(kl == 0.0, largest, full))
+            d_ratio += tl.where(beta != 0.0, beta * kl, 0.0)
         # A switched-off term must not turn an infinite k3 into NaN.
         loss += tl.where(beta != 0.0, beta * kl, 0.0)
         slope = expm1(d)
+        if BIAS_CORRECTION:
+            slope = tl.where(d > 2.0, whole * (1.0 - tl.exp(-d)), slope * tl.where(slope == 0.0, largest, full))
         if HAS_KL_CLIP:
             slope = tl.where(kl_beyond, 0.0, slope)
         d_logp -= tl.where(beta != 0.0, beta * slope, 0.0)

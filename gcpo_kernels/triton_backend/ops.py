@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gcpo_kernels import maths
 from gcpo_kernels.checks import check_no_tangents
 from gcpo_kernels.ops import on_device_of
 from gcpo_kernels.options import LossOptions
@@ -43,7 +44,8 @@ def _(logp, items, numbers, *tokens):
     options = LossOptions.unpack(numbers)
     by_sequence = options.importance_sampling_level == "sequence"
     blocks, _ = token_loss.blocking(b, t, by_sequence)
-    n_out, n_sums = token_loss.result_sizes(options.kl_clip is not None)
+    given = TokenInputs(*tokens)
+    n_out, n_sums = token_loss.result_sizes(options.kl_clip is not None, given.kappa_weights is not None)
 
     def empty(*shape: Any) -> Tensor:
         return logp.new_empty(shape, dtype=torch.float32)
@@ -51,7 +53,7 @@ def _(logp, items, numbers, *tokens):
     return (
         empty(n_out),
         empty(b, t),
-        empty(b, t) if TokenInputs(*tokens).causal_logp is not None else empty(0),
+        empty(b, t) if given.causal_logp is not None else empty(0),
         empty(b) if by_sequence else empty(0),
         empty(n_sums, b, blocks),
     )
@@ -108,6 +110,7 @@ def loss_and_metrics(logp: Tensor, given: TokenInputs, options: LossOptions) -> 
         # A number would be a constant of the operator, and compile again for every value.
         items = torch.ones((), dtype=torch.float32, device=logp.device) * items
         options = replace(options, num_items_in_batch=items)
+    given = maths.weigh_by_phi(logp, given, options)
     on_device = items.to(logp.device) if isinstance(items, Tensor) else None
     out = triton_token_loss(logp, on_device, options.pack(), *given.constants())[0]
     metrics = out.detach()

@@ -3,10 +3,11 @@
 import triton
 import triton.language as tl
 
-from gcpo_kernels.triton_backend.common import token_objective
+from gcpo_kernels.triton_backend.common import CISPO, CLIPPED, token_objective
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# What the pass leaves for each block of tokens; with a kl_clip kl_clipped and kl_causal_clipped too.
+# What the pass leaves for each block of tokens; with a kl_clip kl_clipped and kl_causal_clipped too; with weights of
+# the causal term, last, how many tokens have one that is not 0.
 N_SUMS = tl.constexpr(7)  # count, loss, kl, kl_causal, proj_clamped, clip_low, clip_high
 MOST_BLOCKS = tl.constexpr(64)  # programs per sequence
 
@@ -96,10 +97,11 @@ def token_loss_kernel(
     is_ptr,  # (B, T), or per sequence with stride_is_t = 0
     ctx_ptr,  # (B, T, L)
     weights_ptr,  # (B, L), or (L,) with stride_w_b = 0
+    kappa_weights_ptr,  # (B, T), or per sequence with stride_kappa_t = 0: kappa_weights
     d_logp_ptr,  # (B, T) float32, contiguous
     d_causal_ptr,  # (B, T) float32, contiguous
     sequence_ptr,  # (B,) float32: with a ratio per sequence, what each of its tokens adds to d_logp
-    sums_ptr,  # (N_SUMS, or two more with a kl_clip, B, BLOCKS) float32
+    sums_ptr,  # (N_SUMS and more, see there, B, BLOCKS) float32
     stride_logp_b,
     stride_logp_t,
     stride_mask_b,
@@ -121,6 +123,8 @@ def token_loss_kernel(
     stride_ctx_l,
     stride_w_b,
     stride_w_l,
+    stride_kappa_b,
+    stride_kappa_t,
     B,
     T,
     L,
@@ -132,6 +136,8 @@ def token_loss_kernel(
     delta,
     log_floor,
     kl_clip,
+    tau_pos,
+    tau_neg,
     HAS_OLD: tl.constexpr,
     HAS_REF: tl.constexpr,
     HAS_QUERY: tl.constexpr,
@@ -139,8 +145,11 @@ def token_loss_kernel(
     HAS_IS: tl.constexpr,
     HAS_CONTEXT: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
+    HAS_KAPPA_WEIGHTS: tl.constexpr,
     HAS_DELTA: tl.constexpr,
     HAS_KL_CLIP: tl.constexpr,
+    BIAS_CORRECTION: tl.constexpr,
+    KIND: tl.constexpr,
     ADV_BY_TOKEN: tl.constexpr,
     BY_SEQUENCE: tl.constexpr,
     ALIGNED_T: tl.constexpr,  # 16 divides T
@@ -188,6 +197,8 @@ def token_loss_kernel(
     if HAS_KL_CLIP:
         sum_kl_clipped = tl.zeros([LANES], tl.float32)
         sum_causal_clipped = tl.zeros([LANES], tl.float32)
+    if HAS_KAPPA_WEIGHTS:
+        sum_counted = tl.zeros([LANES], tl.float32)
     for t0 in range(start, end, BLOCK_T):
         t = t0 + block  # [BLOCK_T]
         inside = t < end
@@ -216,6 +227,13 @@ def token_loss_kernel(
             causal = tl.load(causal_at, mask=inside, other=0.0).to(tl.float32)
         log_proj = logp
         clamped = keep
+        counted = keep
+        kappa_here = kappa
+        if HAS_KAPPA_WEIGHTS:
+            kappa_at = kappa_weights_ptr + row * stride_kappa_b + t * stride_kappa_t
+            kappa_weight = tl.load(kappa_at, mask=inside, other=0.0).to(tl.float32)
+            kappa_here = kappa * kappa_weight
+            counted = keep & (kappa_weight != 0.0)
         if HAS_CONTEXT:
             query = old
             if HAS_QUERY:
@@ -224,7 +242,7 @@ def token_loss_kernel(
             log_proj, clamped = _log_proj(
                 ctx_ptr + row * stride_ctx_b,
                 t,
-                keep if L_INNERMOST else inside,
+                counted if L_INNERMOST else inside,
                 query,
                 stride_ctx_t,
                 stride_ctx_l,
@@ -247,15 +265,19 @@ def token_loss_kernel(
             log_proj,
             causal,
             beta,
-            kappa,
+            kappa_here,
             epsilon_low,
             epsilon_high,
             delta,
             kl_clip,
+            tau_pos,
+            tau_neg,
+            KIND,
             HAS_DELTA,
             HAS_REF,
             HAS_CONTEXT,
             HAS_KL_CLIP,
+            BIAS_CORRECTION,
         )
         if not HAS_CAUSAL:
             d_logp += d_causal
@@ -273,12 +295,17 @@ def token_loss_kernel(
             if HAS_KL_CLIP:
                 sum_kl_clipped += _fold((keep & kl_beyond).to(tl.float32), LANES, ALIGNED_T)
         if HAS_CONTEXT:
-            sum_causal += _fold(tl.where(keep, kl_causal, 0.0), LANES, ALIGNED_T)
-            sum_clamped += _fold((keep & clamped).to(tl.float32), LANES, ALIGNED_T)
+            sum_causal += _fold(tl.where(counted, kl_causal, 0.0), LANES, ALIGNED_T)
+            sum_clamped += _fold((counted & clamped).to(tl.float32), LANES, ALIGNED_T)
             if HAS_KL_CLIP:
-                sum_causal_clipped += _fold((keep & causal_beyond).to(tl.float32), LANES, ALIGNED_T)
-        sum_low += _fold((keep & (ratio < 1.0 - epsilon_low) & (adv < 0)).to(tl.float32), LANES, ALIGNED_T)
-        sum_high += _fold((keep & (ratio > 1.0 + epsilon_high) & (adv > 0)).to(tl.float32), LANES, ALIGNED_T)
+                sum_causal_clipped += _fold((counted & causal_beyond).to(tl.float32), LANES, ALIGNED_T)
+            if HAS_KAPPA_WEIGHTS:
+                sum_counted += _fold(counted.to(tl.float32), LANES, ALIGNED_T)
+        if KIND == CLIPPED:
+            sum_low += _fold((keep & (ratio < 1.0 - epsilon_low) & (adv < 0)).to(tl.float32), LANES, ALIGNED_T)
+            sum_high += _fold((keep & (ratio > 1.0 + epsilon_high) & (adv > 0)).to(tl.float32), LANES, ALIGNED_T)
+        elif KIND == CISPO:
+            sum_high += _fold((keep & (ratio > epsilon_high) & (adv > 0)).to(tl.float32), LANES, ALIGNED_T)
         if BY_SEQUENCE:
             sum_ratio += _fold(tl.where(keep, d_ratio, 0.0), LANES, ALIGNED_T)
 
@@ -293,13 +320,16 @@ def token_loss_kernel(
         clipped = tl.sum(tl.join(sum_kl_clipped, sum_causal_clipped), axis=0)  # [2]
         more = N_SUMS + tl.arange(0, 2)
         tl.store(sums_ptr + more * (B.to(tl.int64) * BLOCKS) + pid, clipped)
+    if HAS_KAPPA_WEIGHTS:
+        last = N_SUMS + 2 if HAS_KL_CLIP else N_SUMS
+        tl.store(sums_ptr + last * (B.to(tl.int64) * BLOCKS) + pid, tl.sum(sum_counted))
     if BY_SEQUENCE:
         tl.store(sequence_ptr + row, tl.sum(sum_ratio) / count)
 
 
 @triton.jit(do_not_specialize=["B", "BLOCKS"])
 def token_loss_finish_kernel(
-    sums_ptr,  # (N_SUMS, or two more with a kl_clip, B, BLOCKS)
+    sums_ptr,  # (N_SUMS and more, see there, B, BLOCKS)
     items_ptr,  # (1,): num_items_in_batch, where it is a tensor
     out_ptr,  # (N_OUT,), or two more
     B,
@@ -308,6 +338,7 @@ def token_loss_finish_kernel(
     DIVIDE_BY: tl.constexpr,
     ITEMS_ON_DEVICE: tl.constexpr,
     HAS_KL_CLIP: tl.constexpr,
+    HAS_KAPPA_WEIGHTS: tl.constexpr,
     BLOCK_P: tl.constexpr,  # at least BLOCKS
     BLOCK_B: tl.constexpr,
 ):
@@ -324,6 +355,8 @@ def token_loss_finish_kernel(
     if HAS_KL_CLIP:
         kl_clipped = tl.zeros([BLOCK_B], tl.float32)
         causal_clipped = tl.zeros([BLOCK_B], tl.float32)
+    if HAS_KAPPA_WEIGHTS:
+        counted = tl.zeros([BLOCK_B], tl.float32)
     for b0 in range(0, B, BLOCK_B):
         b = (b0 + rows).to(tl.int64)
         inside = (b < B)[:, None] & (parts[None, :] < BLOCKS)
@@ -342,7 +375,13 @@ def token_loss_finish_kernel(
         if HAS_KL_CLIP:
             kl_clipped += tl.sum(tl.load(at + 7 * step, mask=inside, other=0.0), axis=1)
             causal_clipped += tl.sum(tl.load(at + 8 * step, mask=inside, other=0.0), axis=1)
+        if HAS_KAPPA_WEIGHTS:
+            last = 9 if HAS_KL_CLIP else 7
+            counted += tl.sum(tl.load(at + last * step, mask=inside, other=0.0), axis=1)
     count = tl.maximum(tl.sum(total), 1.0)
+    count_causal = count
+    if HAS_KAPPA_WEIGHTS:
+        count_causal = tl.maximum(tl.sum(counted), 1.0)
     denominator = count
     if DIVIDE_BY == 0:
         denominator = tl.maximum(B * 1.0, 1.0)
@@ -353,14 +392,14 @@ def token_loss_finish_kernel(
         denominator = tl.maximum(denominator, 1.0)
     tl.store(out_ptr, tl.sum(loss) / denominator)
     tl.store(out_ptr + 1, tl.sum(kl) / count)
-    tl.store(out_ptr + 2, tl.sum(kl_causal) / count)
-    tl.store(out_ptr + 3, tl.sum(clamped) / count)
+    tl.store(out_ptr + 2, tl.sum(kl_causal) / count_causal)
+    tl.store(out_ptr + 3, tl.sum(clamped) / count_causal)
     tl.store(out_ptr + 4, tl.sum(low) / count)
     tl.store(out_ptr + 5, tl.sum(high) / count)
     tl.store(out_ptr + 6, 1.0 / denominator)
     if HAS_KL_CLIP:
         tl.store(out_ptr + 7, tl.sum(kl_clipped) / count)
-        tl.store(out_ptr + 8, tl.sum(causal_clipped) / count)
+        tl.store(out_ptr + 8, tl.sum(causal_clipped) / count_causal)
 
 
 @triton.jit(do_not_specialize=["T", "BLOCKS"])
@@ -369,7 +408,7 @@ def token_loss_backward_kernel(
     d_logp_ptr,  # (B, T) float32
     d_causal_ptr,  # (B, T) float32
     sequence_ptr,  # (B,) float32
-    sums_ptr,  # (N_SUMS, or two more, B, BLOCKS): the counts come first
+    sums_ptr,  # (N_SUMS and more, B, BLOCKS): the counts come first
     out_ptr,  # (N_OUT,), or two more
     mask_ptr,  # (B, T)
     stride_mask_b,

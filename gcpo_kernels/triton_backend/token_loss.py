@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from gcpo_kernels.options import LossOptions
+from gcpo_kernels.options import KINDS, LossOptions
 from gcpo_kernels.tokens import TokenInputs
 from gcpo_kernels.triton_backend.token_kernels import (
     MOST_BLOCKS,
@@ -36,7 +36,7 @@ class TokenResult(NamedTuple):
     d_logp: torch.Tensor  # (B, T) float32, before the reduction's weights
     d_causal: torch.Tensor  # (B, T) float32, or empty
     sequence: torch.Tensor  # (B,) float32, or empty
-    sums: torch.Tensor  # (N_SUMS, or two more, B, BLOCKS) float32
+    sums: torch.Tensor  # (N_SUMS and more, B, BLOCKS) float32: see there
 
 
 def metric_places(kl_clip: bool) -> dict[str, int]:
@@ -45,10 +45,10 @@ def metric_places(kl_clip: bool) -> dict[str, int]:
     return found | ({name: N_OUT + k for k, name in enumerate(KL_CLIP_METRICS)} if kl_clip else {})
 
 
-def result_sizes(kl_clip: bool) -> tuple[int, int]:
+def result_sizes(kl_clip: bool, kappa_weights: bool) -> tuple[int, int]:
     """Entries of `TokenResult.out`, and sums of `TokenResult.sums`."""
     more = len(KL_CLIP_METRICS) if kl_clip else 0
-    return N_OUT + more, N_SUMS.value + more
+    return N_OUT + more, N_SUMS.value + more + kappa_weights
 
 
 def blocking(b: int, t: int, by_sequence: bool) -> tuple[int, int]:
@@ -100,12 +100,13 @@ def _rows_strides(x: torch.Tensor | None, shape: tuple[int, int]) -> tuple[int, 
 
 def _divide_by(options: LossOptions, b: int) -> tuple[int, float, torch.Tensor | None]:
     """How the finishing kernel reduces: (DIVIDE_BY, divisor, tensor that holds it)."""
-    if options.loss_type == "grpo":
+    if options.reduction == "grpo":
         return GRPO, 0.0, None
-    if options.loss_type == "dr_grpo":
-        return GIVEN, float(b) * (options.max_completion_length or 1), None
+    if options.reduction in ("dr_grpo", "luspo"):
+        length = options.max_completion_length if options.reduction == "dr_grpo" else None
+        return GIVEN, float(b) * (length or 1), None
     items = options.num_items_in_batch
-    if options.loss_type == "bnpo" or items is None:
+    if options.reduction == "bnpo" or items is None:
         return PER_TOKEN, 0.0, None
     return (GIVEN, 0.0, items) if isinstance(items, torch.Tensor) else (GIVEN, float(items), None)
 
@@ -117,7 +118,7 @@ def _launch(logp: torch.Tensor, x: TokenInputs, options: LossOptions) -> TokenRe
     by_sequence = options.importance_sampling_level == "sequence"
     blocks, block_t = blocking(b, t, by_sequence)
     has_causal = x.causal_logp is not None
-    n_out, n_sums = result_sizes(options.kl_clip is not None)
+    n_out, n_sums = result_sizes(options.kl_clip is not None, x.kappa_weights is not None)
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
@@ -141,6 +142,7 @@ def _launch(logp: torch.Tensor, x: TokenInputs, options: LossOptions) -> TokenRe
         weights_strides = (0, given[0]) if x.context_weights.dim() == 1 else (given[0], given[1])
     rows = (x.old_logp, x.ref_logp, x.query_logp, x.causal_logp, x.importance_sampling_ratio)
     strides = [_rows_strides(y, (b, t)) for y in (logp, mask, x.advantages, *rows)]
+    kappa_strides = _rows_strides(x.kappa_weights, (b, t))
     anything = logp  # stands in for pointers that a flag keeps from being read
     token_loss_kernel[(b * blocks,)](
         logp,
@@ -149,6 +151,7 @@ def _launch(logp: torch.Tensor, x: TokenInputs, options: LossOptions) -> TokenRe
         *(anything if y is None else y for y in rows),
         anything if contexts is None else contexts,
         anything if x.context_weights is None else x.context_weights,
+        anything if x.kappa_weights is None else x.kappa_weights,
         result.d_logp,
         result.d_causal if has_causal else result.d_logp,
         result.sequence if by_sequence else result.d_logp,
@@ -156,6 +159,7 @@ def _launch(logp: torch.Tensor, x: TokenInputs, options: LossOptions) -> TokenRe
         *(stride for pair in strides for stride in pair),
         *((0, 0, 0) if contexts is None else contexts.stride()),
         *weights_strides,
+        *kappa_strides,
         b,
         t,
         1 if contexts is None else contexts.shape[2],
@@ -167,6 +171,8 @@ def _launch(logp: torch.Tensor, x: TokenInputs, options: LossOptions) -> TokenRe
         options.delta or 0.0,
         math.log(options.proj_floor),
         options.kl_clip or 0.0,
+        options.sapo_temperature_pos,
+        options.sapo_temperature_neg,
         HAS_OLD=x.old_logp is not None,
         HAS_REF=x.ref_logp is not None,
         HAS_QUERY=x.query_logp is not None,
@@ -174,8 +180,11 @@ def _launch(logp: torch.Tensor, x: TokenInputs, options: LossOptions) -> TokenRe
         HAS_IS=x.importance_sampling_ratio is not None,
         HAS_CONTEXT=contexts is not None,
         HAS_WEIGHTS=x.context_weights is not None,
-        HAS_DELTA=options.delta is not None,
+        HAS_KAPPA_WEIGHTS=x.kappa_weights is not None,
+        HAS_DELTA=options.delta is not None and options.kind == "clipped",
         HAS_KL_CLIP=options.kl_clip is not None,
+        BIAS_CORRECTION=options.bias_correction_kl and x.ref_logp is not None,
+        KIND=KINDS.index(options.kind),
         ADV_BY_TOKEN=strides[2][1] != 0,
         BY_SEQUENCE=by_sequence,
         ALIGNED_T=_aligned(t),
@@ -203,6 +212,7 @@ def token_loss_forward(logp: torch.Tensor, x: TokenInputs, options: LossOptions)
         DIVIDE_BY=divide_by,
         ITEMS_ON_DEVICE=items is not None,
         HAS_KL_CLIP=options.kl_clip is not None,
+        HAS_KAPPA_WEIGHTS=x.kappa_weights is not None,
         BLOCK_P=block_p,
         BLOCK_B=max(16, 1024 // block_p),
         num_warps=4,
@@ -263,7 +273,7 @@ def token_loss_backward(
         grad_causal if has_causal else grad_logp,
         t,
         blocks,
-        BY_COUNT=options.loss_type == "grpo",
+        BY_COUNT=options.reduction == "grpo",
         BY_SEQUENCE=by_sequence,
         HAS_CAUSAL=has_causal,
         ALIGNED_T=_aligned(t),
