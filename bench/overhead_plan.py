@@ -38,7 +38,9 @@ def predict(args: argparse.Namespace, configs: Configs, results: dict[str, dict[
     base = results["GRPO"]
     rows = args.prompts * args.num_generations
     plain = configs["GRPO"]
-    measured = Lengths(round(base["tokens"]["trained"] / rows) - args.completion_tokens, args.completion_tokens, 0)
+    measured = Lengths(
+        round((base["tokens"]["trained"] - base["tokens"]["generated"]) / rows), args.completion_tokens, 0
+    )
     counts = count_cycle(plain, PlannedScript(plain, measured), abilities_of(plain, architecture), is_grpo=True)
     # Operations per second of the forward and backward; then bytes per second of what is left of the rollout.
     unit = Device(1e-12, 1e30, 1.0, 1.0)

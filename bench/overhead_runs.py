@@ -16,6 +16,7 @@ import gc
 import io
 import itertools
 import multiprocessing
+import random
 import tempfile
 import time
 import warnings
@@ -29,8 +30,9 @@ from typing import Any
 import torch
 import transformers
 import trl
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList, set_seed
 
+from bench.candidate_lengths import EndsAt, draw_lengths
 from gcpo import GCPOConfig, GCPOTrainer
 from gcpo.causal.account import SECONDS, TOKENS, StepAccount
 from gcpo.demo.tiny import save_smollm2, tiny_tokenizer
@@ -58,11 +60,6 @@ class Variant:
 
     options: dict[str, Any]
     paper: bool = False
-
-    @property
-    def shares_prompts(self) -> bool:
-        """Whether prompts are read once in the forward with gradient."""
-        return bool(self.options.get("share_prompt"))
 
 
 class GRPOReadingPromptsOnce(GCPOTrainer):
@@ -146,6 +143,11 @@ def make_config(args: argparse.Namespace, variant: Variant | None) -> trl.GRPOCo
     return GCPOConfig(**{**options, "num_colliders": args.num_colliders, **variant.options})
 
 
+def candidate_lengths(args: argparse.Namespace, seed: int) -> list[int]:
+    """Tokens of each candidate of the step with this seed, in the order of TRL's rows."""
+    return draw_lengths(args.lengths, args.completion_tokens, args.prompts * args.num_generations, seed)
+
+
 class Weights:
     """A model on its device, of which every trainer gets a copy that shares weights, gradients and optimizer state."""
 
@@ -184,6 +186,9 @@ class Run:
             self.trainer.ref_model = weights.reference
         self.account = MemoryAccount()
         self.trainer._accounts[True] = self.account
+        self.args, self.seed = args, 0
+        if args.lengths != "full":  # which `min_new_tokens` forces
+            self._force_lengths()
         with contextlib.redirect_stdout(io.StringIO()):
             self.trainer.train()  # a step that warms up, after which the trainer is ready for more
         self._batches = self._endless()
@@ -192,9 +197,33 @@ class Run:
         while True:
             yield from self.trainer.get_train_dataloader()
 
+    def _force_lengths(self) -> None:
+        """
+        Let candidates end at the lengths of the step. Outputs sampled under contexts have lengths of the same
+        distribution; colliders keep their full length.
+        """
+        model, contexts = self.trainer.model, random.Random()
+        generate = model.generate
+
+        def generate_with_lengths(*given: Any, **kwargs: Any) -> Any:
+            phase, (count, width) = self.account.current, kwargs["input_ids"].shape
+            if phase == "rollout":
+                contexts.seed(self.seed)
+                lengths = candidate_lengths(self.args, self.seed)
+            elif phase == "contexts":
+                seed = contexts.getrandbits(64)
+                lengths = draw_lengths(self.args.lengths, self.args.completion_tokens, count, seed)
+            else:
+                return generate(*given, **kwargs)
+            ends = EndsAt(lengths, width, self.trainer.eos_token_ids)
+            return generate(*given, logits_processor=LogitsProcessorList([ends]), **kwargs)
+
+        model.generate = generate_with_lengths
+
     def step(self, seed: int) -> dict[str, Any]:
         """Seconds and tokens of a step, and peak bytes. Runs that take the same step have the same seed."""
         trainer = self.trainer
+        self.seed = seed
         set_seed(seed)
         trainer.model.train()
         trainer._metrics["train"].clear()
@@ -226,6 +255,11 @@ class MemoryAccount(StepAccount):
         self.peaks: dict[str, int] = {}
         self._open: list[str] = []
 
+    @property
+    def current(self) -> str | None:
+        """The innermost phase that is open."""
+        return self._open[-1] if self._open else None
+
     def begin(self) -> None:
         self.peaks.clear()
         self._reset()
@@ -249,7 +283,7 @@ class MemoryAccount(StepAccount):
         elif self.on_cpu:
             peak = resident("VmHWM")
         if peak is not None:
-            name = self._open[-1] if self._open else "other"
+            name = self.current or "other"
             self.peaks[name] = max(self.peaks.get(name, 0), peak)
             self._reset()
 

@@ -8,18 +8,24 @@ with the learning rate at 0, so that every run of a seed rolls out the same cand
 All runs are kept alive and take turns, a step each, in an order that rotates: a machine that slows down meets all
 alike.
 
-"GRPO" is TRL's as it stands: rollout and loss read a prompt once per completion. GCPO's rollout reads it once for all
-(`share_prefix`), and with `share_prompt` so does its loss. Neither needs GCPO: rows with `share_prompt` are also held
-against "GRPO, prompts shared", which has both; what is left is what GCPO adds: scoring, colliders, contexts, and the
-second KL in the loss.
+"GRPO" is TRL's as it stands: rollout and loss read a prompt once per completion, and the loss reads padding. GCPO's
+rollout reads a prompt once for all (`share_prefix`), and its loss is made from hidden states (`fused_loss`) of packed
+rows (`padding_free`). None of it needs GCPO: "GRPO, same savings" has all three. Beside it, what is left is what GCPO
+adds: scoring, colliders, contexts, and the second KL in the loss.
 
-The files are written after each round. A ratio is the median over rounds of the ratio within a round; ranges are over
-rounds. Completions are forced to their
-full length: which tokens a model ends on is not what is measured. "predicted" is what `gcpo plan` says, given the rates
-of GRPO's own phases in this run.
+The files are written after each round. A ratio is the median over rounds of the ratio within a round, with its lowest
+and highest; from three rounds on, what follows in brackets is the 95% interval of the mean ratio (Student's t, of
+logarithms). "loss, ms per token" is the phase "loss" (the policy's forward and backward, the second KL's too) per
+completion token in the loss: seconds over "generated", which is the same number of tokens for all rows. "read by the
+loss" is what the forward with gradient reads for them: tokens, prompts included, and padding.
+
+Lengths are forced: which tokens a model ends on is not what is measured. All candidates have the full length, or
+(`--lengths lognormal`) lengths that are drawn anew in every round, the same for every row. Colliders have their full
+length. "predicted" is what `gcpo plan` says of these lengths, given the rates of GRPO's own phases in this run.
 """
 
 import argparse
+import math
 import platform
 import statistics
 import tempfile
@@ -33,16 +39,31 @@ import torch
 import transformers
 import trl
 
+from bench.candidate_lengths import CHOICES, MEAN, SIGMA, describe
 from bench.clocks import Clocks
 from bench.files import write_json, write_text
 from bench.overhead_plan import PHASES, plan_configs, predict
-from bench.overhead_runs import MODELS, Run, Variant, Weights, cpu_memory, device, prepare_model, quiet
+from bench.overhead_runs import (
+    MODELS,
+    Run,
+    Variant,
+    Weights,
+    candidate_lengths,
+    cpu_memory,
+    device,
+    prepare_model,
+    quiet,
+)
 from bench.revision import revision
 from gcpo import GCPOConfig
 from gcpo.run.table import markdown
+from gcpo.study.intervals import interval
 
 # Savings switched off, each and all, and savings beyond the defaults. Rows that are the defaults are left out.
 _CHANGES: list[dict[str, Any]] = [
+    {"fused_loss": False},
+    {"padding_free": False},
+    {"fused_loss": False, "padding_free": False},
     {"share_prefix": False},
     {"reuse_rollout": False},
     {"pack_tokens": 1},
@@ -53,14 +74,15 @@ _CHANGES: list[dict[str, Any]] = [
     {"candidate_context_tokens": None},
     {"estimator": "scored"},  # which takes all contexts of all candidates
     {
+        "fused_loss": False,
+        "padding_free": False,
         "share_prefix": False,
         "reuse_rollout": False,
         "context_attention": "full",
         "candidate_context_tokens": None,
         "estimator": "scored",
     },
-    {"share_prompt": True},
-    {"share_prompt": True, "kl_fraction": 0.125},
+    {"kl_fraction": 0.125},
     {"kappa": 0.0},
 ]
 _DEFAULTS = {item.name: item.default for item in fields(GCPOConfig)}
@@ -83,21 +105,18 @@ VARIANTS: dict[str, Variant] = {
     "GCPOConfig.paper()": Variant({}, paper=True),
     f"GCPOConfig.paper({named(_NAIVE)})": Variant(_NAIVE, paper=True),
 }
-# What rows with `share_prompt` are held against; measured wherever there is such a row.
-SHARED = "GRPO, prompts shared"
-GRPO_SHARED = Variant({"kappa": 0.0, "estimator": "none", "share_prompt": True})
-# All that a table shows. GRPO, which ratios are to, is always measured.
-ROWS: dict[str, Variant | None] = {"GRPO": None, SHARED: GRPO_SHARED, **VARIANTS}
+# GRPO with the savings that do not need GCPO. Its rollout reads prompts once, too (`GRPOReadingPromptsOnce`).
+SAME_SAVINGS = "GRPO, same savings"
+GRPO_WITH_SAVINGS = Variant({"kappa": 0.0, "estimator": "none", "fused_loss": True, "padding_free": True})
+# All that a table shows. The first two, which ratios are to, are always measured.
+ROWS: dict[str, Variant | None] = {"GRPO": None, SAME_SAVINGS: GRPO_WITH_SAVINGS, **VARIANTS}
 SCORED = ("scored_query", "scored_colliders", "scored_contexts")
+_ROUNDS_OF_INTERVALS = 3  # fewer say too little of the spread
 
 
 def choose(args: argparse.Namespace) -> dict[str, Variant | None]:
-    """The rows to measure, TRL's GRPO (None) first. Gradient checkpointing excludes sharing prompts in training."""
-    chosen = {name: ROWS[name] for name in args.only or VARIANTS}
-    if args.gradient_checkpointing:
-        chosen = {name: variant for name, variant in chosen.items() if not (variant and variant.shares_prompts)}
-    shared = {SHARED: GRPO_SHARED} if any(variant and variant.shares_prompts for variant in chosen.values()) else {}
-    return {"GRPO": None, **shared, **chosen}
+    """The rows to measure, TRL's GRPO (None) first."""
+    return {name: ROWS[name] for name in ("GRPO", SAME_SAVINGS, *(args.only or VARIANTS))}
 
 
 Steps = dict[str, list[dict[str, Any]]]
@@ -120,9 +139,7 @@ def measure(args: argparse.Namespace, variants: dict[str, Variant | None]) -> It
         yield steps
 
 
-def summarize(
-    steps: Steps, memory: dict[str, dict[str, int]], variants: dict[str, Variant | None]
-) -> dict[str, dict[str, Any]]:
+def summarize(steps: Steps, memory: dict[str, dict[str, int]]) -> dict[str, dict[str, Any]]:
     """Medians over the rounds with their spread, and ratios to GRPO's steps of the same round."""
     base = steps["GRPO"]
     # What one pass over prompts and completions scores; GRPO itself makes none, unless it has a reference model.
@@ -138,14 +155,16 @@ def summarize(
         results[name] = {
             "step_seconds": spread([step["step_seconds"] for step in taken]),
             "ratio": ratios(taken, base),
+            "ratio_same_savings": ratios(taken, steps[SAME_SAVINGS]),
             "seconds": {phase: spread([step["seconds"][phase] for step in taken]) for phase in base[0]["seconds"]},
+            "loss_ms_per_token": spread(
+                [1e3 * step["seconds"]["loss"] / step["tokens"]["generated"] for step in taken]
+            ),
             "tokens": tokens,
             "scored": scored,
             "scored_to_one_pass": scored / one_pass,
             "peak_memory_bytes": peaks,
         }
-        if (variant := variants[name]) is not None and variant.shares_prompts:
-            results[name]["ratio_shared"] = ratios(taken, steps[SHARED])
     lowest = max(results["GRPO"]["peak_memory_bytes"].values(), default=None)
     for result in results.values():
         peak = max(result["peak_memory_bytes"].values(), default=None)
@@ -154,7 +173,14 @@ def summarize(
 
 
 def ratios(steps: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, Any]:
-    return spread([a["step_seconds"] / b["step_seconds"] for a, b in zip(steps, base, strict=True)])
+    """Of the step's seconds to those of another row in the same round; `interval`: of the mean, by their logarithms."""
+    found = [a["step_seconds"] / b["step_seconds"] for a, b in zip(steps, base, strict=True)]
+    result = spread(found)
+    if len(found) >= _ROUNDS_OF_INTERVALS:
+        of_logs = interval([math.log(ratio) for ratio in found])
+        result["mean"] = math.exp(of_logs.mean)
+        result["interval"] = [math.exp(of_logs.mean + sign * of_logs.half) for sign in (-1, 1)]
+    return result
 
 
 def spread(values: list[float]) -> dict[str, Any]:
@@ -163,15 +189,17 @@ def spread(values: list[float]) -> dict[str, Any]:
 
 def show(results: dict[str, dict[str, Any]]) -> str:
     """The results as Markdown: time and tokens, then memory."""
-    shared = [f"to {SHARED}"] if SHARED in results else []
-    heads = ["s per step", "to GRPO", *shared, "predicted", *PHASES, "tokens scored", "to one pass"]
+    heads = ["s per step", "to GRPO", f"to {SAME_SAVINGS}", "predicted", *PHASES, "loss, ms per token"]
+    heads += ["read by the loss", "tokens scored", "to one pass"]
     table = [["", *heads]]
     for name, result in results.items():
-        cells = [_range(result["step_seconds"], ".2f"), _range(result["ratio"], ".2f", "x")]
-        if shared:
-            cells += [_range(result["ratio_shared"], ".2f", "x") if "ratio_shared" in result else ""]
+        tokens = result["tokens"]
+        cells = [_range(result["step_seconds"], ".2f")]
+        cells += [_range(result[kind], ".2f", "x") for kind in ("ratio", "ratio_same_savings")]
         cells += [f"{result['predicted']['ratio']:.2f}x"]
         cells += [f"{result['seconds'][phase]['median']:.2f}" for phase in PHASES]
+        cells += [f"{result['loss_ms_per_token']['median']:.3g}"]
+        cells += [f"{tokens['trained']:,.0f} + {tokens['trained_padding']:,.0f}"]
         cells += [f"{result['scored']:,.0f}", f"{result['scored_to_one_pass']:.2f}x"]
         table.append([name, *cells])
     lines = markdown(table)
@@ -188,7 +216,11 @@ def show(results: dict[str, dict[str, Any]]) -> str:
 
 
 def _range(values: dict[str, Any], form: str, unit: str = "") -> str:
-    return f"{values['median']:{form}}{unit} ({values['min']:{form}}–{values['max']:{form}})"  # noqa: RUF001
+    text = f"{values['median']:{form}}{unit} ({values['min']:{form}}–{values['max']:{form}})"  # noqa: RUF001
+    if "interval" in values:
+        low, high = values["interval"]
+        text += f" [{low:{form}}, {high:{form}}]"
+    return text
 
 
 def environment() -> dict[str, Any]:
@@ -215,6 +247,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--num_colliders", type=int, default=4, help="L; of the paper's settings, n")
     add("--completion_tokens", type=int, default=64)
     add("--collider_tokens", type=int, default=16)
+    add(
+        "--lengths",
+        choices=CHOICES,
+        default="full",
+        help="of candidates: all of --completion_tokens, or drawn in every round from a lognormal distribution of mean "
+        f"{MEAN} x --completion_tokens and sigma {SIGMA}, clipped to [1, --completion_tokens]",
+    )
     add("--beta", type=float, default=0.0, help="above 0, GRPO scores its reference model too")
     add("--gradient_checkpointing", action="store_true")
     add(
@@ -225,7 +264,7 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=list(ROWS),
         metavar="ROW",
-        help="these rows of the table, beside GRPO's: %(choices)s",
+        help="these rows of the table, beside the two of GRPO: %(choices)s",
     )
     add("--out", type=Path, help="JSON file to write; the table goes beside it as Markdown")
     return parser
@@ -252,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
         with Clocks(device()) as clocks:
             for steps in measure(args, variants):
                 rounds.append((began, began := time.time()))
-                results = summarize(steps, memory, variants)
+                results = summarize(steps, memory)
                 predict(args, configs, results)
                 if args.out is not None:  # after each round: a run that is stopped leaves what it had
                     write(args, results, [clocks.during(*taken) for taken in rounds])
@@ -263,7 +302,14 @@ def write(args: argparse.Namespace, results: dict[str, dict[str, Any]], clocks: 
     """`args.out`, and the table beside it; `clocks` are of each round, the first with its warming up."""
     left_out = ("folder", "out")
     settings = {key: value for key, value in vars(args).items() if key not in left_out}
-    content = {"environment": environment(), "settings": settings, "results": results, "clocks": clocks}
+    drawn = [candidate_lengths(args, number + 1) for number in range(len(clocks))]
+    content = {
+        "environment": environment(),
+        "settings": settings,
+        "candidate_lengths": describe(args.lengths) | {"of_rounds": drawn},
+        "results": results,
+        "clocks": clocks,
+    }
     write_json(content, args.out)
     write_text(show(results) + "\n", args.out.with_suffix(".md"))
 
