@@ -250,7 +250,7 @@ def test_scoring_passes_of_trl(layout: str, folder: Any, tmp_path: Any) -> None:
 def test_off_without_the_causal_parts_unless_asked_for(folder: Any, tmp_path: Any) -> None:
     policy = save_family("llama", folder)
     plain = make_trainer(policy, tmp_path, kappa=0.0, estimator="none")
-    assert not plain.fuses_loss and not plain.leaves_padding_out and plain._own is None
+    assert not plain.fuses_loss and not plain.leaves_padding_out and plain.own_forward is None
     assert "reader" not in plain.model.forward.__func__.__kwdefaults__
     asked = make_trainer(policy, tmp_path, kappa=0.0, estimator="none", **OWN)
     assert asked.fuses_loss and asked.leaves_padding_out
