@@ -216,6 +216,7 @@ def against_unpadded(model: Any) -> str | None:
         return f"{text.model_type} has layers that read a row from left to right (convolutions, recurrence, chunks)"
     if len(set(kinds)) > 1 and "attention_mask, dict)" not in inspect.getsource(type(model.base_model).forward):
         return f"{text.model_type} does not take a mask for each kind of its layers"
-    if learns_positions(model):
-        return f"{text.model_type} learns an embedding for each position, which TRL's padding moves"
+    places = inspect.signature(type(model.base_model).forward).parameters
+    if learns_positions(model) or "position_ids" not in places or getattr(text, "alibi", False):
+        return f"{text.model_type} does not take positions from its caller as rotary models do"
     return None
