@@ -54,7 +54,7 @@ class OwnLossTrainer(KLTermsTrainer):
         if wanted and reason is not None:
             raise ValueError(f"`{name}` must be False or None: {reason}.")
         if wanted is None and self.args.is_causal and reason is not None:
-            logger.info(f"`{name}` is off: {reason}.", main_process_only=True)
+            logger.warning(f"`{name}` is off: {reason}.", main_process_only=True)
         return reason is None and (self.args.is_causal if wanted is None else wanted)
 
     # -----------------------------------------------------------------------------------------------------------------
