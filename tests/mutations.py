@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "mutations.md"
 BEGIN, END = "<!-- begin: make mutations -->", "<!-- end -->"
-MATHS, TORCH = "gcpo_kernels/maths.py", "gcpo_kernels/torch_backend.py"
+MATHS, GROUP, TORCH = "gcpo_kernels/maths.py", "gcpo_kernels/group.py", "gcpo_kernels/torch_backend.py"
 TRITON = "gcpo_kernels/triton_backend/"
 
 
@@ -34,6 +34,7 @@ class Mutation:
 
 
 EQUATION = "tests/test_reference.py"
+TRL = "tests/test_trl_loss.py"
 FAULTS = "tests/test_trainer_faults.py"
 BUDGET = "tests/triton/test_triton_budget.py"
 PATHS = "tests/triton/test_triton_linear_paths.py"
@@ -63,8 +64,8 @@ MUTATIONS = (
     Mutation(
         "the reference's KL the other way round",
         MATHS,
-        "loss + options.beta * k3(clip_kl_ratio(inputs.ref_logp - logp, options))",
-        "loss + options.beta * k3(clip_kl_ratio(logp - inputs.ref_logp, options))",
+        "options.beta * reference_kl(inputs.ref_logp - logp, log_ratio, options)",
+        "options.beta * reference_kl(logp - inputs.ref_logp, log_ratio, options)",
         EQUATION,
     ),
     Mutation(
@@ -73,8 +74,6 @@ MUTATIONS = (
         "logp if inputs.causal_logp is None else inputs.causal_logp",
         "logp",
         EQUATION,
-        1,
-        2,
     ),
     Mutation(
         "the gradient does not stop at kl_clip",
@@ -89,6 +88,64 @@ MUTATIONS = (
         "torch.where(beyond_kl_clip(d, options.kl_clip), 0.0, slope)",
         "slope",
         "tests/test_torch_backend.py -k test_linear_loss",
+    ),
+    Mutation(
+        "phi of vespo is no constant",
+        MATHS,
+        "logp, given, keep = logp.detach()",
+        "logp, given, keep = logp",
+        TRL,
+    ),
+    Mutation(
+        "phi of a sequence's mean ratio",
+        MATHS,
+        "torch.where(keep, logs, 0.0).sum(dim=1)",
+        "torch.where(keep, logs, 0.0).mean(dim=1)",
+        TRL,
+    ),
+    Mutation(
+        "a sampler's correction per sequence counted for every token",
+        MATHS,
+        "/ (given.mask != 0).sum(dim=1, keepdim=True).clamp(min=1)",
+        "/ 1.0",
+        TRL,
+    ),
+    Mutation(
+        "temperatures of sapo exchanged",
+        MATHS,
+        "(options.sapo_temperature_pos, options.sapo_temperature_neg)",
+        "(options.sapo_temperature_neg, options.sapo_temperature_pos)",
+        TRL,
+    ),
+    Mutation("the factor of cispo is no constant", MATHS, "-capped.detach() *", "-capped *", TRL),
+    Mutation("luspo divided by tokens", MATHS, "ones / max(mask.shape[0], 1)", "ones / mask.numel()", TRL),
+    Mutation(
+        "the corrected KL's ratio without its gradient",
+        MATHS,
+        "d_ratio = d_ratio + options.beta * reference_kl",
+        "d_ratio = d_ratio + 0.0 * reference_kl",
+        "tests/test_torch_backend.py -k test_linear_loss",
+    ),
+    Mutation(
+        "whole sequences forgotten in vespo",
+        "gcpo_kernels/options.py",
+        'self.importance_sampling_level == "sequence" or self.kind == "vespo"',
+        'self.importance_sampling_level == "sequence"',
+        "tests/test_torch_backend.py -k test_linear_loss",
+    ),
+    Mutation(
+        "tokens without a causal term counted in its metrics",
+        MATHS,
+        "inputs.mask & (inputs.kappa_weights != 0)",
+        "inputs.mask",
+        EQUATION,
+    ),
+    Mutation(
+        "policy weights dropped where the sampler has a correction",
+        MATHS,
+        "weights = (weights if weights.dim() == 2 else weights[:, None]) * (",
+        "weights = (",
+        EQUATION,
     ),
     Mutation("missing detach of the old policy", MATHS, "(logp.detach() if inputs", "(logp if inputs", EQUATION),
     Mutation(
@@ -125,15 +182,15 @@ MUTATIONS = (
     Mutation("sequence ratio over padding too", MATHS, "/ count).expand_as", "/ ratio.shape[1]).expand_as", EQUATION),
     Mutation(
         "biased std",
-        MATHS,
+        GROUP,
         "(centred.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1))",
         "(centred.square().sum(dim=1, keepdim=True) / count.clamp(min=1))",
         EQUATION,
     ),
-    Mutation("off by one in leave-one-out", MATHS, "/ (z.shape[1] - 1)", "/ z.shape[1]", EQUATION),
+    Mutation("off by one in leave-one-out", GROUP, "/ (z.shape[1] - 1)", "/ z.shape[1]", EQUATION),
     Mutation(
         "wrong collider in Zbar",
-        MATHS,
+        GROUP,
         "per_context[:, :, 0] - per_context",
         "per_context[:, :, -1] - per_context",
         EQUATION,
@@ -197,6 +254,27 @@ MUTATIONS = (
         "tl.sum(ratio_sum) / count",
         "tl.sum(ratio_sum)",
         BUDGET,
+    ),
+    Mutation(
+        "Triton: slope of sapo",
+        TRITON + "common.py",
+        "-4.0 * e * r * r * ratio",
+        "-4.0 * e * r * ratio",
+        BUDGET + " -k sapo",
+    ),
+    Mutation(
+        "Triton: tokens without a causal term counted in its metrics",
+        TRITON + "token_kernels.py",
+        "tl.sum(kl_causal) / count_causal",
+        "tl.sum(kl_causal) / count",
+        BUDGET + " -k sapo",
+    ),
+    Mutation(
+        "Triton: the corrected KL's ratio without its gradient",
+        TRITON + "common.py",
+        "d_ratio += tl.where(beta != 0.0, beta * kl, 0.0)",
+        "d_ratio += 0.0",
+        BUDGET + " -k luspo",
     ),
     Mutation(
         "Triton: off by one in the vocabulary",
@@ -271,9 +349,9 @@ MUTATIONS = (
     Mutation(
         "groups without a collider keep the second KL term",
         "gcpo/causal/loss.py",
-        "mask = mask * terms.counted.unsqueeze(1)",
-        "mask = mask * 1",
-        FAULTS,
+        "kappa_weights=terms.counted.to(logp.dtype)",
+        "kappa_weights=None",
+        "tests/test_causal_step.py",
     ),
     Mutation(
         "accumulation not divided out",
