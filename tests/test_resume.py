@@ -37,6 +37,7 @@ from gcpo.run.meter import AccountedGRPOTrainer
 from gcpo.run.records import read_run
 
 OFF = {"kappa": 0.0, "estimator": "none"}
+OWN = {"fused_loss": True, "padding_free": True}
 MOMENTS = ("first rollout", "rollout", "weights", "optimizer", "state", "saved")
 
 
@@ -89,9 +90,20 @@ def lora() -> Any:
         {"estimator": "sampled", "kl_fraction": 0.5, "num_kl_contexts": 1, "shuffle_candidates": True},
         {"num_iterations": 2, "peft_config": lora, "beta": 0.1, "causal_policy_context": "context"},
         {"generation_batch_size": 32, "steps_per_generation": None, "per_device_train_batch_size": 16},  # 2 epochs
+        # In the middle of a rollout whose rows were dealt out to micro-batches anew, and of the updates that share it.
+        {**OWN, "steps_per_generation": 4, "num_iterations": 2, "beta": 0.1, "max_completion_length": 24},
         {**OFF, "beta": 0.5, "sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.6},
     ],
-    ids=["plain", "iterations", "steps_per_generation", "sampled", "adapter", "epochs", "synced_reference"],
+    ids=[
+        "plain",
+        "iterations",
+        "steps_per_generation",
+        "sampled",
+        "adapter",
+        "epochs",
+        "dealt out",
+        "synced_reference",
+    ],
 )
 def test_six_steps_are_three_and_three_more(changed: dict[str, Any], policy: str, tmp_path: Path) -> None:
     def run(folder: str, stop: int | None = None, resume: bool = False) -> Any:

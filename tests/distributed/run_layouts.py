@@ -66,7 +66,7 @@ def build(
         **{name: values[int(os.environ.get("RANK", "0"))] for name, values in (by_rank or {}).items()},
     }
     torch.manual_seed(0)  # an adapter's parameters are drawn
-    trainer = (FixedRollouts if fixed else GCPOTrainer)(
+    trainer = (CountedRows if fixed else GCPOTrainer)(
         model=policy,
         reward_funcs=count_low,
         args=GCPOConfig(**options(folder, **settings)),
@@ -85,10 +85,25 @@ def train(trainer: GCPOTrainer, folder: Path) -> None:
     trainer.train()
     metrics = trainer.evaluate()
     trainer.save_model(str(folder / "model"))
+    if isinstance(trainer, CountedRows):
+        (folder / f"rows-{trainer.accelerator.process_index}.json").write_text(json.dumps(trainer.rows_read))
     if trainer.accelerator.is_main_process:
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
         own = [trainer.fuses_loss, trainer.leaves_padding_out]
         (folder / "metrics.json").write_text(json.dumps({"train": history, "eval": metrics, "own": own}))
+
+
+class CountedRows(FixedRollouts):
+    """Keeps how many rows the forwards of its losses read; only our own forwards are seen."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.rows_read: list[int] = []
+        super().__init__(*args, **kwargs)
+
+    def _count_read(self, rows: Any) -> None:
+        super()._count_read(rows)
+        if self.model.training and torch.is_grad_enabled():
+            self.rows_read.append(len(rows.ids))
 
 
 class LoseProcess(TrainerCallback):

@@ -30,7 +30,7 @@ RUNS: dict[str, tuple[bool, int, dict[str, Any]]] = {
     "untied": (False, 1, {"loss_type": "grpo", "max_grad_norm": 0.5}),
     "untied, accumulated": (False, 2, CHECKPOINTED),
     "untied, accumulated, TRL's path": (False, 2, CHECKPOINTED | TRLS_PATH),
-    # The second process has no token to train on, and a row or two to read where the first has more.
+    # The second process has no token to train on, and one row to read where the first has more.
     "cut off": (True, 2, {"loss_type": "grpo", "cuts_off": True, "mask_truncated_completions": True}),
     "adapter": (False, 1, {"loss_type": "dapo", "adapter": True}),
 }
@@ -49,6 +49,10 @@ class Layout:
     folder: Path
     models: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def rows(self, name: str) -> list[list[int]]:
+        """How many rows each forward of a loss read, by process."""
+        return [json.loads((self.folder / name / f"rows-{rank}.json").read_text()) for rank in (0, 1)]
 
     def add(self, name: str) -> None:
         (saved,) = (self.folder / name / "model").glob("*model.safetensors")  # the model's, or the adapter's
@@ -148,6 +152,10 @@ def assert_alone(layout: Layout, alone: Layout) -> None:
 def test_data_parallel(ddp: Layout, alone: Layout) -> None:
     """Seen in trl#7245, trl#5619, trl#3896."""
     assert_alone(ddp, alone)
+    first, second = ddp.rows("tied, accumulated")
+    assert len(first) == len(second) == 4 and first != second
+    first, second = ddp.rows("cut off")
+    assert second == [1] * 4 and max(first) > 1
 
 
 @pytest.mark.hazard(3, 4, 5, 25)
