@@ -22,6 +22,7 @@ PHASES = ("rollout", "scoring", "colliders", "contexts", "loss")
 
 
 Configs = dict[str, GCPOConfig]
+Round = tuple[list[int], list[int]]  # tokens of each prompt, and of each candidate
 
 
 def plan_configs(args: argparse.Namespace, variants: dict[str, Variant | None]) -> Configs:
@@ -42,9 +43,8 @@ def predict(args: argparse.Namespace, configs: Configs, results: dict[str, dict[
     config = transformers.AutoConfig.from_pretrained(args.folder)
     architecture = Architecture.from_config(config)
     base, plain = results["GRPO"], configs["GRPO"]
-    rounds = [candidate_lengths(args, number + 1) for number in range(len(base["step_seconds"]["all"]))]
-    prompt = round((base["tokens"]["trained"] - base["tokens"]["generated"]) / len(rounds[0]))
-    planned = {name: _count(args, configs[name], architecture, prompt, rounds, name == "GRPO") for name in results}
+    rounds = [(queries, candidate_lengths(args, k)) for k, queries in enumerate(base["prompt_tokens"], 1)]
+    planned = {name: _count(args, configs[name], architecture, rounds, name == "GRPO") for name in results}
     counts = planned["GRPO"]
     # Operations per second of the forward and backward; then bytes per second of what is left of the rollout.
     unit = Device(1e-12, 1e30, 1.0, 1.0)
@@ -68,20 +68,16 @@ def predict(args: argparse.Namespace, configs: Configs, results: dict[str, dict[
 
 
 def _count(
-    args: argparse.Namespace,
-    config: GCPOConfig,
-    architecture: Architecture,
-    prompt: int,
-    rounds: list[list[int]],
-    is_grpo: bool,
+    args: argparse.Namespace, config: GCPOConfig, architecture: Architecture, rounds: list[Round], is_grpo: bool
 ) -> Counts:
-    """What the rounds read, whose candidates have these lengths, after prompts of so many tokens."""
-    lengths = replace(_lengths(args, config), prompt=prompt, sample=round(fmean(map(fmean, rounds))))
+    """What these rounds read."""
+    mean = fmean(fmean(completions) for _, completions in rounds)
+    lengths = replace(_lengths(args, config), sample=round(mean))
     abilities = abilities_of(config, architecture)
     if not config.is_causal and not is_grpo:  # GRPOReadingPromptsOnce
         abilities = replace(abilities, caches_prefixes=True)
-    counted = (count_cycle(config, PlannedScript(config, lengths, drawn), abilities, is_grpo) for drawn in rounds)
-    return reduce(operator.add, counted)
+    scripts = (PlannedScript(config, lengths, completions, queries) for queries, completions in rounds)
+    return reduce(operator.add, (count_cycle(config, script, abilities, is_grpo) for script in scripts))
 
 
 def _lengths(args: argparse.Namespace, config: GCPOConfig) -> Lengths:

@@ -3,13 +3,14 @@ What passes through the model in a cycle of GRPO and of GCPO, counted before any
 causal step on a `CountingPolicy`; what TRL does around it follows TRL's conventions. Tokens are counted as a run logs
 them, by `gcpo/tokens/KIND`.
 
-All candidates are taken to have one length and to end by themselves, colliders too. Contexts share what they must (the
-query, the text around it, the same candidates in the same order); tokens that happen to agree come on top in a run.
+Candidates are taken to end by themselves, colliders too. Contexts share what they must (the query, the text around it,
+the same candidates in the same order), and packed rows of the policy the query; tokens that happen to agree come on top
+in a run.
 """
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from types import SimpleNamespace
@@ -18,16 +19,15 @@ from typing import Any, Protocol
 import torch
 
 from gcpo.causal.contexts import PromptBuilder
-from gcpo.causal.port import Ids, Prompt, Rollout, RolloutStates, common_prefix
+from gcpo.causal.port import Ids, Prompt, Rollout, RolloutStates
 from gcpo.causal.step import CausalStep
 from gcpo.config import GCPOConfig
-from gcpo.forward.counting import Abilities, CountingPolicy, Decoding, Pass, Span, hashable, piece_of
-from gcpo.forward.microbatches import deal
-from gcpo.forward.models import padded_width
+from gcpo.forward.counting import Abilities, CountingPolicy, Decoding, Pass, Span, piece_of
 from gcpo.forward.own_forward import MASKED_ATTENTION
-from gcpo.forward.unpadded import LayerCost, choose_layout
+from gcpo.forward.unpadded import LayerCost
 from gcpo.own_loss import against_fused_loss, against_padding_free
 from gcpo.planning.architecture import Architecture
+from gcpo.planning.rows import batch_width, holds, micro_batches, packed, padded
 
 _END = ("end",)  # what every completion ends in
 
@@ -94,21 +94,29 @@ class PlannedScript:
         config: of the run.
         lengths: of a prompt and what is made of it.
         completions: tokens of each row's candidate, end token included. None: all have `lengths.completion`.
+        queries: tokens of each prompt, chat template included. None: all have `lengths.prompt`.
     """
 
     ending_ids = [(_END, 0)]
 
-    def __init__(self, config: GCPOConfig, lengths: Lengths, completions: Sequence[int] | None = None):
+    def __init__(
+        self,
+        config: GCPOConfig,
+        lengths: Lengths,
+        completions: Sequence[int] | None = None,
+        queries: Sequence[int] | None = None,
+    ):
         self.config, self.lengths, self.builder = config, lengths, self
         self._tail = lru_cache(maxsize=None)(self._tail_of)  # every context of a group shows the same candidates
         self.n, self.rows = int(config.num_generations or 1), int(config.generation_batch_size or 1)
         self.completions = [lengths.completion] * self.rows if completions is None else list(completions)
+        self.queries = [lengths.prompt] * -(-self.rows // self.n) if queries is None else list(queries)
 
     def order(self, number: int) -> None:
         return None
 
     def rollout(self, number: int) -> tuple[list[Any], list[Any], list[Any]]:
-        prompts = [Span.of(("query", row // self.n), self.lengths.prompt) for row in range(self.rows)]
+        prompts = [Span.of(("query", row // self.n), self.queries[row // self.n]) for row in range(self.rows)]
         return prompts, prompts, [_ended(("candidate", row), self.completions[row]) for row in range(self.rows)]
 
     def output(self, rollout: int, phase: str, number: int) -> Any:
@@ -146,8 +154,19 @@ class Batch:
 
     positions: int = 0  # padding included
     predicted: int = 0  # of those, at how many the output layer is applied, unless it is TRL's on a CPU
-    mask: int = 0  # entries of the mask over packed rows
+    mask: int = 0  # entries of the mask of packed or padded rows
     head: str = "trl"  # as `Pass.head`
+
+    @classmethod
+    def of(cls, passes: Counter[Pass]) -> "Batch":
+        positions, predicted, mask, head = 0, 0, 0, "trl"
+        for item, count in passes.items():
+            positions += (item.new + item.padding) * count
+            predicted += item.predicted * count
+            head = item.head
+            if item.dense:
+                mask += (item.new + item.padding) ** 2 * count
+        return cls(positions, predicted, mask, head)
 
 
 @dataclass
@@ -204,7 +223,7 @@ def abilities_of(config: GCPOConfig, architecture: Architecture, attention: str 
             against_fused_loss=against_fused_loss(trainer),
             against_padding_free=against_padding_free(trainer),
             layer_cost=LayerCost.of(text, attention or before),
-            masks_squares=(attention or before) in ("sdpa", "eager"),
+            masks_squares=(attention or before) in ("sdpa", "eager"),  # the others leave out what is masked
         )
     finally:
         text._attn_implementation = before
@@ -235,7 +254,7 @@ class _Rollout:
     """One rollout: its making, its scores, the causal step, and the forwards with gradient that it serves."""
 
     def __init__(self, config: GCPOConfig, script: Script, abilities: Abilities, is_grpo: bool, number: int, seed: int):
-        self.config, self.is_causal = config, config.is_causal and not is_grpo
+        self.config, self.abilities, self.is_causal = config, abilities, config.is_causal and not is_grpo
         prompts, self.prompt_ids, self.completions = script.rollout(number)
 
         def output(phase: str, k: int) -> Ids:
@@ -250,14 +269,12 @@ class _Rollout:
             masks_truncated=config.mask_truncated_completions,
             abilities=abilities,
         )
-        self.shuffle = torch.Generator().manual_seed(seed)
         # Tokens of each completion that TRL's own passes see: it masks truncated ones before them.
         hides = config.mask_truncated_completions
         self.seen = [y[:0] if hides and y[-1] not in self.policy.ending_ids else y for y in self.completions]
         self.batches: dict[str, Batch] = {}
         reasons = {"fused_loss": abilities.against_fused_loss, "padding_free": abilities.against_padding_free}
-        holds = {name: not is_grpo and _holds(config, name, reason) for name, reason in reasons.items()}
-        self.fuses, self.packs = holds["fused_loss"], holds["padding_free"]
+        self.fuses, self.packs = (not is_grpo and holds(config, *found) for found in reasons.items())
         keeps = self.is_causal and self.policy.keeps_states
         once = self.policy.reads_once if self.is_causal else abilities.caches_prefixes
         self.policy.count_generation("rollout", "", self.prompt_ids, once=once, keeps=keeps)
@@ -283,100 +300,35 @@ class _Rollout:
                     rollout.states.completions = [piece_of(len(ids)) for ids in self.completions]
             given = zeros if scores_old and not config.mask_truncated_completions else None
             contexts = CausalStep(self.policy, config, script.builder).terms(rollout, 1, given, given).first_contexts
-        for rows in self._micro_batches(script.order(number)):
+        order = script.order(number)
+        if order is None:
+            order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
+        for rows in micro_batches(config, self.prompt_ids, self.seen, order, self.packs):
             head = "fused" if self.fuses else "trl"
             self._read(Pass("loss", "policy under q", "train", 0, head=head), self.prompt_ids, rows)
             if contexts is not None:
                 self._read(Pass("loss", "policy under x_i", "train", 0), contexts, rows)
 
-    def _micro_batches(self, order: list[int] | None) -> list[list[int]]:
-        """Rows of each micro-batch, drawn from the rollout's, and brought together by prompt where they are packed."""
-        config, count = self.config, int(self.config.steps_per_generation or 1)
-        order = torch.randperm(len(self.seen), generator=self.shuffle).tolist() if order is None else order
-        regroups = self.packs and config.loss_type != "bnpo"
-        window = math.gcd(count, config.gradient_accumulation_steps) if regroups else 1
-        size = len(order) // count * window
-        numbers: dict[Hashable, int] = {}
-        groups = [numbers.setdefault(hashable(ids), len(numbers)) for ids in self.prompt_ids]
-        batches = []
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
-            dealt = [list(range(len(rows)))]
-            if window > 1:
-                lengths, reads = [len(self.seen[k]) for k in rows], [len(self.prompt_ids[k]) for k in rows]
-                dealt = deal([groups[k] for k in rows], lengths, reads, window)
-            batches += [[rows[place] for place in places] for places in dealt]
-        return batches
-
     def _read(self, item: Pass, prompts: list[Ids], rows: Sequence[int]) -> None:
-        """A forward over these rows, as often as it is made: padded as TRL does, or packed."""
-        some, seen = [prompts[k] for k in rows], [self.seen[k] for k in rows]
+        """Count a forward over these rows of TRL's batch, as often as it is made."""
         if self.packs:
             item = item._replace(head="compact") if item.head == "trl" else item
-            passes, mask = self._packed(item, some, seen)
-        else:
-            # TRL pads a rollout, of which a micro-batch is a part.
-            width = sum(padded_width(ids, self.config.pad_to_multiple_of) for ids in (prompts, self.completions))
-            sizes = [(len(x) + len(y), len(y)) for x, y in zip(some, seen, strict=True)]
-            dense = self.policy.abilities.masks_squares and any(new < width for new, _ in sizes)
-            passes, mask = Counter(), 0
-            for new, predicted in sizes:
-                passes[item._replace(new=new, predicted=predicted, padding=width - new, dense=dense)] += 1
-        positions = sum((one.new + one.padding) * count for one, count in passes.items())
-        predicted = sum(one.predicted * count for one, count in passes.items())
+            some = [prompts[k] for k in rows], [self.seen[k] for k in rows]
+            passes = packed(item, *some, self.abilities)
+        else:  # TRL pads a rollout, of which a micro-batch is a part
+            width = batch_width(self.config, prompts, self.completions)
+            passes = padded(item, prompts, self.seen, rows, width, self.abilities.masks_squares)
         tokens = sum(one.new * count for one, count in passes.items())
         if item.mode == "score":
             self.policy.count("scored_query", tokens)
             self.policy.passes += passes
             return
-        before = self.batches.get(item.what, Batch())
-        self.batches[item.what] = max(
-            before, Batch(positions, predicted, mask, item.head), key=lambda one: one.positions
-        )
+        batch = Batch.of(passes)
+        self.batches[item.what] = max(self.batches.get(item.what, Batch()), batch, key=lambda one: one.positions)
         for _ in range(self.config.num_iterations):
             self.policy.passes += passes
             self.policy.count("trained", tokens)
-            self.policy.count("trained_padding", positions - tokens)
-
-    def _packed(self, item: Pass, prompts: list[Ids], completions: list[Ids]) -> tuple[Counter[Pass], int]:
-        """The rows of `gcpo.forward.unpadded.unpad`, and the entries of their mask."""
-        present = [k for k, ids in enumerate(completions) if ids] or [0]
-        prompts, completions = [prompts[k] for k in present], [completions[k] for k in present]
-        cost = self.policy.abilities.layer_cost
-        layout = choose_layout(prompts, completions, cost)
-        packed = [_beginnings([prompts[k] for k in row], [completions[k] for k in row]) for row in layout.rows]
-        sizes = [sum(new for new, _, _ in row) for row in packed]
-        passes: Counter[Pass] = Counter()
-        for row, size in zip(packed, sizes, strict=True):
-            padding = max(sizes) - size
-            if cost.whole_square or layout.is_plain:
-                predicted = sum(scored for _, scored, _ in row)
-                passes[item._replace(new=size, predicted=predicted, padding=padding, dense=not layout.is_plain)] += 1
-                continue
-            for new, scored, shared in row:
-                passes[item._replace(new=new, predicted=scored, before=shared)] += 1
-            passes[item._replace(new=0, padding=1)] += padding  # which sees itself alone
-        mask = 0 if layout.is_plain or not cost.whole_square else len(sizes) * max(sizes) ** 2
-        return passes, mask
-
-
-def _holds(config: GCPOConfig, name: str, reason: str | None) -> bool:
-    """Whether a run has one of the two options, as the trainer decides it."""
-    wanted = getattr(config, name)
-    if wanted and reason is not None:
-        raise ValueError(f"`{name}` must be False or None: {reason}.")
-    return reason is None and (config.is_causal if wanted is None else wanted)
-
-
-def _beginnings(prompts: list[Ids], completions: list[Ids]) -> list[tuple[int, int, int]]:
-    """Of each sequence of a packed row: tokens of its own, those scored, and those that it shares with one before."""
-    found, before = [], None
-    whole = [x + y for x, y in zip(prompts, completions, strict=True)]
-    for k in sorted(range(len(whole)), key=whole.__getitem__):
-        shared = 0 if before is None else common_prefix(prompts[before][:-1], prompts[k][:-1])
-        found.append((len(whole[k]) - shared, len(completions[k]), shared))
-        before = k
-    return found
+            self.policy.count("trained_padding", batch.positions - tokens)
 
 
 def _ended(what: Any, count: int) -> Span:
