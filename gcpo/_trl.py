@@ -1,12 +1,13 @@
 """
 Everything private of TRL that this package touches, in one place, with the version it was written against.
 
-Besides the names imported here: `AccountedGRPOTrainer`, `KLTermsTrainer` and `GCPOTrainer` override `_generate`,
-`_generate_single_turn`, `_calculate_rewards`, `_get_per_token_logps_and_entropies`,
-`_generate_and_score_completions`, `_compute_loss` and `training_step`, always calling the original; they call
-`_log_completion_extra`, and read `_metrics`, `_logs`, `_tokenizer`, `_is_vlm`, `_dist`. `TrlPolicy` calls
-`_generate_single_turn`, and of GRPOTrainer itself `_get_per_token_logps_and_entropies` and `_calculate_rewards`; it
-reads `_step`. `ResumableGRPOTrainer` saves and restores `_step`, `_buffered_inputs` and `_last_world_entropy`, and
+Besides the names imported here: `AccountedGRPOTrainer`, `KLTermsTrainer`, `OwnLossTrainer` and `GCPOTrainer` override
+`_generate`, `_generate_single_turn`, `_calculate_rewards`, `_get_per_token_logps_and_entropies`, `_prepare_inputs`,
+`_generate_and_score_completions`, `_compute_loss` and `training_step`, always calling the original, but for
+`_get_per_token_logps_and_entropies` where rows are packed; they call `_log_completion_extra`, and read `_metrics`,
+`_logs`, `_tokenizer`, `_is_vlm`, `_dist`. `OwnLossTrainer` deals the rows of `_buffered_inputs` out anew. `TrlPolicy`
+calls `_generate_single_turn`, and of GRPOTrainer itself `_get_per_token_logps_and_entropies` and `_calculate_rewards`;
+it reads `_step`. `ResumableGRPOTrainer` saves and restores `_step`, `_buffered_inputs` and `_last_world_entropy`, and
 reads `_dist`.
 `gcpo train` builds on `trl.scripts.grpo.GRPOScriptArguments` and `trl.cli.accelerate_config`.
 """

@@ -8,10 +8,8 @@ from trl import GRPOConfig
 
 from gcpo.causal.options import CausalOptions, option
 from gcpo.run.processes import explained_groups
-from gcpo_kernels.options import check_choice, check_number
+from gcpo_kernels.options import LOSS_TYPES, check_choice, check_number
 
-# Those of TRL that the second KL has a reduction for.
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 # Options of TRL's whose whole numbers must not be floats.
 _COUNTS = (
     "num_generations",

@@ -24,12 +24,13 @@ class OwnLossTrainer(KLTermsTrainer):
     Attributes:
         fuses_loss: whether the loss is made from hidden states, instead of by TRL's `_compute_loss`.
         leaves_padding_out: whether the policy's rows, and those that TRL scores, are packed.
+        own_forward: makes the forwards of both; None where neither holds.
     """
 
     fuses_loss = False
     leaves_padding_out = False
     _policy: Any  # a TrlPolicy
-    _own: OwnForward | None = None
+    own_forward: OwnForward | None = None
     # What forwards of a loss gave that TRL's `_compute_loss` is to take, in the order in which it asks.
     _given_scores: list[tuple] | None = None
 
@@ -46,14 +47,14 @@ class OwnLossTrainer(KLTermsTrainer):
                 add_reader(causal_lm(self, model), in_float32, maybe_gather_lm_head_ctx)
         model = causal_lm(self, self.model)
         head = {"temperature": self.temperature, **logit_options(model.config.get_text_config())}
-        self._own = OwnForward(model, head, self._tokenizer.pad_token_id, self.accelerator.autocast)
+        self.own_forward = OwnForward(model, head, self._tokenizer.pad_token_id, self.accelerator.autocast)
 
     def _holds(self, name: str, reason: str | None) -> bool:
         wanted = getattr(self.args, name)
         if wanted and reason is not None:
             raise ValueError(f"`{name}` must be False or None: {reason}.")
         if wanted is None and self.args.is_causal and reason is not None:
-            logger.info(f"`{name}` is off: {reason}.", main_process_only=True)
+            logger.warning(f"`{name}` is off: {reason}.", main_process_only=True)
         return reason is None and (self.args.is_causal if wanted is None else wanted)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -104,12 +105,12 @@ class OwnLossTrainer(KLTermsTrainer):
         batch_size: int | None,
     ) -> tuple:
         """What TRL's method returns, from packed rows: `batch_size` completions in each forward."""
-        assert self._own is not None
+        assert self.own_forward is not None
         recorder, size, parts = self._policy.recorder_of(model), batch_size or len(input_ids), []
         for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True):
-            rows = self._own.rows(ids, mask, width, without_padding=True)
+            rows = self.own_forward.rows(ids, mask, width, without_padding=True)
             kind = None if recorder is None else self.args.representation
-            scores, z = self._own.score(model, rows, ids[:, -width:], mask[:, -width:], kind)
+            scores, z = self.own_forward.score(model, rows, ids[:, -width:], mask[:, -width:], kind)
             self._count_read(rows)
             if recorder is not None:
                 recorder.rows.append(z)
@@ -131,18 +132,18 @@ class OwnLossTrainer(KLTermsTrainer):
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         if not self.fuses_loss:
             return super()._compute_loss(model, inputs)
-        assert self._own is not None
+        assert self.own_forward is not None
         completion_ids, completion_mask = inputs["completion_ids"], inputs["completion_mask"]
         width = completion_ids.size(1)
         under_contexts = self._logps_under_contexts(model, inputs)
-        rows = self._own.rows(
+        rows = self.own_forward.rows(
             torch.cat([inputs["prompt_ids"], completion_ids], dim=1),
             torch.cat([inputs["prompt_mask"], completion_mask], dim=1),
             width,
             self.leaves_padding_out,
         )
         items, scale = self._reduction(inputs)
-        loss, scores = self._own.loss(
+        loss, scores = self.own_forward.loss(
             model,
             rows,
             completion_ids,

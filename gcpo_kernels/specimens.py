@@ -7,6 +7,7 @@ from typing import Any
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from gcpo_kernels.options import KINDS
 from gcpo_kernels.triton_backend import causal, logprob, product, scale, token_loss
 
 TARGETS = {
@@ -97,6 +98,8 @@ class Specimen:
 
 _INTEGERS = {"B", "T", "L", "M", "BLOCKS", "n", "m", "parts", "rows", "rows_per_batch", "first_v", "whole_v"}
 _PRODUCT_TYPES = {"ids_ptr": "*i64", "rows_ptr": "*i32"}
+# The token loss as it is for the clipped losses without the options that came with the others.
+_CLIPPED = {"HAS_KAPPA_WEIGHTS": False, "BIAS_CORRECTION": False, "KIND": 0}
 _ALL_INPUTS = ("HAS_OLD", "HAS_REF", "HAS_QUERY", "HAS_CAUSAL", "HAS_IS", "HAS_CONTEXT", "HAS_WEIGHTS", "HAS_DELTA")
 
 
@@ -120,6 +123,7 @@ def _token_loss() -> list[Specimen]:
             contexts = {"L_INNERMOST": aligned, "BLOCK_L": 4 if aligned else 1}
             flags = {
                 **dict.fromkeys(_ALL_INPUTS, True),
+                **_CLIPPED,
                 "HAS_KL_CLIP": False,
                 "ADV_BY_TOKEN": True,
                 "ALIGNED_T": aligned,
@@ -148,6 +152,7 @@ def _token_loss() -> list[Specimen]:
     for aligned, innermost, label in ((True, False, "aligned, by context"), (False, True, "any length")):
         constexprs: dict[str, Any] = {
             **dict.fromkeys(_ALL_INPUTS, True),
+            **_CLIPPED,
             **{"HAS_KL_CLIP": False, "ADV_BY_TOKEN": True, "BY_SEQUENCE": False, "BLOCK_T": 512},
             **{"ALIGNED_T": aligned, "L_INNERMOST": innermost, "BLOCK_L": 4},
         }
@@ -161,10 +166,31 @@ def _token_loss() -> list[Specimen]:
             "DIVIDE_BY": 0,
             "ITEMS_ON_DEVICE": False,
             "HAS_KL_CLIP": False,
+            "HAS_KAPPA_WEIGHTS": False,
             "BLOCK_P": parts,
             "BLOCK_B": max(16, 1024 // parts),
         }
         found.append(Specimen(f"token_loss_finish ({parts})", token_loss.token_loss_finish_kernel, constexprs))
+    more = {"HAS_KAPPA_WEIGHTS": True, "HAS_KL_CLIP": True}
+    all_sums = Specimen("token_loss_finish (64, all sums)", token_loss.token_loss_finish_kernel, constexprs | more)
+    return [*found, all_sums, *_other_losses()]
+
+
+def _other_losses() -> list[Specimen]:
+    """Every kind of policy term in the common layout, with the weights of the causal term and the corrected KL."""
+    found = []
+    kernel = token_loss.token_loss_kernel
+    ones, divisible = _common_layout(kernel, ("stride_ctx_t",))
+    for by_sequence in (False, True):
+        block_t = token_loss.blocking(4, 4096, by_sequence)[1]
+        for index, kind in enumerate(KINDS):
+            flags = {"HAS_KL_CLIP": False, "ADV_BY_TOKEN": True, "ALIGNED_T": True, "L_INNERMOST": True, "BLOCK_L": 4}
+            constexprs = {**dict.fromkeys(_ALL_INPUTS, True), **flags, "HAS_DELTA": kind == "clipped", "KIND": index}
+            constexprs |= {"HAS_KAPPA_WEIGHTS": True, "BIAS_CORRECTION": True}
+            constexprs |= {"BLOCK_T": block_t, "BY_SEQUENCE": by_sequence}
+            label = f"token_loss ({'sequence' if by_sequence else 'token'}, {block_t}, {kind}, weighted, corrected)"
+            warps = token_loss.warps(block_t, crowded=True)
+            found.append(Specimen(label, kernel, constexprs, {"mask_ptr": "*u8"}, warps, ones, divisible))
     return found
 
 

@@ -8,7 +8,15 @@ from gcpo import GCPOTrainer
 
 
 class FixedRollouts(GCPOTrainer):
-    """Completions are a function of the prompt's tokens and the row's place in its group, on every layout."""
+    """
+    Completions are a function of the prompt's tokens and the row's place in its group, on every layout.
+
+    Attributes:
+        cuts_off: whether all candidates of the later half of a batch are as long as may be, and do not end: on two
+            processes, all that the second one has.
+    """
+
+    cuts_off = False
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **kwargs):
         first = self.accelerator.process_index * len(prompt_ids)
@@ -19,6 +27,8 @@ class FixedRollouts(GCPOTrainer):
         for k, ids in enumerate(prompt_ids):
             draw = random.Random(f"{ids}{(first + k) % repeats}{colliders}")
             length = draw.randint(1, limit)
+            if self.cuts_off and not colliders and first + k >= len(prompt_ids) * self.accelerator.num_processes / 2:
+                length = limit
             row = [draw.randrange(5, len(self._tokenizer)) for _ in range(length)]
             rows.append([*row[:-1], self._tokenizer.eos_token_id] if length < limit else row)
         return rows, None

@@ -22,6 +22,7 @@ OPTIONS_ONLY = ("group_advantages", "causal_reference_logprob")  # functions wit
 LOSSES = ("gcpo_loss", "linear_gcpo_loss")
 WEIGHTS = ("causal_weights", "causal_weights_from_hidden")
 SCORES = ("old_logp", "ref_logp", "query_logp", "causal_logp", "importance_sampling_ratio", "context_weights")
+SCORES += ("policy_weights", "kappa_weights")
 
 # Values that are put at single places, by argument.
 LOG = (0.0, -1e-7, -1e-3, -20.0, -90.0, -1e4)
@@ -32,6 +33,8 @@ EXTREMES: dict[str, tuple[float, ...]] = {
     "advantages": (0.0, 1e4, -1e4, 3.0, -3.0, NAN),
     "importance_sampling_ratio": (0.0, 1e-3, 3.0, 1e4),
     "context_weights": (0.0, 1.0, 30.0),
+    "policy_weights": (0.0, 1.0, 30.0),
+    "kappa_weights": (0.0, 1.0, 30.0),
     "hidden": (0.0, 1e3, -1e3, 1e-20, NAN),
     "weight": (0.0, 30.0, -30.0),
     "bias": (0.0, 100.0, -100.0, -INF),
@@ -54,11 +57,18 @@ LOSS_OPTIONS: dict[str, tuple[Any, ...]] = {
     "epsilon_high": (0.2, 0.0, 0.28, 5.0),
     "delta": (None, 0.5, 1.1, 1.5, 1e30),
     "importance_sampling_level": ("token", "sequence"),
-    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo"),
+    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"),
     "max_completion_length": (7, 1, 4096),
     "num_items_in_batch": (None, 0, 1, 11, 0.5, 1e6, torch.tensor(11), torch.tensor(0.0)),
     "proj_floor": (1e-6, 1e-30, 0.02, 0.5),
     "kl_clip": (None, 0.1, 1.5, 25.0, 1e30),  # none of them a log-ratio of EXTREMES, where the gradient jumps
+    "bias_correction_kl": (False, True),
+    "sapo_temperature_pos": (1.0, 0.05, 7.0),
+    "sapo_temperature_neg": (1.05, 0.05, 7.0),
+    "vespo_k_pos": (2.0, 0.0, 0.3),
+    "vespo_lambda_pos": (3.0, 0.0, 0.5),
+    "vespo_k_neg": (3.0, 0.0, 0.3),
+    "vespo_lambda_neg": (2.0, 0.0, 0.5),
 }
 HEAD_OPTIONS: dict[str, tuple[Any, ...]] = {
     "temperature": (1.0, 0.6, 0.05, 10.0),
@@ -154,7 +164,7 @@ def cases(draw: st.DrawFn, backend: str) -> Case:
     options = {key: draw(st.sampled_from(values)) for key, values in OPTIONS[function].items()}
     absent = tuple(draw(st.sets(st.sampled_from(SCORES)))) if function in LOSSES else ()
     if function in LOSSES and draw(st.integers(0, 3)) == 0:
-        absent = (*absent, "context_logp", "context_weights")
+        absent = (*absent, "context_logp", "context_weights", "kappa_weights")
         options["kappa"] = 0.0
     if "ref_logp" in absent:
         options["beta"] = 0.0
@@ -212,13 +222,17 @@ def _drawn(case: Case) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(case.seed)
         return inputs | {"last_index": torch.randint(3, (prompts * group,), generator=generator)}
     batch, tokens, contexts = case.sizes[:3]
+    weights = torch.rand(2, batch, tokens, generator=torch.Generator().manual_seed(case.seed + 1)) * 1.5
+    of_terms = dict(zip(("policy_weights", "kappa_weights"), weights, strict=True))
     if case.function in ("gcpo_loss", "causal_reference_logprob"):
         inputs = make_token_inputs(batch, tokens, contexts, seed=case.seed, masked=case.masked)
         if case.function == "gcpo_loss":
-            return inputs | {"logp": inputs["logp"].to(narrow), "old_logp": inputs["old_logp"].to(weight)}
+            inputs |= {"logp": inputs["logp"].to(narrow), "old_logp": inputs["old_logp"].to(weight)}
+            return inputs | of_terms
         return {key: inputs[key] for key in ("query_logp", "context_logp")}
     inputs = make_linear_inputs(*case.sizes, dtype=narrow, weight_dtype=weight, seed=case.seed, masked=case.masked)
     if case.function == "linear_gcpo_loss":
+        inputs |= of_terms
         return inputs if case.offset is None else inputs | {"offset_logp": inputs["ref_logp"] + case.offset}
     if case.function == "linear_logprob":
         return {key: inputs[key] for key in ("hidden", "weight", "bias", "token_ids")}
@@ -251,8 +265,10 @@ def build(case: Case) -> dict[str, Any]:
             arguments[name] = x.unsqueeze(1) * torch.linspace(0.5, 1.5, arguments["mask"].shape[1])
         elif name == "context_weights" and x.dim() == 2 and x.shape[0]:
             arguments[name] = x[0]
-        elif name == "importance_sampling_ratio" and x.dim() == 2 and x.shape[1]:
+        elif name in ("importance_sampling_ratio", "policy_weights") and x.dim() == 2 and x.shape[1]:
             arguments[name] = x[:, :1]
+        elif name == "kappa_weights" and x.dim() == 2 and x.shape[1]:
+            arguments[name] = x[:, 0]
         elif name in ("mask", "context_mask"):
             arguments[name] = x.to(torch.int64)
     if case.invalid is not None:

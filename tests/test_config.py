@@ -6,8 +6,6 @@ import pytest
 from tiny_policy import options
 
 from gcpo import GCPOConfig
-from gcpo.config import LOSS_TYPES
-from gcpo.kl_terms import _REDUCTION
 
 NAN, INF = math.nan, math.inf
 
@@ -68,10 +66,6 @@ NAN, INF = math.nan, math.inf
 def test_bad_value_names_the_option(name, value, error, tmp_path):
     with pytest.raises(error, match=f"`{name}`"):
         GCPOConfig(**options(tmp_path, **{name: value}))
-
-
-def test_the_second_kl_has_a_reduction_for_every_loss_type():
-    assert set(LOSS_TYPES) == set(_REDUCTION)
 
 
 def test_scored_estimator_scores_everything(tmp_path):

@@ -59,7 +59,7 @@ def test_each_argument(function: str, name: str, level: str, small_tiles: None) 
 
 
 @pytest.mark.hazard(10)
-@pytest.mark.parametrize("case", grid.cases()[::5], ids=grid.name)
+@pytest.mark.parametrize("case", [*grid.cases()[::5], *grid.other_cases()[-3:]], ids=grid.name)
 @pytest.mark.parametrize("function", MAKERS)
 def test_all_arguments(function: str, case: Any, small_tiles: None) -> None:
     """Seen in Soup#342."""
@@ -94,7 +94,7 @@ def test_rows_do_not_depend_on_what_is_masked_elsewhere(function: str) -> None:
 
 
 @pytest.mark.hazard(28)
-@pytest.mark.parametrize("loss_type", grid.LOSSES)
+@pytest.mark.parametrize("loss_type", [*grid.LOSSES, *grid.OTHER_LOSSES])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("function", MAKERS)
 def test_everything_masked(function: str, level: str, loss_type: str) -> None:
@@ -110,7 +110,7 @@ def test_everything_masked(function: str, level: str, loss_type: str) -> None:
 
 
 @pytest.mark.hazard(28)
-@pytest.mark.parametrize("loss_type", grid.LOSSES)
+@pytest.mark.parametrize("loss_type", [*grid.LOSSES, *grid.OTHER_LOSSES])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize(("batch", "tokens"), [(0, 7), (5, 0), (0, 0)])
 @pytest.mark.parametrize("function", MAKERS)

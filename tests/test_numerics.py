@@ -224,7 +224,7 @@ def same(*pairs: Any) -> None:
         assert torch.equal(grads[key], other_grads[key]), key
 
 
-@pytest.mark.parametrize("loss_type", grid.LOSSES)
+@pytest.mark.parametrize("loss_type", [*grid.LOSSES, *grid.OTHER_LOSSES])
 @pytest.mark.parametrize("function", ["gcpo_loss", "linear_gcpo_loss"])
 def test_limits(function: str, loss_type: str) -> None:
     """Options at their neutral value give, bit for bit, the loss without them."""
@@ -239,6 +239,8 @@ def test_limits(function: str, loss_type: str) -> None:
     both = options | {"beta": 0.04, "kappa": 0.1}
     same(grid.run(function, inputs, both | {"kl_clip": 1e30}), grid.run(function, inputs, both | {"kl_clip": None}))
     ones = torch.ones_like(inputs["importance_sampling_ratio"])
+    same(grid.run(function, grpo | {"policy_weights": ones}, options), plain)
+    same(grid.run(function, inputs | {"kappa_weights": ones}, both), grid.run(function, inputs, both))
     none = {"importance_sampling_ratio": None}
     same(
         grid.run(function, grpo | {"importance_sampling_ratio": ones}, options),
@@ -257,6 +259,8 @@ def test_limits(function: str, loss_type: str) -> None:
     if loss_type == "dapo":
         same(grid.run(function, grpo, options | {"num_items_in_batch": int(inputs["mask"].sum())}), plain)
         same(plain, grid.run(function, grpo, {"loss_type": "bnpo"}))
+    if loss_type == "luspo":
+        same(plain, grid.run(function, grpo, {"loss_type": "dr_grpo", "max_completion_length": 1}))
 
 
 def test_on_policy_loss_is_minus_the_advantage() -> None:

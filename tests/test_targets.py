@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction
 
 import gcpo_kernels
 from gcpo_kernels import targets
+from gcpo_kernels.options import KINDS
 from gcpo_kernels.testing import make_linear_inputs, make_representations, make_token_inputs
 from gcpo_kernels.triton_backend import (
     causal,
@@ -72,6 +73,17 @@ def test_a_kl_clip_spills_nothing(target: str) -> None:
     specimen = targets.find("token_loss (sequence, 1024, aligned)", HAS_KL_CLIP=True)
     assert specimen is not None
     assert targets.compile_for(specimen, targets.TARGETS[target]).stack <= STACK_LIMIT
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_kinds_of_losses_spill_nothing(kind: str, target: str) -> None:
+    """With a kl_clip and a ratio per sequence, with weights of the causal term and a corrected KL and without."""
+    flags = {"HAS_KL_CLIP": True, "HAS_DELTA": kind == "clipped", "KIND": KINDS.index(kind)}
+    for label in (f"token_loss (sequence, 1024, {kind}, weighted, corrected)", "token_loss (sequence, 1024, aligned)"):
+        specimen = targets.find(label, **flags)
+        assert specimen is not None
+        assert targets.compile_for(specimen, targets.TARGETS[target]).stack <= STACK_LIMIT, label
 
 
 @dataclass(frozen=True)
@@ -156,7 +168,9 @@ def test_every_block_size_is_compiled() -> None:
         kernels = [s for s in targets.specimens() if s.kernel is kernel]
         keys = ("BLOCK_T", "BY_SEQUENCE", "ALIGNED_T")
         assert {tuple(s.constexprs[key] for key in keys) for s in kernels} == sizes
-        assert all(s.num_warps == token_loss.warps(s.constexprs["BLOCK_T"]) for s in kernels)
+        for s in kernels:
+            crowded = any(s.constexprs.get(key) for key in ("HAS_KAPPA_WEIGHTS", "BIAS_CORRECTION"))
+            assert s.num_warps == token_loss.warps(s.constexprs["BLOCK_T"], crowded), s.label
     finishing = [s for s in targets.specimens() if s.kernel is token_loss.token_loss_finish_kernel]
     parts = {s.constexprs["BLOCK_P"] for s in finishing}
     assert parts == {triton.next_power_of_2(blocks) for blocks, _, _ in chosen}
@@ -198,7 +212,7 @@ def test_contiguous_rows_are_read_in_whole_words() -> None:
     two outputs; and four of the mask's bytes. A ratio per sequence reads logp once more, in its own pass.
     """
     kernels = (token_loss.token_loss_kernel, token_loss.token_loss_backward_kernel)
-    common = [s for s in targets.specimens() if s.kernel in kernels and s.divisible]
+    common = [s for s in targets.specimens() if s.kernel in kernels and s.divisible and "corrected" not in s.label]
     found = {s.label: vector_accesses(s) for s in common}
     assert len(found) == 9
     for label, (loads, stores, bytes_read) in found.items():
@@ -288,6 +302,7 @@ def test_signatures_name_every_argument() -> None:
     for specimen in targets.specimens():
         floats = {name for name, kind in specimen.signature().items() if kind == "fp32"}
         known = {"beta", "kappa", "epsilon_low", "epsilon_high", "delta", "log_floor", "divisor", "alpha", "kl_clip"}
+        known |= {"tau_pos", "tau_neg"}
         assert floats <= known | {"scale", "softcap", "chain", "signed_chain"}, specimen.label
         assert isinstance(ASTSource(specimen.kernel, specimen.signature(), specimen.constexprs).signature, dict)
 

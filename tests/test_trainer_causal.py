@@ -357,7 +357,8 @@ def test_second_kl_is_logged_as_the_mean_of_the_scored_tokens(policy, tmp_path, 
 
     def keep(*args, **kwargs):
         loss, metrics = gcpo_loss(*args, **kwargs)
-        seen.append((metrics["kl_causal"].item(), metrics["proj_clamped"].item(), args[2].sum().item()))
+        counted = args[2] * (kwargs["kappa_weights"] != 0).unsqueeze(1)
+        seen.append((metrics["kl_causal"].item(), metrics["proj_clamped"].item(), counted.sum().item()))
         return loss, metrics
 
     monkeypatch.setattr("gcpo.causal.loss.gcpo_loss", keep)

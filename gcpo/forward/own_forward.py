@@ -22,8 +22,13 @@ MASKED_ATTENTION = ("sdpa", "eager", "flex_attention")  # those that take a mask
 class Rows(Protocol):
     """A batch of completions as a forward reads it."""
 
-    tokens: Any  # read, padding left out
-    padding: Any
+    @property
+    def tokens(self) -> Any:
+        """How many are read, padding left out."""
+
+    @property
+    def padding(self) -> Any:
+        """How many positions are read beside."""
 
     def select(self, hidden: torch.Tensor, own: bool = False) -> torch.Tensor:
         """(B, T, H): the hidden states that predict the completions' tokens, or the tokens' `own`."""
@@ -140,25 +145,43 @@ class OwnForward:
         found = self._call(model, rows, read)
         return TokenScores(found["logp"], found["entropy"]), found.get("z")
 
-    def loss(self, model: Any, rows: Rows, token_ids: torch.Tensor, *given: Any, **options: Any) -> LossResult:
+    def loss(
+        self,
+        model: Any,
+        rows: Rows,
+        token_ids: torch.Tensor,
+        advantages: torch.Tensor,
+        mask: torch.Tensor,
+        **options: Any,
+    ) -> LossResult:
         """
         `linear_gcpo_loss` of the policy's hidden states.
 
         Args:
             model: the module to call; it may be wrapped.
             rows: of the completions.
-            token_ids: (B, T).
-            given, options: its advantages, mask and options, but for those of the output layer.
+            token_ids, advantages, mask, options: as for `linear_gcpo_loss`, but for the output layer's.
         """
 
         def read(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> dict[str, torch.Tensor]:
-            loss, _, (logp, entropy) = linear_gcpo_loss(
-                rows.select(hidden), weight, token_ids, *given, bias=bias, return_scores=True, **self.head, **options
-            )
+            hidden = rows.select(hidden)
+            given = {"bias": bias, "return_scores": True, **self.head, **options}
+            loss, _, (logp, entropy) = linear_gcpo_loss(hidden, weight, token_ids, advantages, mask, **given)
             return {"loss": loss, "logp": logp, "entropy": entropy}
 
         found = self._call(model, rows, read)
         return LossResult(found["loss"], TokenScores(found["logp"], found["entropy"]))
+
+    def log_probs(self, model: Any, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """(rows, S): log-probability of `labels` (rows, S), each the token after its place; -100: none is asked for."""
+        asked = labels != -100
+
+        def read(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> dict[str, torch.Tensor]:
+            scores: Any = linear_logprob(hidden[asked], weight, labels[asked], bias=bias, **self.head)
+            return {"logp": scores.new_zeros(labels.shape).masked_scatter(asked, scores)}
+
+        with self.autocast():
+            return model(reader=read, **inputs)["logp"]
 
     def _call(self, model: Any, rows: Rows, reader: Any) -> dict[str, torch.Tensor]:
         with self.autocast():
@@ -193,6 +216,7 @@ def against_unpadded(model: Any) -> str | None:
         return f"{text.model_type} has layers that read a row from left to right (convolutions, recurrence, chunks)"
     if len(set(kinds)) > 1 and "attention_mask, dict)" not in inspect.getsource(type(model.base_model).forward):
         return f"{text.model_type} does not take a mask for each kind of its layers"
-    if learns_positions(model):
-        return f"{text.model_type} learns an embedding for each position, which TRL's padding moves"
+    places = inspect.signature(type(model.base_model).forward).parameters
+    if learns_positions(model) or "position_ids" not in places or getattr(text, "alibi", False):
+        return f"{text.model_type} does not take positions from its caller as rotary models do"
     return None

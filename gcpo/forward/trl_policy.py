@@ -212,11 +212,16 @@ class TrlPolicy(ModelForwards):
     def _score_padded(
         self, ids: torch.Tensor, mask: torch.Tensor, completion_length: int, recorder: HiddenRecorder
     ) -> torch.Tensor:
-        score = GRPOTrainer._get_per_token_logps_and_entropies  # TRL's, not one that counts and watches
+        own, score = self.trainer.own_forward, GRPOTrainer._get_per_token_logps_and_entropies
         with recorder.attached(self.backbone, completion_length):
-            return score(self.trainer, self.model, ids, mask, completion_length)[0]
+            if own is None:  # TRL's, not one that counts and watches
+                return score(self.trainer, self.model, ids, mask, completion_length)[0]
+            rows, part = own.rows(ids, mask, completion_length, without_padding=False), slice(-completion_length, None)
+            return own.score(self.model, rows, ids[:, part], mask[:, part])[0].logp
 
     def _log_probs(self, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        if self.trainer.own_forward is not None:
+            return self.trainer.own_forward.log_probs(self.model, labels, **inputs, **no_auxiliary_loss(self.model))
         with self.autocast():
             output = self.model(shift_labels=labels, fused_lm_head=True, **inputs, **no_auxiliary_loss(self.model))
         return output.log_probs

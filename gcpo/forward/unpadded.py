@@ -70,7 +70,7 @@ def choose_layout(prompts: Sequence[Any], completions: Sequence[Any], cost: Laye
     layouts = []
     for count in {*range(1, min(len(prompts), _COUNTS) + 1), len(prompts)}:
         rows, lengths = spread(prompts, completions, count)
-        length, pairs = max(lengths), len(rows) * max(lengths) ** 2
+        length, pairs = max(lengths), float(len(rows) * max(lengths) ** 2)
         layout = Layout(rows, length, 0.0)
         if cost.whole_square and pairs > MOST_MASK_ENTRIES and not layout.is_plain:
             continue
@@ -125,8 +125,8 @@ class Unpadded:
         positions: (R, S) int64.
         ends: (R, S) int64, the place after the last token that sees this one (`PackedRow.ends`). None: causal
             attention is all that is needed.
-        places: (B, T) int64: where in the flattened rows each completion's tokens are predicted; 0 where there are
-            none.
+        places: (B, T) int64: where in the flattened rows each completion's tokens are predicted; anywhere, and spread
+            out, where there are none: gradients of one place are added up one after the other.
         tokens: how many tokens are read, padding left out.
     """
 
@@ -148,7 +148,8 @@ class Unpadded:
         """(B, T, H): of hidden states (R, S, H), those that predict the completions' tokens, or the tokens' `own`."""
         # A completion's tokens follow one another, and the prompt's last token, which is not shared.
         places = (self.places + 1).clamp(max=self.ids.numel() - 1) if own else self.places
-        return hidden.flatten(0, 1)[places]
+        flat = hidden.flatten(0, 1).index_select(0, places.flatten())
+        return flat.view(*places.shape, -1)
 
     def attention_mask(self, attention: str, window: int | None, dtype: torch.dtype) -> Any:
         """
@@ -192,7 +193,7 @@ def unpad(prompts: list[Ids], completions: list[Ids], width: int, pad_token_id: 
     ids = torch.full((rows, length), pad_token_id)
     # Padding goes on where its row ends, and sees itself alone: a softmax over nothing would be NaN.
     positions, ends = place.repeat(rows, 1), (place + 1).repeat(rows, 1)
-    places = torch.zeros(len(completions), width, dtype=torch.long)
+    places = torch.arange(len(completions) * width).remainder(rows * length).view(-1, width)
     for number, row in enumerate(packed):
         size = len(row.ids)
         ids[number, :size], positions[number, :size] = torch.tensor(row.ids), torch.tensor(row.positions)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 LARGEST_LOG = tl.constexpr(88.72283)  # exp of what lies above overflows
+LARGEST = tl.constexpr(3.4028234e38)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # What the policy term of a token is: places in `options.KINDS`.
@@ -168,7 +169,7 @@ def token_objective(
         if BIAS_CORRECTION:
             # As `maths.reference_kl`: in the exponent where d is large, and no 0 meets an infinity.
             full = tl.exp(log_ratio)
-            largest = tl.exp(at_most(log_ratio, LARGEST_LOG))
+            largest = at_most(full, LARGEST)
             whole = tl.exp(d + log_ratio)
             kl = tl.where(d > 2.0, whole * (1.0 - (d + 1.0) * tl.exp(-d)), kl * tl.where(kl == 0.0, largest, full))
             d_ratio += tl.where(beta != 0.0, beta * kl, 0.0)

@@ -97,7 +97,6 @@ def token_loss_kernel(
     is_ptr,  # (B, T), or per sequence with stride_is_t = 0
     ctx_ptr,  # (B, T, L)
     weights_ptr,  # (B, L), or (L,) with stride_w_b = 0
-    kappa_weights_ptr,  # (B, T), or per sequence with stride_kappa_t = 0: kappa_weights
     d_logp_ptr,  # (B, T) float32, contiguous
     d_causal_ptr,  # (B, T) float32, contiguous
     sequence_ptr,  # (B,) float32: with a ratio per sequence, what each of its tokens adds to d_logp
@@ -123,8 +122,6 @@ def token_loss_kernel(
     stride_ctx_l,
     stride_w_b,
     stride_w_l,
-    stride_kappa_b,
-    stride_kappa_t,
     B,
     T,
     L,
@@ -136,6 +133,10 @@ def token_loss_kernel(
     delta,
     log_floor,
     kl_clip,
+    # What came later is last: where arguments lie is part of the machine code of calls that do without.
+    kappa_weights_ptr,  # (B, T), or per sequence with stride_kappa_t = 0
+    stride_kappa_b,
+    stride_kappa_t,
     tau_pos,
     tau_neg,
     HAS_OLD: tl.constexpr,

@@ -66,9 +66,12 @@ def blocking(b: int, t: int, by_sequence: bool) -> tuple[int, int]:
     return (parts + each - 1) // each, 512
 
 
-def warps(block_t: int) -> int:
-    """Four tokens a thread: 128 bits of float32 at a time."""
-    return min(max(block_t // 128, 1), 8)
+def warps(block_t: int, crowded: bool = False) -> int:
+    """
+    Four tokens a thread: 128 bits of float32 at a time. Two of long rows where `crowded`: with weights of the causal
+    term or a corrected KL, a thread has not enough registers for four beside a ratio per sequence.
+    """
+    return 16 if crowded and block_t == 1024 else min(max(block_t // 128, 1), 8)
 
 
 def _aligned(t: int) -> bool:
@@ -142,7 +145,7 @@ def _launch(logp: torch.Tensor, x: TokenInputs, options: LossOptions) -> TokenRe
         weights_strides = (0, given[0]) if x.context_weights.dim() == 1 else (given[0], given[1])
     rows = (x.old_logp, x.ref_logp, x.query_logp, x.causal_logp, x.importance_sampling_ratio)
     strides = [_rows_strides(y, (b, t)) for y in (logp, mask, x.advantages, *rows)]
-    kappa_strides = _rows_strides(x.kappa_weights, (b, t))
+    corrected = options.bias_correction_kl and x.ref_logp is not None
     anything = logp  # stands in for pointers that a flag keeps from being read
     token_loss_kernel[(b * blocks,)](
         logp,
@@ -151,7 +154,6 @@ def _launch(logp: torch.Tensor, x: TokenInputs, options: LossOptions) -> TokenRe
         *(anything if y is None else y for y in rows),
         anything if contexts is None else contexts,
         anything if x.context_weights is None else x.context_weights,
-        anything if x.kappa_weights is None else x.kappa_weights,
         result.d_logp,
         result.d_causal if has_causal else result.d_logp,
         result.sequence if by_sequence else result.d_logp,
@@ -159,7 +161,6 @@ def _launch(logp: torch.Tensor, x: TokenInputs, options: LossOptions) -> TokenRe
         *(stride for pair in strides for stride in pair),
         *((0, 0, 0) if contexts is None else contexts.stride()),
         *weights_strides,
-        *kappa_strides,
         b,
         t,
         1 if contexts is None else contexts.shape[2],
@@ -171,6 +172,8 @@ def _launch(logp: torch.Tensor, x: TokenInputs, options: LossOptions) -> TokenRe
         options.delta or 0.0,
         math.log(options.proj_floor),
         options.kl_clip or 0.0,
+        anything if x.kappa_weights is None else x.kappa_weights,
+        *_rows_strides(x.kappa_weights, (b, t)),
         options.sapo_temperature_pos,
         options.sapo_temperature_neg,
         HAS_OLD=x.old_logp is not None,
@@ -183,7 +186,7 @@ def _launch(logp: torch.Tensor, x: TokenInputs, options: LossOptions) -> TokenRe
         HAS_KAPPA_WEIGHTS=x.kappa_weights is not None,
         HAS_DELTA=options.delta is not None and options.kind == "clipped",
         HAS_KL_CLIP=options.kl_clip is not None,
-        BIAS_CORRECTION=options.bias_correction_kl and x.ref_logp is not None,
+        BIAS_CORRECTION=corrected,
         KIND=KINDS.index(options.kind),
         ADV_BY_TOKEN=strides[2][1] != 0,
         BY_SEQUENCE=by_sequence,
@@ -191,7 +194,7 @@ def _launch(logp: torch.Tensor, x: TokenInputs, options: LossOptions) -> TokenRe
         L_INNERMOST=l_innermost,
         BLOCK_T=block_t,
         BLOCK_L=block_l,
-        num_warps=warps(block_t),
+        num_warps=warps(block_t, corrected or x.kappa_weights is not None),
     )
     return result
 

@@ -1,6 +1,6 @@
 """
 One of the processes of a run on several: trains each of the runs asked for, evaluates, and saves model and metrics.
-Started by `accelerate launch`, with a JSON list of runs; the tests call `train` itself for runs in one process.
+Started by `accelerate launch`, with a JSON list of runs; the tests call its functions for runs in one process.
 """
 
 import json
@@ -13,27 +13,35 @@ from typing import Any
 
 import torch
 from fixed_rollouts import FixedRollouts
+from peft import LoraConfig
 from tiny_policy import SHORT_TEMPLATES, count_low, options, prompts
 from transformers import TrainerCallback
 
 from gcpo import GCPOConfig, GCPOTrainer
 
+# Not the default, by which an adapter's product is zero until the second step: its reference is then another model.
+ADAPTER = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_lora_weights": False}
 
-def train(
+
+def build(
     policy: str,
     folder: Path,
     *,
     fixed: bool = True,
+    cuts_off: bool = False,
+    adapter: bool = False,
     lost: str = "",
     by_rank: dict[str, list] | None = None,
     **rest: Any,
-) -> None:
+) -> GCPOTrainer:
     """
-    Two steps of plain SGD, an evaluation, and the model and the logged metrics in `folder`.
+    A trainer for two steps of plain SGD.
 
     Args:
         policy: folder of the model.
         fixed: whether rollouts depend on the prompts alone, or are sampled.
+        cuts_off: of `FixedRollouts`.
+        adapter: whether an adapter trains, and not the model.
         lost: what the process of rank 1 does instead of its second step: "killed", or "hangs".
         by_rank: options that differ between processes.
         **rest: options.
@@ -57,6 +65,7 @@ def train(
         **rest,
         **{name: values[int(os.environ.get("RANK", "0"))] for name, values in (by_rank or {}).items()},
     }
+    torch.manual_seed(0)  # an adapter's parameters are drawn
     trainer = (FixedRollouts if fixed else GCPOTrainer)(
         model=policy,
         reward_funcs=count_low,
@@ -64,13 +73,22 @@ def train(
         train_dataset=prompts(16),
         eval_dataset=prompts(4),
         callbacks=[LoseProcess(lost)] if lost else None,
+        peft_config=LoraConfig(**ADAPTER) if adapter else None,
     )
+    if fixed:
+        trainer.cuts_off = cuts_off
+    return trainer
+
+
+def train(trainer: GCPOTrainer, folder: Path) -> None:
+    """The steps, an evaluation, and the model, the logged metrics and the loss phase's options in `folder`."""
     trainer.train()
     metrics = trainer.evaluate()
     trainer.save_model(str(folder / "model"))
     if trainer.accelerator.is_main_process:
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
-        (folder / "metrics.json").write_text(json.dumps({"train": history, "eval": metrics}))
+        own = [trainer.fuses_loss, trainer.leaves_padding_out]
+        (folder / "metrics.json").write_text(json.dumps({"train": history, "eval": metrics, "own": own}))
 
 
 class LoseProcess(TrainerCallback):
@@ -112,7 +130,7 @@ def main() -> None:
     for run in runs:
         folder, refused = Path(run.pop("folder")), run.pop("refused", False)
         try:
-            train(run.pop("policy"), folder, **run)
+            train(build(run.pop("policy"), folder, **run), folder)
         except ValueError as error:
             if not refused:
                 raise

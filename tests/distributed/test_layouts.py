@@ -14,18 +14,25 @@ from typing import Any
 import pytest
 import torch
 from launching import CONFIGS, finish, launch, start
-from run_layouts import train
+from run_layouts import build, train
 from safetensors.torch import load_file
-from tiny_policy import save_policy
+from tiny_policy import parameters, save_policy
 
 # Three groups of 4 rows: with two processes, each has 6 rows, and the second group is on both.
 ROWS = 12
-# (tied embeddings, micro-batches, options): what is trained under every layout. The loss types reduce differently.
+# (tied embeddings, micro-batches, options): what is trained under every layout, with a loss from hidden states and
+# rows without padding unless they are off. The loss types reduce differently.
+TRLS_PATH = {"fused_loss": False, "padding_free": False}
+CHECKPOINTED = {"loss_type": "dapo", "context_attention": "parallel", "gradient_checkpointing": True}
 RUNS: dict[str, tuple[bool, int, dict[str, Any]]] = {
     "tied": (True, 1, {"loss_type": "dapo"}),
     "tied, accumulated": (True, 2, {"loss_type": "grpo", "estimator": "scored"}),
     "untied": (False, 1, {"loss_type": "grpo", "max_grad_norm": 0.5}),
-    "untied, accumulated": (False, 2, {"loss_type": "dapo", "context_attention": "parallel"}),
+    "untied, accumulated": (False, 2, CHECKPOINTED),
+    "untied, accumulated, TRL's path": (False, 2, CHECKPOINTED | TRLS_PATH),
+    # The second process has no token to train on, and a row or two to read where the first has more.
+    "cut off": (True, 2, {"loss_type": "grpo", "cuts_off": True, "mask_truncated_completions": True}),
+    "adapter": (False, 1, {"loss_type": "dapo", "adapter": True}),
 }
 # Sampled for real, with as many or as few forwards as the draw asks for, which differ between processes.
 SAMPLED: dict[str, dict[str, Any]] = {
@@ -44,7 +51,8 @@ class Layout:
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def add(self, name: str) -> None:
-        self.models[name] = load_file(self.folder / name / "model" / "model.safetensors")
+        (saved,) = (self.folder / name / "model").glob("*model.safetensors")  # the model's, or the adapter's
+        self.models[name] = load_file(saved)
         self.metrics[name] = json.loads((self.folder / name / "metrics.json").read_text())
 
 
@@ -86,15 +94,18 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, str]:
 
 @pytest.fixture(scope="module")
 def alone(policies: dict[bool, str], tmp_path_factory: pytest.TempPathFactory) -> Layout:
-    """One process, in one batch."""
+    """One process, in one batch, on TRL's path."""
     layout = Layout(tmp_path_factory.mktemp("alone"))
-    for name, (tied, _, extra) in RUNS.items():
-        run = settings(name, 1, policies, layout.folder)
+    for name, (_, _, extra) in RUNS.items():
+        run = settings(name, 1, policies, layout.folder) | TRLS_PATH
         run |= {"per_device_train_batch_size": ROWS, "gradient_accumulation_steps": 1, "use_cpu": True}
-        train(run.pop("policy"), Path(run.pop("folder")), **run)
+        folder = Path(run["folder"])
+        trainer = build(run.pop("policy"), Path(run.pop("folder")), **run)
+        before = parameters(trainer.model)
+        train(trainer, folder)
         layout.add(name)
-        before = load_file(Path(policies[tied]) / "model.safetensors")
-        moved = {k: (x - before[k]).abs().max() / x.abs().max() for k, x in layout.models[name].items()}
+        trained = {k: x.detach() for k, x in trainer.model.named_parameters() if x.requires_grad}
+        moved = {k: (x - before[k]).abs().max() / x.abs().max() for k, x in trained.items()}
         assert min(moved.values()) > 1e-3, (name, extra, moved)  # equality below says something
     return layout
 
@@ -120,6 +131,7 @@ def assert_alone(layout: Layout, alone: Layout) -> None:
         micro = RUNS[name][1]
         assert_alike(layout.models[name], alone.models[name], name)
         ours, want = layout.metrics[name], alone.metrics[name]
+        assert ours["own"] == [RUNS[name][2].get("fused_loss", True)] * 2 and want["own"] == [False, False]
         names = ["gcpo/upsilon/mean", "reward", "loss", "grad_norm", "gcpo/tokens/generated", "gcpo/colliders/ended"]
         names += ["gcpo/kl_causal"]
         if micro == 1:  # TRL's own are means of means where there are several micro-batches
@@ -184,7 +196,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
         ["same options, got by rank `kappa`: 0.5, 0.0; `num_colliders`: 3, 4."],
     ),
     ({"by_rank": {"gradient_accumulation_steps": [2, 1]}}, ["`gradient_accumulation_steps`: 2, 1", "same options"]),
-    ({"share_prompt": True}, ["`share_prompt` must be False where parameters are sharded"]),
+    ({"fused_loss": True, "entropy_coef": 0.1}, ["`fused_loss` must be False or None: `entropy_coef=0.1` needs"]),
 ]
 
 

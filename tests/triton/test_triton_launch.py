@@ -181,12 +181,13 @@ def test_the_mode_sees_syncs() -> None:
             wait()
 
 
-@pytest.mark.parametrize("kind", ["grpo", "bnpo", "dr_grpo", "dapo"])
+@pytest.mark.parametrize("kind", ["grpo", "bnpo", "dr_grpo", "dapo", "sapo", "vespo"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_token_loss_does_not_sync(level: str, kind: str, launches: Launches) -> None:
     inputs = with_gradients(make_token_inputs(), "logp", "causal_logp")
     del inputs["context_weights"]  # only on a CPU are they checked for their values
     options = {"max_completion_length": 7, "num_items_in_batch": torch.tensor(9), "kappa": 0.1, "delta": 1.5}
+    inputs |= {"policy_weights": torch.ones(5)} if kind in ("sapo", "vespo") else {}
     with NoSync():
         loss, _ = gcpo_kernels.gcpo_loss(**inputs, **options, loss_type=kind, importance_sampling_level=level)
         loss.backward()
@@ -195,7 +196,7 @@ def test_token_loss_does_not_sync(level: str, kind: str, launches: Launches) -> 
 def test_launchers_do_not_sync(launches: Launches) -> None:
     """With weights of contexts too, and under the linear loss, where tokens of one tile come from any sequence."""
     inputs = make_token_inputs()
-    logp, tokens = inputs.pop("logp"), TokenInputs(**inputs)
+    logp, tokens = inputs.pop("logp"), TokenInputs(**inputs, kappa_weights=inputs["advantages"].abs())
     with NoSync():
         token_loss.token_loss_forward(logp, tokens, LossOptions(kappa=0.1, importance_sampling_level="sequence"))
 
