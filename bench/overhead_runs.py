@@ -187,8 +187,8 @@ class Run:
         self.account = MemoryAccount()
         self.trainer._accounts[True] = self.account
         self.args, self.seed = args, 0
-        if args.lengths != "full":  # which `min_new_tokens` forces
-            self._force_lengths()
+        self.prompt_tokens: list[int] = []  # of each prompt of the last rollout
+        self._watch_generation()
         with contextlib.redirect_stdout(io.StringIO()):
             self.trainer.train()  # a step that warms up, after which the trainer is ready for more
         self._batches = self._endless()
@@ -197,16 +197,20 @@ class Run:
         while True:
             yield from self.trainer.get_train_dataloader()
 
-    def _force_lengths(self) -> None:
+    def _watch_generation(self) -> None:
         """
-        Let candidates end at the lengths of the step. Outputs sampled under contexts have lengths of the same
-        distribution; colliders keep their full length.
+        Note the prompts' lengths, and let candidates end at the lengths of the step. Outputs sampled under contexts
+        have lengths of the same distribution; colliders keep their full length, which `min_new_tokens` forces.
         """
         model, contexts = self.trainer.model, random.Random()
         generate = model.generate
 
         def generate_with_lengths(*given: Any, **kwargs: Any) -> Any:
             phase, (count, width) = self.account.current, kwargs["input_ids"].shape
+            if phase == "rollout":
+                self.prompt_tokens = kwargs["attention_mask"].sum(dim=1)[:: self.args.num_generations].tolist()
+            if self.args.lengths == "full":
+                return generate(*given, **kwargs)
             if phase == "rollout":
                 contexts.seed(self.seed)
                 lengths = candidate_lengths(self.args, self.seed)
@@ -243,6 +247,7 @@ class Run:
             "seconds": {phase: metrics[f"gcpo/seconds/{phase}"][0] for phase in SECONDS},
             "tokens": {kind: metrics[f"gcpo/tokens/{kind}"][0] for kind in TOKENS},
             "peak_memory_bytes": dict(self.account.peaks),
+            "prompt_tokens": self.prompt_tokens,
         }
 
 

@@ -161,6 +161,7 @@ def summarize(steps: Steps, memory: dict[str, dict[str, int]]) -> dict[str, dict
                 [1e3 * step["seconds"]["loss"] / step["tokens"]["generated"] for step in taken]
             ),
             "tokens": tokens,
+            "prompt_tokens": [step["prompt_tokens"] for step in taken],
             "scored": scored,
             "scored_to_one_pass": scored / one_pass,
             "peak_memory_bytes": peaks,

@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from tiny_policy import SHORT_TEMPLATES, count_low, options, prompts, save_policy
@@ -18,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gcpo import GCPOConfig, GCPOTrainer
 from gcpo.causal.account import TOKENS
-from gcpo.forward.counting import Abilities
-from gcpo.planning.counts import Counts, count_cycle
+from gcpo.planning.architecture import Architecture
+from gcpo.planning.counts import Counts, abilities_of, count_cycle
 
 CHOICES: dict[str, list[Any]] = {
     "estimator": ["loo", "loo", "scored", "sampled", "none"],
@@ -43,7 +44,9 @@ CHOICES: dict[str, list[Any]] = {
     "num_iterations": [1, 1, 2],
     "gradient_accumulation_steps": [1, 2],
     "steps_per_generation": [None, 1, 2],
-    "share_prompt": [False, False, True],
+    "fused_loss": [None, None, False, True],
+    "padding_free": [None, None, False, True],
+    "loss_type": ["dapo", "dapo", "grpo", "bnpo"],
     "max_completion_length": [1, 3, 6],
 }
 
@@ -55,9 +58,6 @@ def draw_options(seed: int) -> dict[str, Any]:
     if chosen["context_attention"] == "parallel":
         chosen["causal_policy_context"] = "query"
         chosen["estimator"] = "loo" if chosen["estimator"] == "sampled" else chosen["estimator"]
-    # Which rows share a micro-batch is drawn from torch's own stream, and only decides where prompts are read once.
-    if (chosen["steps_per_generation"] or chosen["gradient_accumulation_steps"]) > 1:
-        chosen["share_prompt"] = False
     return {"per_device_train_batch_size": 8, **chosen}
 
 
@@ -71,6 +71,7 @@ class Recording(GCPOTrainer):
         self.keeps_account = True  # with the causal parts off, too
         self.rollouts: list[tuple] = []
         self.outputs: list[dict[str, list]] = []
+        self.orders: list[list[int]] = []
         self.ending_ids = self._policy.ending_ids
         if self.args.is_causal:
             self.builder, sample_states = self._causal.builder, self._policy.sample_states
@@ -92,6 +93,23 @@ class Recording(GCPOTrainer):
         terms = super().causal_terms(*args)
         self.outputs[-1]["colliders"] = [ids for group in terms.groups for ids in group.colliders]
         return terms
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        draw, drawn = torch.randperm, []
+
+        def randperm(*args: Any, **kwargs: Any) -> torch.Tensor:
+            drawn.append(draw(*args, **kwargs))
+            return drawn[-1]
+
+        count = len(self.rollouts)
+        with patch.object(torch, "randperm", randperm):
+            inputs = super()._prepare_inputs(generation_batch)
+        if len(self.rollouts) > count:  # TRL shuffles it last
+            self.orders.append(drawn[-1].tolist())
+        return inputs
+
+    def order(self, number: int) -> list[int]:
+        return self.orders[number]
 
     def rollout(self, number: int) -> tuple:
         return self.rollouts[number]
@@ -115,7 +133,8 @@ def run_and_count(
     for step in trainer.state.log_history[: config.max_steps]:
         for kind in TOKENS:
             logged[kind] += step[f"gcpo/tokens/{kind}"]
-    return logged, count_cycle(config, trainer, Abilities())
+    abilities = abilities_of(config, Architecture.from_config(model.config))
+    return logged, count_cycle(config, trainer, abilities)
 
 
 def wrong(logged: dict[str, float], counts: Counts) -> dict[str, tuple[float, int]]:

@@ -1,6 +1,8 @@
 """The step-overhead benchmark runs, compares like with like, and writes what it prints."""
 
 import json
+import math
+import statistics
 import subprocess
 from types import SimpleNamespace
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 from bench import revision, step_overhead
+from bench.candidate_lengths import EndsAt, draw_lengths
 from bench.overhead_runs import MemoryAccount, Run, Weights, load_model, prepare_model, resident
 
 MIB = 1 << 20
@@ -19,49 +22,60 @@ def test_step_overhead(tmp_path, capsys, monkeypatch):
     written = []
     write = step_overhead.write
     monkeypatch.setattr(step_overhead, "write", lambda *given: (write(*given), written.append(out.read_text())))
-    flags = "--model tiny --steps 2 --prompts 2 --num_generations 4 --batch_size 4 --completion_tokens 6".split()
-    rows = ["GCPO, defaults", "share_prompt=True"]
+    flags = "--model tiny --steps 3 --prompts 2 --num_generations 4 --batch_size 4 --completion_tokens 6".split()
+    rows = ["GCPO, defaults", "padding_free=False"]
     step_overhead.main([*flags, "--collider_tokens", "4", "--only", *rows, "--out", str(out)])
     content = json.loads(out.read_text())
-    assert [json.loads(text)["results"]["GRPO"]["ratio"]["all"] for text in written] == [[1.0], [1.0, 1.0]]
-    assert len(content["clocks"]) == 2
+    ratios = [json.loads(text)["results"]["GRPO"]["ratio"] for text in written]
+    assert [ratio["all"] for ratio in ratios] == [[1.0], [1.0] * 2, [1.0] * 3]
+    assert ["interval" in ratio for ratio in ratios] == [False, False, True]
+    assert len(content["clocks"]) == 3
+    assert content["candidate_lengths"] == {"kind": "full", "of_rounds": [[6] * 8] * 3}
     results = content["results"]
-    assert list(results) == ["GRPO", "GRPO, prompts shared", *rows]
-    shared = [name for name in results if "ratio_shared" in results[name]]
-    assert shared == ["GRPO, prompts shared", "share_prompt=True"]
-    assert results[shared[0]]["ratio_shared"]["all"] == [1.0, 1.0]
-    seconds = [results[name]["step_seconds"]["all"] for name in shared]
-    assert results[shared[1]]["ratio_shared"]["all"] == [b / a for a, b in zip(*seconds, strict=True)]
+    assert list(results) == ["GRPO", step_overhead.SAME_SAVINGS, *rows]
+    for kind, base in (("ratio", "GRPO"), ("ratio_same_savings", step_overhead.SAME_SAVINGS)):
+        assert results[base][kind]["all"] == [1.0] * 3
+        for result in results.values():
+            seconds = [one["step_seconds"]["all"] for one in (results[base], result)]
+            assert result[kind]["all"] == [b / a for a, b in zip(*seconds, strict=True)]
+            low, high = result[kind]["interval"]
+            assert low <= result[kind]["mean"] <= high
     for name, result in results.items():  # the learning rate is 0: every run rolls out the same tokens
         assert result["tokens"]["generated"] == 2 * 4 * 6
-        alike = results[shared[0] if name in shared else "GRPO"]
-        assert result["tokens"]["trained"] == alike["tokens"]["trained"] > 0
-        assert result["step_seconds"]["min"] > 0 and len(result["ratio"]["all"]) == 2
+        packs = name in (step_overhead.SAME_SAVINGS, "GCPO, defaults")
+        alike = results[step_overhead.SAME_SAVINGS if packs else "GRPO"]
         trained = alike["tokens"]["trained"]
-        if name in shared:  # how many prompts a batch has is chance
-            assert result["predicted"]["tokens"]["trained"] == pytest.approx(trained, rel=0.05)
-        else:  # planned with prompts of the mean length, which is a whole number of tokens
-            assert result["predicted"]["tokens"]["trained"] == 8 * round(trained / 8)
+        assert result["tokens"]["trained"] == trained > 0
+        assert result["step_seconds"]["min"] > 0 and len(result["ratio"]["all"]) == 3
+        seconds = result["seconds"]["loss"]["all"]
+        assert result["loss_ms_per_token"]["all"] == pytest.approx([1e3 * one / (2 * 4 * 6) for one in seconds])
+        # The prompts of a round are those that are planned; a result has the median of the rounds, a plan the mean.
+        assert [len(one) for one in result["prompt_tokens"]] == [2] * 3
+        of_rounds = [sum(one) * (1 if packs else 4) + (1 - packs) * 48 for one in result["prompt_tokens"]]
+        if packs:  # each completion reads the last token of its prompt itself
+            of_rounds = [one + 2 * (4 * (6 + 1) - 1) for one in of_rounds]
+        assert trained == statistics.median(of_rounds)
+        assert result["predicted"]["tokens"]["trained"] == pytest.approx(statistics.mean(of_rounds))
         # Two layers of weights, gradients and Adam's moments at the least, and no process's own memory.
         peaks = result["peak_memory_bytes"]
         assert 4 * MIB < peaks["rollout"] <= max(peaks.values()) < 512 * MIB
-    assert results["GRPO"]["ratio"]["all"] == [1.0, 1.0] and results["GRPO"]["memory_ratio"] == 1.0
-    assert results[shared[0]]["tokens"]["trained"] < 0.7 * results["GRPO"]["tokens"]["trained"]
-    for name in ("GRPO", shared[0]):
+    assert results["GRPO"]["memory_ratio"] == 1.0
+    assert results[step_overhead.SAME_SAVINGS]["tokens"]["trained"] < 0.7 * results["GRPO"]["tokens"]["trained"]
+    for name in ("GRPO", step_overhead.SAME_SAVINGS):
         assert results[name]["scored"] == 0 and "contexts" not in results[name]["peak_memory_bytes"]
     defaults = results["GCPO, defaults"]
     assert defaults["scored"] > 0 and defaults["tokens"]["generated_colliders"] > 0
     assert defaults["predicted"]["scored"] == pytest.approx(defaults["scored"], rel=0.1)
     table = capsys.readouterr().out
-    assert "| GRPO |" in table and "1.00x" in table and "| to GRPO | to GRPO, prompts shared | predicted |" in table
+    assert "| GRPO |" in table and "1.00x" in table and "| to GRPO | to GRPO, same savings | predicted |" in table
     assert out.with_suffix(".md").read_text().strip() in table
     assert content["environment"]["torch"] and "uncommitted_changes" in content["environment"]
 
 
 def test_rollouts_read_prompts_as_the_benchmark_says(tmp_path):
-    """TRL's GRPO once per completion; GCPO, and GRPO with prompts shared, once for all."""
+    """TRL's GRPO once per completion; GCPO, and GRPO with the same savings, once for all."""
     flags = ["--prompts", "1", "--num_generations", "4", "--batch_size", "4", "--completion_tokens", "2"]
-    only = ["--only", "GCPO, defaults", "share_prompt=True"]
+    only = ["--only", "GCPO, defaults", "padding_free=False"]
     args = step_overhead.make_parser().parse_args([*flags, "--collider_tokens", "2", *only])
     args.folder = str(tmp_path)
     prepare_model("tiny", tmp_path)
@@ -81,16 +95,60 @@ def test_rollouts_read_prompts_as_the_benchmark_says(tmp_path):
             trainer._generate_single_turn([prompt] * 4, None, {}, 4)
         handle.remove()
     assert read.pop("GRPO") == [4]
-    assert list(read) == [step_overhead.SHARED, *only[1:]] and all(rows == [1] for rows in read.values())
+    assert list(read) == [step_overhead.SAME_SAVINGS, *only[1:]] and all(rows == [1] for rows in read.values())
 
 
-def test_gradient_checkpointing_leaves_out_what_it_excludes():
-    parser = step_overhead.make_parser()
-    assert step_overhead.SHARED in step_overhead.choose(parser.parse_args([]))
-    rows = step_overhead.choose(parser.parse_args(["--gradient_checkpointing"]))
-    assert len(rows) > 8 and not any(variant is not None and variant.shares_prompts for variant in rows.values())
-    only = "num_kl_contexts=None"
-    assert list(step_overhead.choose(parser.parse_args(["--only", only]))) == ["GRPO", only]
+@pytest.mark.slow
+def test_drawn_lengths_are_those_of_every_row_and_of_the_plan(tmp_path):
+    """Candidates end where they are drawn to end, in TRL's rollout and in ours; colliders keep their length."""
+    out = tmp_path / "overhead.json"
+    flags = "--model tiny --steps 2 --prompts 2 --num_generations 4 --batch_size 4 --completion_tokens 24 --no_memory"
+    rows = ["GCPO, defaults", "fused_loss=False, padding_free=False", "GCPOConfig.paper()"]
+    only = ["--only", *rows, "--lengths", "lognormal", "--num_colliders", "2", "--collider_tokens", "3"]
+    step_overhead.main([*flags.split(), *only, "--out", str(out)])
+    content = json.loads(out.read_text())
+    lengths = content["candidate_lengths"]
+    assert lengths["kind"] == "lognormal" and (lengths["mean_before_clipping"], lengths["sigma"]) == (0.4, 0.8)
+    drawn = lengths["of_rounds"]
+    assert len(drawn) == 2 and drawn[0] != drawn[1] and all(len(set(row)) > 2 for row in drawn)
+    generated = statistics.mean(map(sum, drawn))
+    for name, result in content["results"].items():
+        tokens, planned = result["tokens"], result["predicted"]["tokens"]
+        assert tokens["generated"] == planned["generated"] == generated
+        assert tokens["generated_colliders"] == (
+            0 if name.startswith("GRPO") else 2 * (2 if "paper" not in name else 4) * 3
+        )
+        if "paper" not in name:
+            for kind in ("trained", "trained_padding"):
+                assert tokens[kind] == planned.get(kind, 0)
+    paper = content["results"]["GCPOConfig.paper()"]["tokens"]
+    assert 0 < paper["generated_contexts"] < 8 * 4 * 24 and paper["generated_contexts"] % 24
+
+
+def test_lengths_are_forced_on_the_rows_that_they_belong_to():
+    ends, prompt = EndsAt([1, 3, 2], 4, [7, 8]), torch.zeros(3, 4, dtype=torch.long)
+    scores = torch.randn(3, 9)
+    for step, ending in enumerate([[0], [0, 2], [0, 1, 2]]):  # whoever has ended goes on ending
+        given = scores.clone()
+        forced = ends(torch.cat([prompt, torch.zeros(3, step, dtype=torch.long)], dim=1), scores)
+        assert torch.equal(scores, given)
+        for row in range(3):
+            possible = forced[row].isfinite().nonzero().flatten().tolist()
+            assert possible == ([7] if row in ending else list(range(7)))
+            if row not in ending:
+                assert torch.equal(forced[row, :7], scores[row, :7])
+
+
+def test_lognormal_lengths_have_the_mean_they_say():
+    lengths = draw_lengths("lognormal", 512, 20_000, seed=1)
+    assert lengths == draw_lengths("lognormal", 512, 20_000, seed=1) != draw_lengths("lognormal", 512, 20_000, seed=2)
+    assert min(lengths) >= 1 and max(lengths) == 512
+    # The median is not moved by clipping: exp(mean of logs), which is the mean times exp(-sigma^2 / 2).
+    assert statistics.median(lengths) == pytest.approx(0.4 * 512 * math.exp(-0.32), rel=0.03)
+    logs = [math.log(length) for length in lengths if length < 512]
+    share = 1 - len(logs) / len(lengths)
+    assert share == pytest.approx(0.5 * math.erfc((math.log(511.5 / (0.4 * 512)) + 0.32) / 0.8 / 2**0.5), rel=0.1)
+    assert draw_lengths("full", 512, 3, seed=1) == [512] * 3
 
 
 def test_a_result_says_whether_files_had_changed(tmp_path, monkeypatch):

@@ -255,6 +255,11 @@ def _heading(name: str, config: PlannedConfig, architecture: Architecture, lengt
     )
 
 
+def _trained(plan: StepPlan) -> str:
+    padding = plan.tokens.get("trained_padding", 0.0)
+    return f"{plan.tokens['trained']:,.0f}" + (f" and {padding:,.0f} of padding" if padding else "")
+
+
 def _closing(grpo: StepPlan, gcpo: StepPlan, config: PlannedConfig, steps: int | None) -> str:
     """Ratios, memory and hours."""
     q_and_t = grpo.tokens["trained"]
@@ -263,6 +268,7 @@ def _closing(grpo: StepPlan, gcpo: StepPlan, config: PlannedConfig, steps: int |
         + (f", {gcpo.total('seconds') / grpo.total('seconds'):.2f}x seconds" if grpo.total("seconds") else ""),
         f"tokens scored: GRPO {grpo.scored:,.0f}, GCPO {gcpo.scored:,.0f} "
         f"({gcpo.scored / q_and_t:.2f}x one pass over prompts and completions)",
+        f"tokens trained: GRPO {_trained(grpo)}, GCPO {_trained(gcpo)}",
     ]
     for label, plan in (("GRPO", grpo), ("GCPO", gcpo)):
         parts = {**plan.memory.held, **{f"{phase} phase": own for phase, own in plan.memory.phases.items()}}

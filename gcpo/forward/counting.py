@@ -15,9 +15,11 @@ from gcpo.causal.options import CausalOptions
 from gcpo.causal.port import Continuation, Ids, Piece, Prompt, Reading, length_of
 from gcpo.forward.packing import PackedRow
 from gcpo.forward.scheduling import ScheduledPolicy, Scored
+from gcpo.forward.unpadded import LayerCost
 
 _EMPTY: Piece = []
 _Z = torch.zeros(1)
+_PRODUCTS = LayerCost(per_token=1.0, per_pair=0.0)  # of a layer of which nothing is known
 
 
 @total_ordering
@@ -97,6 +99,19 @@ class Pass(NamedTuple):
     before: int = 0  # tokens that they attend to as keys and values
     dense: bool = False  # attention is computed over the whole square, not its lower half
     keeps: bool = False  # keys and values stay until all contexts are scored
+    padding: int = 0  # positions that are computed beside `new`
+    head: str = "trl"  # the output layer: TRL's, "compact" (predicted tokens only) or "fused" (and one product less)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Of calls of generation: how often all weights are read, and how many tokens' keys and values."""
+
+    steps: int = 0  # of a call as many as its longest output has tokens
+    keys: float = 0.0  # summed over rows and steps
+
+    def __add__(self, other: "Decoding") -> "Decoding":
+        return Decoding(self.steps + other.steps, self.keys + other.keys)
 
 
 @dataclass(frozen=True)
@@ -108,6 +123,10 @@ class Abilities:
     in_house: bool = True  # transformers generates in the training process
     name: str = "a planned model"  # its type
     caches_prefixes: bool = False  # the engine reads prompts that repeat once of its own accord
+    against_fused_loss: str | None = None  # what keeps the loss from being made from hidden states, in words
+    against_padding_free: str | None = None  # what keeps the policy's rows from being packed
+    layer_cost: LayerCost = _PRODUCTS  # by which packed rows are laid out
+    masks_squares: bool = True  # attention that takes a mask, of padding too, computes whole squares
 
 
 class CountingPolicy(ScheduledPolicy):
@@ -124,6 +143,7 @@ class CountingPolicy(ScheduledPolicy):
     Attributes:
         passes: how many rows of each kind pass through the model.
         tokens: by kind, as a run logs them.
+        decoding: by phase and kind of pass, what decoding waits for.
     """
 
     allows_nan = True
@@ -152,6 +172,7 @@ class CountingPolicy(ScheduledPolicy):
         self.can_continue, self.can_pack = self.abilities.can_continue, self.abilities.can_pack
         self.passes: Counter[Pass] = Counter()
         self.tokens: Counter[str] = Counter()
+        self.decoding: dict[tuple[str, str], Decoding] = {}
 
     @property
     def keeps_states(self) -> bool:
@@ -193,8 +214,15 @@ class CountingPolicy(ScheduledPolicy):
         for prompt in {hashable(ids): ids for ids in prompts}.values() if once else prompts:
             self.passes[Pass(phase, f"{what}prefill", "prefill", len(prompt), 1)] += 1
         outputs = [self.outputs(phase, number) for number in range(len(prompts))]
+        longest, keys = max(map(len, outputs), default=0), 0.0
         for x, y in zip(prompts, outputs, strict=True):
-            self.passes[Pass(phase, f"{what}decode", "decode", len(y), len(y), len(x), keeps=keeps)] += 1
+            # In the training process, rows that have ended are computed until the last one ends.
+            steps = longest if self.abilities.in_house else len(y)
+            keys += steps * (len(x) + steps / 2)
+            item = Pass(phase, f"{what}decode", "decode", len(y), steps, len(x), keeps=keeps, padding=steps - len(y))
+            self.passes[item] += 1
+        key = (phase, f"{what}decode")
+        self.decoding[key] = self.decoding.get(key, Decoding()) + Decoding(longest, keys)
         return outputs
 
     # -----------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """What a model's config says of its cost: weights, floating-point operations per token, bytes of keys and values."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class Architecture:
         intermediate: width of a feed-forward layer, of all experts that a token is sent to.
         windows: per layer, how many tokens attention looks back. None: all; 0: it is no attention layer.
         max_positions: the longest sequence. None: unknown.
+        model: it, without memory for its weights, for what a trainer asks of a model. None: nothing is known.
     """
 
     parameters: int
@@ -64,6 +65,7 @@ class Architecture:
     intermediate: int
     windows: tuple[int | None, ...]
     max_positions: int | None = None
+    model: Any = field(default=None, compare=False, repr=False)
 
     @classmethod
     def from_config(cls, config: Any) -> "Architecture":
@@ -93,6 +95,7 @@ class Architecture:
             intermediate=width * per_token,
             windows=_windows(text),
             max_positions=getattr(text, "max_position_embeddings", None),
+            model=model,
         )
 
     def key_value_bytes(self, size: int) -> float:

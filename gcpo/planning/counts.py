@@ -3,15 +3,17 @@ What passes through the model in a cycle of GRPO and of GCPO, counted before any
 causal step on a `CountingPolicy`; what TRL does around it follows TRL's conventions. Tokens are counted as a run logs
 them, by `gcpo/tokens/KIND`.
 
-All candidates are taken to have one length and to end by themselves, colliders too. Contexts share what they must (the
-query, the text around it, the same candidates in the same order); tokens that happen to agree come on top in a run.
+Candidates are taken to end by themselves, colliders too. Contexts share what they must (the query, the text around it,
+the same candidates in the same order), and packed rows of the policy the query; tokens that happen to agree come on top
+in a run.
 """
 
 import math
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -20,8 +22,12 @@ from gcpo.causal.contexts import PromptBuilder
 from gcpo.causal.port import Ids, Prompt, Rollout, RolloutStates
 from gcpo.causal.step import CausalStep
 from gcpo.config import GCPOConfig
-from gcpo.forward.counting import Abilities, CountingPolicy, Pass, Span, hashable, piece_of
+from gcpo.forward.counting import Abilities, CountingPolicy, Decoding, Pass, Span, piece_of
+from gcpo.forward.own_forward import MASKED_ATTENTION
+from gcpo.forward.unpadded import LayerCost
+from gcpo.own_loss import against_fused_loss, against_padding_free
 from gcpo.planning.architecture import Architecture
+from gcpo.planning.rows import batch_width, holds, micro_batches, packed, padded
 
 _END = ("end",)  # what every completion ends in
 
@@ -73,23 +79,45 @@ class Script(Protocol):
     def rollout(self, number: int) -> tuple[list[Prompt], list[Ids], list[Ids]]:
         """Prompts, their ids, and the candidates, of all processes."""
 
+    def order(self, number: int) -> list[int] | None:
+        """The rows of this rollout as TRL shuffles them, or None: any order will do."""
+
     def output(self, rollout: int, phase: str, number: int) -> Ids:
         """A collider (phase "colliders") or an output sampled under a context ("contexts"), in the order drawn."""
 
 
 class PlannedScript:
-    """A `Script` of given lengths, in which no two texts have a token in common; it is its own prompt builder."""
+    """
+    A `Script` of given lengths, in which no two texts have a token in common; it is its own prompt builder.
+
+    Args:
+        config: of the run.
+        lengths: of a prompt and what is made of it.
+        completions: tokens of each row's candidate, end token included. None: all have `lengths.completion`.
+        queries: tokens of each prompt, chat template included. None: all have `lengths.prompt`.
+    """
 
     ending_ids = [(_END, 0)]
 
-    def __init__(self, config: GCPOConfig, lengths: Lengths):
+    def __init__(
+        self,
+        config: GCPOConfig,
+        lengths: Lengths,
+        completions: Sequence[int] | None = None,
+        queries: Sequence[int] | None = None,
+    ):
         self.config, self.lengths, self.builder = config, lengths, self
         self._tail = lru_cache(maxsize=None)(self._tail_of)  # every context of a group shows the same candidates
         self.n, self.rows = int(config.num_generations or 1), int(config.generation_batch_size or 1)
+        self.completions = [lengths.completion] * self.rows if completions is None else list(completions)
+        self.queries = [lengths.prompt] * -(-self.rows // self.n) if queries is None else list(queries)
+
+    def order(self, number: int) -> None:
+        return None
 
     def rollout(self, number: int) -> tuple[list[Any], list[Any], list[Any]]:
-        prompts = [Span.of(("query", row // self.n), self.lengths.prompt) for row in range(self.rows)]
-        return prompts, prompts, [_ended(("candidate", row), self.lengths.completion) for row in range(self.rows)]
+        prompts = [Span.of(("query", row // self.n), self.queries[row // self.n]) for row in range(self.rows)]
+        return prompts, prompts, [_ended(("candidate", row), self.completions[row]) for row in range(self.rows)]
 
     def output(self, rollout: int, phase: str, number: int) -> Any:
         own = self.lengths.completion if self.lengths.sample is None else self.lengths.sample
@@ -120,6 +148,27 @@ class PlannedScript:
         return (content if limit is None else content[max(len(content) - limit, 0) :]).runs
 
 
+@dataclass(frozen=True)
+class Batch:
+    """The largest micro-batch of a forward with gradient."""
+
+    positions: int = 0  # padding included
+    predicted: int = 0  # of those, at how many the output layer is applied, unless it is TRL's on a CPU
+    mask: int = 0  # entries of the mask of packed or padded rows
+    head: str = "trl"  # as `Pass.head`
+
+    @classmethod
+    def of(cls, passes: Counter[Pass]) -> "Batch":
+        positions, predicted, mask, head = 0, 0, 0, "trl"
+        for item, count in passes.items():
+            positions += (item.new + item.padding) * count
+            predicted += item.predicted * count
+            head = item.head
+            if item.dense:
+                mask += (item.new + item.padding) ** 2 * count
+        return cls(positions, predicted, mask, head)
+
+
 @dataclass
 class Counts:
     """Of a cycle: the optimizer steps after which rollouts and steps begin together again."""
@@ -128,14 +177,56 @@ class Counts:
     rollouts: int
     passes: Counter[Pass] = field(default_factory=Counter)  # rows of each kind, of all processes
     tokens: Counter[str] = field(default_factory=Counter)  # by kind, as a run logs them
+    decoding: dict[tuple[str, str], Decoding] = field(default_factory=dict)  # by phase and kind of pass
+    batches: dict[str, Batch] = field(default_factory=dict)  # by kind of pass with gradient
+
+    def __add__(self, other: "Counts") -> "Counts":
+        """Of both cycles, one after the other."""
+        decoding, batches = dict(self.decoding), dict(self.batches)
+        for key, item in other.decoding.items():
+            decoding[key] = decoding.get(key, Decoding()) + item
+        for what, batch in other.batches.items():
+            batches[what] = max(batches.get(what, Batch()), batch, key=lambda one: one.positions)
+        return Counts(
+            self.steps + other.steps,
+            self.rollouts + other.rollouts,
+            self.passes + other.passes,
+            self.tokens + other.tokens,
+            decoding,
+            batches,
+        )
 
 
 def abilities_of(config: GCPOConfig, architecture: Architecture, attention: str | None = None) -> Abilities:
     """What a model of this architecture and attention, and the engine of these options, can do."""
     whole = all(window is None for window in architecture.windows)  # otherwise nothing is shared
     in_house = not (config.use_vllm or config.use_transformers_continuous_batching)
-    packs = whole and attention in (None, "sdpa", "eager", "flex_attention")
-    return Abilities(can_continue=whole, can_pack=packs, in_house=in_house, caches_prefixes=not in_house)
+    packs = whole and attention in (None, *MASKED_ATTENTION)
+    found = Abilities(can_continue=whole, can_pack=packs, in_house=in_house, caches_prefixes=not in_house)
+    if architecture.model is None:
+        return found
+    model = architecture.model
+    text = model.config.get_text_config()
+    before = text._attn_implementation
+    text._attn_implementation = attention or before
+    # What the trainer asks of itself, as far as it is known before there is one.
+    trainer = SimpleNamespace(
+        args=config,
+        model=model,
+        accelerator=SimpleNamespace(unwrap_model=lambda model: model),
+        aux_loss_enabled=hasattr(text, "output_router_logits") and config.router_aux_loss_coef != 0.0,
+        _is_vlm=False,
+    )
+    try:
+        return replace(
+            found,
+            against_fused_loss=against_fused_loss(trainer),
+            against_padding_free=against_padding_free(trainer),
+            layer_cost=LayerCost.of(text, attention or before),
+            masks_squares=(attention or before) in ("sdpa", "eager"),  # the others leave out what is masked
+        )
+    finally:
+        text._attn_implementation = before
 
 
 def count_cycle(config: GCPOConfig, script: Script, abilities: Abilities, is_grpo: bool = False) -> Counts:
@@ -155,8 +246,7 @@ def count_cycle(config: GCPOConfig, script: Script, abilities: Abilities, is_grp
         step, substep = divmod(number * every, accumulation)
         seed = config.seed + 1_000_003 * (step + 1) + 1_009 * substep  # as TrlPolicy has it
         one = _Rollout(config, script, abilities, is_grpo, number, seed)
-        counts.passes += one.policy.passes
-        counts.tokens += one.policy.tokens
+        counts += Counts(0, 0, one.policy.passes, one.policy.tokens, one.policy.decoding, one.batches)
     return counts
 
 
@@ -164,7 +254,7 @@ class _Rollout:
     """One rollout: its making, its scores, the causal step, and the forwards with gradient that it serves."""
 
     def __init__(self, config: GCPOConfig, script: Script, abilities: Abilities, is_grpo: bool, number: int, seed: int):
-        self.config, self.is_causal = config, config.is_causal and not is_grpo
+        self.config, self.abilities, self.is_causal = config, abilities, config.is_causal and not is_grpo
         prompts, self.prompt_ids, self.completions = script.rollout(number)
 
         def output(phase: str, k: int) -> Ids:
@@ -179,10 +269,12 @@ class _Rollout:
             masks_truncated=config.mask_truncated_completions,
             abilities=abilities,
         )
-        self.shuffle = torch.Generator().manual_seed(seed)
         # Tokens of each completion that TRL's own passes see: it masks truncated ones before them.
         hides = config.mask_truncated_completions
-        self.seen = [0 if hides and ids[-1] not in self.policy.ending_ids else len(ids) for ids in self.completions]
+        self.seen = [y[:0] if hides and y[-1] not in self.policy.ending_ids else y for y in self.completions]
+        self.batches: dict[str, Batch] = {}
+        reasons = {"fused_loss": abilities.against_fused_loss, "padding_free": abilities.against_padding_free}
+        self.fuses, self.packs = (not is_grpo and holds(config, *found) for found in reasons.items())
         keeps = self.is_causal and self.policy.keeps_states
         once = self.policy.reads_once if self.is_causal else abilities.caches_prefixes
         self.policy.count_generation("rollout", "", self.prompt_ids, once=once, keeps=keeps)
@@ -192,10 +284,11 @@ class _Rollout:
         scores_old = config.gradient_accumulation_steps % every != 0 or (
             config.use_vllm and config.vllm_importance_sampling_correction
         )
+        size = config.per_device_train_batch_size
+        chunks = [range(start, start + size) for start in range(0, len(self.prompt_ids), size)]
         for needed, what in ((scores_old, "under q, for the ratio"), (config.beta != 0, "reference model")):
-            for x, t in zip(self.prompt_ids, self.seen, strict=True) if needed else ():
-                self.policy.count("scored_query", len(x) + t)
-                self.policy.passes[Pass("scoring", what, "score", len(x) + t, t)] += 1
+            for rows in chunks if needed else ():
+                self._read(Pass("scoring", what, "score", 0), self.prompt_ids, rows)
         contexts = None
         if self.is_causal:
             rollout = Rollout(prompts, self.prompt_ids, self.completions)
@@ -207,29 +300,35 @@ class _Rollout:
                     rollout.states.completions = [piece_of(len(ids)) for ids in self.completions]
             given = zeros if scores_old and not config.mask_truncated_completions else None
             contexts = CausalStep(self.policy, config, script.builder).terms(rollout, 1, given, given).first_contexts
-        self._train("policy under q", self.prompt_ids)
-        if contexts is not None:
-            self._train("policy under x_i", contexts)
+        order = script.order(number)
+        if order is None:
+            order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
+        for rows in micro_batches(config, self.prompt_ids, self.seen, order, self.packs):
+            head = "fused" if self.fuses else "trl"
+            self._read(Pass("loss", "policy under q", "train", 0, head=head), self.prompt_ids, rows)
+            if contexts is not None:
+                self._read(Pass("loss", "policy under x_i", "train", 0), contexts, rows)
 
-    def _train(self, what: str, prompts: list[Ids]) -> None:
-        """Every row once per iteration, in micro-batches that are drawn from the rollout's rows."""
-        order = torch.randperm(len(prompts), generator=self.shuffle).tolist()
-        size = self.config.per_device_train_batch_size
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
-            distinct = {hashable(prompts[k]): prompts[k] for k in rows}
-            shares = self.config.share_prompt and len(distinct) < len(rows) and max(map(len, distinct.values())) > 1
-            if shares:
-                for x in distinct.values():
-                    self._count_trained(Pass("loss", f"{what}, queries", "train", len(x) - 1))
-            for k in rows:
-                q, t = len(prompts[k]), self.seen[k]
-                read = (1 + t, t, q - 1) if shares else (q + t, t)
-                self._count_trained(Pass("loss", f"{what}, completions" if shares else what, "train", *read))
-
-    def _count_trained(self, item: Pass) -> None:
-        self.policy.passes[item] += self.config.num_iterations
-        self.policy.count("trained", item.new * self.config.num_iterations)
+    def _read(self, item: Pass, prompts: list[Ids], rows: Sequence[int]) -> None:
+        """Count a forward over these rows of TRL's batch, as often as it is made."""
+        if self.packs:
+            item = item._replace(head="compact") if item.head == "trl" else item
+            some = [prompts[k] for k in rows], [self.seen[k] for k in rows]
+            passes = packed(item, *some, self.abilities)
+        else:  # TRL pads a rollout, of which a micro-batch is a part
+            width = batch_width(self.config, prompts, self.completions)
+            passes = padded(item, prompts, self.seen, rows, width, self.abilities.masks_squares)
+        tokens = sum(one.new * count for one, count in passes.items())
+        if item.mode == "score":
+            self.policy.count("scored_query", tokens)
+            self.policy.passes += passes
+            return
+        batch = Batch.of(passes)
+        self.batches[item.what] = max(self.batches.get(item.what, Batch()), batch, key=lambda one: one.positions)
+        for _ in range(self.config.num_iterations):
+            self.policy.passes += passes
+            self.policy.count("trained", tokens)
+            self.policy.count("trained_padding", batch.positions - tokens)
 
 
 def _ended(what: Any, count: int) -> Span:

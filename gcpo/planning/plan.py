@@ -2,7 +2,9 @@
 What a step of GCPO will cost beside one of GRPO, before anything runs. Tokens come from `gcpo.planning.counts`,
 floating-point operations and memory from the model's config, seconds from a device's rates.
 
-Left out: the optimizer's own step, rewards, padding, communication between devices, and launch overheads.
+Padding counts in operations and seconds, and not as tokens: that of TRL's micro-batches and of packed rows, and rows
+that have ended while others are still generated. Left out: padding of the causal step's own forwards and of prompts
+that are generated from, the optimizer's own step, rewards, communication between devices, and launch overheads.
 """
 
 from collections import Counter, defaultdict
@@ -14,8 +16,8 @@ from gcpo.planning.architecture import Architecture
 from gcpo.planning.counts import Counts
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Multiples of a forward: the backward costs two, gradient checkpointing repeats the forward, and TRL's output layer
-# computes its logits again in the backward whether or not the rest is checkpointed.
+# Multiples of a forward: the backward costs two, gradient checkpointing repeats the forward. The output layer computes
+# its logits again in the backward whether or not the rest is checkpointed, unless the loss is made from hidden states.
 _TRAINED, _CHECKPOINTED = 3.0, 4.0
 
 
@@ -115,20 +117,17 @@ def plan_step(
     costs: dict[tuple[str, str], Cost] = {}
     for item, rows in passes.items():
         flops = rows / counts.steps * pass_flops(item, architecture, config.gradient_checkpointing)
-        seconds = None
-        if device is not None:
-            seconds = flops / num_processes / (device.tflops * 1e12 * device.mfu)
-            if item.mode == "decode":
-                moved = decode_bytes(item, rows, counts, architecture, config, dtype, num_processes)
-                seconds = max(seconds, moved / (device.bandwidth * 1e9 * device.mbu))
         before = costs.get((item.phase, item.what), Cost(item.phase, item.what, 0.0, 0.0, None))
-        costs[item.phase, item.what] = replace(
-            before,
-            tokens=before.tokens + rows * item.new / counts.steps,
-            flops=before.flops + flops,
-            seconds=None if seconds is None else (before.seconds or 0.0) + seconds,
-        )
-    memory = estimate_memory(config, architecture, passes, counts.rollouts, dtype, num_processes)
+        tokens = before.tokens + rows * item.new / counts.steps
+        costs[item.phase, item.what] = replace(before, tokens=tokens, flops=before.flops + flops)
+    if device is not None:
+        for kind, cost in costs.items():
+            seconds = cost.flops / num_processes / (device.tflops * 1e12 * device.mfu)
+            if kind in counts.decoding:
+                moved = decode_bytes(kind, counts, architecture, config, dtype, num_processes)
+                seconds = max(seconds, moved / (device.bandwidth * 1e9 * device.mbu))
+            costs[kind] = replace(cost, seconds=seconds)
+    memory = estimate_memory(config, architecture, counts, dtype, num_processes, compact_head)
     tokens = {kind: number / counts.steps for kind, number in counts.tokens.items()}
     return StepPlan(list(costs.values()), memory, tokens, counts.steps)
 
@@ -136,47 +135,47 @@ def plan_step(
 def _with_whole_head(passes: Counter[Pass]) -> Counter[Pass]:
     whole: Counter[Pass] = Counter()
     for item, rows in passes.items():
-        whole[item._replace(predicted=item.new) if item.mode in ("score", "train") else item] += rows
+        is_whole = item.mode in ("score", "train") and item.head == "trl"
+        whole[item._replace(predicted=item.new + item.padding) if is_whole else item] += rows
     return whole
 
 
 def pass_flops(item: Pass, architecture: Architecture, checkpointing: bool) -> float:
     """Floating-point operations of a row."""
-    body = item.new * architecture.matrix_flops() + architecture.attention_flops(item.new, item.before, item.dense)
+    read = item.new + item.padding
+    body = read * architecture.matrix_flops() + architecture.attention_flops(read, item.before, item.dense)
     head = item.predicted * architecture.head_flops()
     if item.mode == "train":
         body *= _CHECKPOINTED if checkpointing else _TRAINED
-        head *= _CHECKPOINTED
+        head *= _TRAINED if item.head == "fused" else _CHECKPOINTED
     return body + head
 
 
 def decode_bytes(
-    item: Pass,
-    rows: int,
+    kind: tuple[str, str],
     counts: Counts,
     architecture: Architecture,
     config: GCPOConfig,
     dtype: str,
-    num_processes: int,
+    num_processes: int = 1,
 ) -> float:
     """
-    Bytes that one device reads in a step while it decodes `rows` of a cycle: per token, all weights once and every
-    row's keys and values.
+    Bytes that one device reads in a step while it decodes, for the passes of a kind (phase, what): for each token all
+    weights once, and every row's keys and values.
     """
-    calls = counts.rollouts / counts.steps
-    rows_at_once = rows / counts.rollouts / num_processes
+    decoding = counts.decoding[kind]
     weights = BYTES[dtype] * (architecture.layer_weights + architecture.hidden * architecture.vocab)
-    pairs = rows_at_once * (item.before + item.new / 2) * architecture.key_value_bytes(compute_bytes(config, dtype))
-    return calls * item.new * (weights + pairs)
+    pairs = decoding.keys / num_processes * architecture.key_value_bytes(compute_bytes(config, dtype))
+    return (decoding.steps * weights + pairs) / counts.steps
 
 
 def estimate_memory(
     config: GCPOConfig,
     architecture: Architecture,
-    passes: Counter[Pass],
-    rollouts: int,
+    counts: Counts,
     dtype: str,
     num_processes: int,
+    compact_head: bool = True,
 ) -> Memory:
     """
     Weights, gradients and optimizer state by type; per phase what dominates: keys and values that it makes, or that are
@@ -186,26 +185,28 @@ def estimate_memory(
     held = {"weights": size * weights, "optimizer": _optimizer_bytes(config, size) * weights}
     if config.beta != 0:
         held["reference"] = size * weights
-    pair, rows_at_once = architecture.key_value_bytes(compute), config.per_device_train_batch_size
+    pair = architecture.key_value_bytes(compute)
     working = compute * (6 * architecture.hidden + 4 * architecture.intermediate)  # of one layer's forward, per token
-    scored_at_once = config.context_batch_size or rows_at_once
+    scored_at_once = config.context_batch_size or config.per_device_train_batch_size
     phases: dict[str, float] = {}
     kept: dict[str, float] = defaultdict(float)
-    trained: dict[str, float] = defaultdict(float)  # by forward, of its longest rows
-    for item, rows in passes.items():
-        per_device = rows / rollouts / num_processes
+    generated: dict[tuple[str, str], float] = defaultdict(float)  # by call, of all its rows
+    for item, rows in counts.passes.items():
+        per_device = rows / counts.rollouts / num_processes
         if item.mode == "train":
-            own = item.new * architecture.activation_bytes(compute, config.gradient_checkpointing)
-            own += item.predicted * architecture.hidden * (compute + 4)
-            trained[item.what] = max(trained[item.what], rows_at_once * own)
             continue
+        read = item.new + item.padding
         if item.mode == "score":
             at_once = 1 if item.dense else min(scored_at_once, per_device)
-            own = at_once * (item.new * working + (item.new**2 if item.dense else item.before * pair))
+            own = at_once * (read * working + (read**2 if item.dense else item.before * pair))
         elif item.mode == "decode":
-            own = per_device * (item.before + item.new) * pair
+            own = generated[item.phase, item.what] = generated[item.phase, item.what] + per_device * pair * (
+                item.before + read
+            )
         else:
-            own = per_device * item.new * max(pair, working)
+            own = generated[item.phase, item.what] = generated[item.phase, item.what] + per_device * item.new * max(
+                pair, working
+            )
         phases[item.phase] = max(phases.get(item.phase, 0.0), own)
         if item.keeps:
             kept[item.phase] += per_device * (item.new + (item.before if item.mode == "decode" else 0.0)) * pair
@@ -214,11 +215,16 @@ def estimate_memory(
         if phase in phases:  # while it generates, a rollout holds what is kept of it anyway
             phases[phase] += until_now + (kept[phase] if phase != "rollout" else 0.0)
         until_now += kept[phase]
-    if compute < size:  # autocast keeps the weights it has cast until the forward ends
-        trained["cast weights"] = compute * weights
     # The output layer's gradient is added up in float32.
-    phases["loss"] = size * weights + sum(trained.values()) + 4.0 * architecture.hidden * architecture.vocab
-    return Memory(held, phases)
+    loss = size * weights + 4.0 * architecture.hidden * architecture.vocab
+    for batch in counts.batches.values():
+        whole_head = batch.head == "trl" and not compact_head
+        predicted = batch.positions if whole_head else batch.predicted
+        loss += batch.positions * architecture.activation_bytes(compute, config.gradient_checkpointing)
+        loss += predicted * architecture.hidden * (compute + 4) + batch.mask
+    if compute < size:  # autocast keeps the weights it has cast until the forward ends
+        loss += compute * weights
+    return Memory(held, phases | {"loss": loss})
 
 
 def compute_bytes(config: GCPOConfig, dtype: str) -> int:
