@@ -235,13 +235,14 @@ def test_savings_save() -> None:
     for changed in (
         {"share_prefix": False},
         {"reuse_rollout": False},
-        {"compact_head": False},
         {"fused_loss": False},
         {"padding_free": False},
     ):
         assert operations(**changed) > least, changed
     with pytest.warns(UserWarning, match="share_prefix"):
         assert operations(can_continue=False) > least
+    trl = {"fused_loss": False, "padding_free": False}  # ours makes no logits of prompts, wherever it runs
+    assert operations(compact_head=False, **trl) > operations(**trl) and operations(compact_head=False) == least
     assert operations(context_attention="parallel") < least
     unlike = operations(completions=[20, 200] * 4)
     assert unlike < least and unlike < operations(completions=[20, 200] * 4, padding_free=False)

@@ -139,6 +139,7 @@ class CountingPolicy(ScheduledPolicy):
         step_seed: of the draws, as a run has it.
         masks_truncated: whether completions that end in none of `ending_ids` are left out of the loss.
         abilities: what is assumed of model and engine.
+        head: as `Pass.head`, of the forwards that score.
 
     Attributes:
         passes: how many rows of each kind pass through the model.
@@ -163,12 +164,13 @@ class CountingPolicy(ScheduledPolicy):
         step_seed: int = 0,
         masks_truncated: bool = False,
         abilities: Abilities | None = None,
+        head: str = "trl",
     ):
         self.options, self.num_generations, self.outputs = options, num_generations, outputs
         self.eos_token_ids, self.ending_ids = ending_ids[:1], ending_ids
         self.step_seed, self.masks_truncated = step_seed, masks_truncated
         self.abilities = abilities or Abilities()
-        self.name = self.abilities.name
+        self.name, self.head = self.abilities.name, head
         self.can_continue, self.can_pack = self.abilities.can_continue, self.abilities.can_pack
         self.passes: Counter[Pass] = Counter()
         self.tokens: Counter[str] = Counter()
@@ -232,7 +234,7 @@ class CountingPolicy(ScheduledPolicy):
         what = {"scored_query": "candidates", "scored_colliders": "colliders"}.get(tokens, "one by one")
         for x, y in zip(prompts, completions, strict=True):
             self.count(tokens, len(x) + len(y))
-            self.passes[Pass(phase, what, "score", len(x) + len(y), len(y))] += 1
+            self.passes[Pass(phase, what, "score", len(x) + len(y), len(y), head=self.head)] += 1
         return [Scored(k, _zeros(len(y)), _Z) for k, y in enumerate(completions)]
 
     def _forward_continuations(self, rows: list[Continuation], keep: bool, counts: bool) -> list[Reading]:
@@ -243,13 +245,14 @@ class CountingPolicy(ScheduledPolicy):
                 what = "beginnings" if phase == "contexts" else "queries"
             before, size = sum(map(length_of, filter(None, row.past))), len(row.ids)
             self.count(row.tokens, size)
-            self.passes[Pass(phase, what, "score", size, (size - 1) * row.scores, before, keeps=keep)] += 1
+            predicted = (size - 1) * row.scores
+            self.passes[Pass(phase, what, "score", size, predicted, before, keeps=keep, head=self.head)] += 1
         return [Reading(_zeros(len(row.ids) - 1), _Z, piece_of(len(row.ids)) if keep else _EMPTY) for row in rows]
 
     def _forward_packed(self, row: PackedRow, counts: bool) -> list[Scored]:
         self.count("scored_contexts", len(row.ids))
         predicted = len({place for branch in row.branches for place in branch.predictors.tolist()})
-        self.passes[Pass("contexts", "packed", "score", len(row.ids), predicted, dense=True)] += 1
+        self.passes[Pass("contexts", "packed", "score", len(row.ids), predicted, dense=True, head=self.head)] += 1
         return [Scored(branch.key, _zeros(len(branch.completion)), _Z) for branch in row.branches]
 
 

@@ -260,6 +260,8 @@ class _Rollout:
         def output(phase: str, k: int) -> Ids:
             return self.completions[k] if phase == "rollout" else script.output(number, phase, k)
 
+        reasons = {"fused_loss": abilities.against_fused_loss, "padding_free": abilities.against_padding_free}
+        self.fuses, self.packs = (not is_grpo and holds(config, *found) for found in reasons.items())
         self.policy = CountingPolicy(
             config,
             int(config.num_generations or 1),
@@ -268,13 +270,12 @@ class _Rollout:
             step_seed=seed,
             masks_truncated=config.mask_truncated_completions,
             abilities=abilities,
+            head="compact" if self.fuses or self.packs else "trl",
         )
         # Tokens of each completion that TRL's own passes see: it masks truncated ones before them.
         hides = config.mask_truncated_completions
         self.seen = [y[:0] if hides and y[-1] not in self.policy.ending_ids else y for y in self.completions]
         self.batches: dict[str, Batch] = {}
-        reasons = {"fused_loss": abilities.against_fused_loss, "padding_free": abilities.against_padding_free}
-        self.fuses, self.packs = (not is_grpo and holds(config, *found) for found in reasons.items())
         keeps = self.is_causal and self.policy.keeps_states
         once = self.policy.reads_once if self.is_causal else abilities.caches_prefixes
         self.policy.count_generation("rollout", "", self.prompt_ids, once=once, keeps=keeps)
@@ -287,8 +288,8 @@ class _Rollout:
         size = config.per_device_train_batch_size
         chunks = [range(start, start + size) for start in range(0, len(self.prompt_ids), size)]
         for needed, what in ((scores_old, "under q, for the ratio"), (config.beta != 0, "reference model")):
-            for rows in chunks if needed else ():
-                self._read(Pass("scoring", what, "score", 0), self.prompt_ids, rows)
+            for chunk in chunks if needed else ():
+                self._read(Pass("scoring", what, "score", 0), self.prompt_ids, chunk)
         contexts = None
         if self.is_causal:
             rollout = Rollout(prompts, self.prompt_ids, self.completions)

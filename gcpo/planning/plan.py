@@ -118,8 +118,8 @@ def plan_step(
     for item, rows in passes.items():
         flops = rows / counts.steps * pass_flops(item, architecture, config.gradient_checkpointing)
         before = costs.get((item.phase, item.what), Cost(item.phase, item.what, 0.0, 0.0, None))
-        tokens = before.tokens + rows * item.new / counts.steps
-        costs[item.phase, item.what] = replace(before, tokens=tokens, flops=before.flops + flops)
+        passed = before.tokens + rows * item.new / counts.steps
+        costs[item.phase, item.what] = replace(before, tokens=passed, flops=before.flops + flops)
     if device is not None:
         for kind, cost in costs.items():
             seconds = cost.flops / num_processes / (device.tflops * 1e12 * device.mfu)
@@ -192,7 +192,7 @@ def estimate_memory(
     kept: dict[str, float] = defaultdict(float)
     generated: dict[tuple[str, str], float] = defaultdict(float)  # by call, of all its rows
     for item, rows in counts.passes.items():
-        per_device = rows / counts.rollouts / num_processes
+        per_device, kind = rows / counts.rollouts / num_processes, (item.phase, item.what)
         if item.mode == "train":
             continue
         read = item.new + item.padding
@@ -200,13 +200,11 @@ def estimate_memory(
             at_once = 1 if item.dense else min(scored_at_once, per_device)
             own = at_once * (read * working + (read**2 if item.dense else item.before * pair))
         elif item.mode == "decode":
-            own = generated[item.phase, item.what] = generated[item.phase, item.what] + per_device * pair * (
-                item.before + read
-            )
+            generated[kind] += per_device * (item.before + read) * pair
+            own = generated[kind]
         else:
-            own = generated[item.phase, item.what] = generated[item.phase, item.what] + per_device * item.new * max(
-                pair, working
-            )
+            generated[kind] += per_device * item.new * max(pair, working)
+            own = generated[kind]
         phases[item.phase] = max(phases.get(item.phase, 0.0), own)
         if item.keeps:
             kept[item.phase] += per_device * (item.new + (item.before if item.mode == "decode" else 0.0)) * pair
