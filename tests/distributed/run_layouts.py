@@ -83,6 +83,7 @@ def build(
 def train(trainer: GCPOTrainer, folder: Path) -> None:
     """The steps, an evaluation, and the model, the logged metrics and the loss phase's options in `folder`."""
     trainer.train()
+    put_away = [name for name, parameter in trainer.model.named_parameters() if not parameter.numel()]
     metrics = trainer.evaluate()
     trainer.save_model(str(folder / "model"))
     if isinstance(trainer, CountedRows):
@@ -90,7 +91,8 @@ def train(trainer: GCPOTrainer, folder: Path) -> None:
     if trainer.accelerator.is_main_process:
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
         own = [trainer.fuses_loss, trainer.leaves_padding_out]
-        (folder / "metrics.json").write_text(json.dumps({"train": history, "eval": metrics, "own": own}))
+        found = {"train": history, "eval": metrics, "own": own, "put_away": put_away}
+        (folder / "metrics.json").write_text(json.dumps(found))
 
 
 class CountedRows(FixedRollouts):
@@ -132,8 +134,11 @@ def pretend_cpus_are_gpus(with_deepspeed: bool) -> None:
     PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
     if with_deepspeed:
         import deepspeed.comm.torch
+        from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 
         deepspeed.comm.torch.build_shm_op = lambda: None  # compiled at first use, in minutes; gloo does as well
+        # ZeRO-3 puts away large parameters only, and a model of this size has none.
+        DeepSpeedZeRoOffload.mark_persistent_parameters = lambda self, *thresholds: []
 
 
 def main() -> None:

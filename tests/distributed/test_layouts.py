@@ -167,6 +167,8 @@ def test_sharded(config: str, policies: dict[bool, str], alone: Layout, ddp: Lay
     """Seen in trl#6384, verl#7520, accelerate#4171, trl#5619."""
     layout = run_all(config, policies, tmp_path)
     assert_alone(layout, alone)
+    heads = [name for name in RUNS if "lm_head.weight" in "".join(layout.metrics[name]["put_away"])]
+    assert heads == ([name for name, (tied, _, _) in RUNS.items() if not tied] if config == "zero3" else [])
     for name in SAMPLED:
         assert_alike(layout.models[name], ddp.models[name], name)
         for step in (0, 1):
