@@ -118,9 +118,13 @@ class GCPOConfig(CausalOptions, GRPOConfig):
             warnings.warn(
                 "`share_prompt` is now `padding_free`, which does more: give that.", FutureWarning, stacklevel=4
             )
-            if self.padding_free is None:
-                self.padding_free = self.share_prompt
+            if self.padding_free not in (None, self.share_prompt):
+                raise ValueError(
+                    f"`share_prompt` is the old name of `padding_free`: leave it out, got {self.share_prompt} beside "
+                    f"{self.padding_free}."
+                )
+            self.padding_free = self.share_prompt
             self.share_prompt = None
         for name in ("fused_loss", "padding_free"):
-            if getattr(self, name) not in (True, False, None):
+            if not isinstance(getattr(self, name), bool | None):
                 raise TypeError(f"`{name}` must be True, False or None, got {getattr(self, name)!r}.")

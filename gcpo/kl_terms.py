@@ -144,14 +144,16 @@ class KLTermsTrainer(AccountedGRPOTrainer):
             completion[0].size(1),
         )[0]
 
-    def _reduction(self, inputs: dict[str, Any]) -> tuple[torch.Tensor | None, float]:
+    def _reduction(self, inputs: dict[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor | float]:
         """TRL's reduction of a micro-batch, as (`num_items_in_batch`, a factor of the loss) for `gcpo_loss`."""
         accumulation = self.current_gradient_accumulation_steps if self.model.training else 1
         if self.loss_type not in ("dapo", "cispo", "vespo"):
             return None, 1.0 / accumulation
         # The count spans the generation batch: bring it to one accumulation window of one process.
         items = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        return items * accumulation / self.args.steps_per_generation if self.model.training else items, 1.0
+        items = items * accumulation / self.args.steps_per_generation if self.model.training else items
+        # `gcpo_loss` divides by 1 at least, TRL also by less: where there are fewer tokens than windows or processes.
+        return items.clamp(min=1.0), items.clamp(min=1.0) / items
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:

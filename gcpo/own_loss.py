@@ -15,6 +15,7 @@ from gcpo.forward.microbatches import regrouped
 from gcpo.forward.output_layer import add_reader, logit_options
 from gcpo.forward.own_forward import OwnForward, Rows, against_unpadded
 from gcpo.kl_terms import KLTermsTrainer
+from gcpo_kernels.options import LossOptions
 
 logger = get_logger(__name__)
 
@@ -47,7 +48,9 @@ class OwnLossTrainer(KLTermsTrainer):
                 add_reader(causal_lm(self, model), in_float32, maybe_gather_lm_head_ctx)
         model = causal_lm(self, self.model)
         head = {"temperature": self.temperature, **logit_options(model.config.get_text_config())}
-        self.own_forward = OwnForward(model, head, self._tokenizer.pad_token_id, self.accelerator.autocast)
+        self.own_forward = OwnForward(
+            model, head, self._tokenizer.pad_token_id, self.accelerator.autocast, lambda called: causal_lm(self, called)
+        )
 
     def _holds(self, name: str, reason: str | None) -> bool:
         wanted = getattr(self.args, name)
@@ -65,11 +68,18 @@ class OwnLossTrainer(KLTermsTrainer):
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         buffered = self._buffered_inputs
-        # A micro-batch's loss of type "bnpo" is divided by its own tokens: it would be another one.
-        if not (self.leaves_padding_out and self.model.training) or buffered is before or self.loss_type == "bnpo":
+        if not (self.leaves_padding_out and self.model.training) or buffered is before or self._loss_is_of_its_rows:
             return inputs
         self._buffered_inputs = regrouped(buffered, self.args.gradient_accumulation_steps)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    @property
+    def _loss_is_of_its_rows(self) -> bool:
+        """
+        Whether a micro-batch's loss depends on which rows share it: one that is divided by its own tokens, an entropy
+        bonus, which is the mean over them, and a quantile of theirs.
+        """
+        return self.loss_type == "bnpo" or self._entropy_bonus_enabled or self.top_entropy_quantile < 1.0
 
     # -----------------------------------------------------------------------------------------------------------------
     # Forwards
@@ -165,16 +175,16 @@ class OwnLossTrainer(KLTermsTrainer):
             self._given_scores = None
         return loss * scale
 
-    def _loss_options(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Options of `linear_gcpo_loss`, from TRL's and ours and what a micro-batch holds."""
+    @property
+    def _objective(self) -> dict[str, Any]:
+        """The options of `LossOptions` that are the same for every micro-batch."""
         args = self.args
-        options: dict[str, Any] = {
-            "old_logp": inputs.get("old_per_token_logps"),
-            "importance_sampling_ratio": inputs.get("importance_sampling_ratio"),
+        return {
             "beta": self.beta,
-            "ref_logp": inputs.get("ref_per_token_logps") if self.beta != 0.0 else None,
+            "kappa": args.kappa,
             "bias_correction_kl": args.use_bias_correction_kl,
             "kl_clip": args.kl_clip,
+            "proj_floor": args.proj_floor,
             "epsilon_low": self.epsilon_low,
             "epsilon_high": self.epsilon_high,
             "delta": args.delta,
@@ -183,23 +193,34 @@ class OwnLossTrainer(KLTermsTrainer):
             "max_completion_length": self.max_completion_length,
             **{name: getattr(args, name) for name in _GATES},
         }
+
+    def _loss_options(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Options of `linear_gcpo_loss`, from TRL's and ours and what a micro-batch holds."""
         # Estimates of the log-probabilities, for speed alone, the nearest first.
         estimates = (inputs.get(name) for name in ("sampling_per_token_logps", "old_per_token_logps", "query_logps"))
-        options["offset_logp"] = next((x for x in estimates if x is not None), None)
-        if "context_logps" in inputs:
-            options |= {
-                "kappa": args.kappa,
-                "context_logp": inputs["context_logps"],
-                "context_weights": inputs["context_weights"],
-                "query_logp": inputs.get("query_logps"),
-                "kappa_weights": inputs["has_collider"] * inputs["causal_scale"],
-                "proj_floor": args.proj_floor,
-            }
-        return options
+        options: dict[str, Any] = {
+            **self._objective,
+            "old_logp": inputs.get("old_per_token_logps"),
+            "importance_sampling_ratio": inputs.get("importance_sampling_ratio"),
+            "ref_logp": inputs.get("ref_per_token_logps") if self.beta != 0.0 else None,
+            "offset_logp": next((x for x in estimates if x is not None), None),
+        }
+        if "context_logps" not in inputs:
+            return options | {"kappa": 0.0}
+        return options | {
+            "context_logp": inputs["context_logps"],
+            "context_weights": inputs["context_weights"],
+            "query_logp": inputs.get("query_logps"),
+            "kappa_weights": inputs["has_collider"] * inputs["causal_scale"],
+        }
 
 
 # Options of TRL's that single loss types have, by the names that `gcpo_loss` has for them too.
 _GATES = "sapo_temperature_pos sapo_temperature_neg vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg".split()
+
+
+# What a subclass may change of the loss without writing one of its own.
+_PARTS_OF_THE_LOSS = "_get_per_token_logps_and_entropies causal_kl_loss clipped_reference get_gamma_weights".split()
 
 
 def causal_lm(trainer: Any, model: Any) -> Any:
@@ -216,12 +237,21 @@ def against_fused_loss(trainer: Any) -> str | None:
             return f"`{name}={getattr(args, name)}` needs the gradient of the entropy, or a look at all of it first"
     if args.off_policy_mask_threshold is not None:
         return "`off_policy_mask_threshold` needs every log-probability of a completion before its loss"
+    for name in _PARTS_OF_THE_LOSS:
+        if getattr(type(trainer), name) is not getattr(OwnLossTrainer, name):
+            return f"`{type(trainer).__name__}.{name}` changes a part of the loss that would not be called"
+    try:
+        LossOptions(**trainer._objective)
+    except (TypeError, ValueError) as error:  # values that TRL does not look at
+        return str(error).removesuffix(".")
     return _against_both(trainer)
 
 
 def against_padding_free(trainer: Any) -> str | None:
     """What keeps the policy's rows from being packed, in words; None: nothing does."""
-    return _against_both(trainer) or against_unpadded(causal_lm(trainer, trainer.model))
+    models = (trainer.model, trainer.ref_model)  # a reference may have an attention implementation of its own
+    reasons = (against_unpadded(causal_lm(trainer, model)) for model in models if model is not None)
+    return _against_both(trainer) or next((reason for reason in reasons if reason), None)
 
 
 def _against_both(trainer: Any) -> str | None:

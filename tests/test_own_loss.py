@@ -1,5 +1,6 @@
 """`fused_loss` and `padding_free`: the loss, metrics and gradients of TRL's path, from fewer products and tokens."""
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,10 @@ from test_trainer_causal import first_batch, make_trainer
 from tiny_policy import options, parameters, save_policy, worst_difference
 from trl import GRPOTrainer
 
-from gcpo import GCPOConfig
+from gcpo import GCPOConfig, GCPOTrainer
 from gcpo.forward import own_forward
 from gcpo.forward.unpadded import LayerCost
+from gcpo.own_loss import against_padding_free
 
 LONG = {"conversational": True, "max_completion_length": 24, "beta": 0.1, "kappa": 0.5}
 LAYOUTS = {"tree": LayerCost(1.0, 0.0), "plain": LayerCost(1.0, 1e9)}
@@ -205,13 +207,24 @@ def test_weights_of_a_sampler(name: str, layout: str, folder: Any, tmp_path: Any
 
 
 @pytest.mark.parametrize("layout", ["tree"], indirect=True)
-@pytest.mark.parametrize("settings", [{}, {"steps_per_generation": 4}, {"num_iterations": 2}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"steps_per_generation": 4},
+        {"num_iterations": 2},
+        {"entropy_coef": 1.0},
+        {"top_entropy_quantile": 0.3},
+        {"loss_type": "bnpo"},
+    ],
+    ids=str,
+)
 def test_three_steps_agree(settings: dict, layout: str, folder: Any, tmp_path: Any) -> None:
     """Plain SGD: Adam's first steps have the gradient's sign, which rounding can turn."""
     policy = save_family("llama", folder)
     runs = []
     settings = {**LONG, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 3, **settings}
-    for way in (TRL, OWN):
+    for way in (TRL, {"padding_free": True}):  # a loss from hidden states wherever that is possible
         trainer = make_trainer(policy, tmp_path, **settings, **way, optim="sgd", learning_rate=0.5)
         before = parameters(trainer.model)
         trainer.train()
@@ -257,10 +270,69 @@ def test_off_without_the_causal_parts_unless_asked_for(folder: Any, tmp_path: An
     assert causal.fuses_loss and causal.leaves_padding_out
 
 
+@pytest.mark.parametrize("layout", ["tree"], indirect=True)
+@pytest.mark.parametrize("loss_type", ["dapo", "cispo", "vespo"])
+def test_fewer_tokens_than_micro_batches(loss_type: str, layout: str, folder: Any, tmp_path: Any) -> None:
+    """TRL's divisor is then below 1."""
+    policy = save_family("llama", folder)
+    settings = {**LONG, "loss_type": loss_type, "per_device_train_batch_size": 1, "steps_per_generation": 8}
+    output, _ = first_batch(make_trainer(policy, tmp_path, **TRL, **settings))
+    mask = torch.zeros_like(output["completion_mask"])
+    mask[:3, 0] = 1
+    output = off_policy({**output, "completion_mask": mask, "num_items_in_batch": mask.sum()})
+    want, ours = losses(policy, tmp_path, output, [TRL, OWN], **settings)
+    assert_alike(ours, want)
+
+
+@pytest.mark.parametrize("layout", ["tree"], indirect=True)
+def test_a_reference_with_another_attention(layout: str, folder: Any, tmp_path: Any) -> None:
+    policy = save_family("llama", folder)
+    found = []
+    for way in (TRL, PACKED):
+        trainer = make_trainer(policy, tmp_path, **LONG, **way)
+        trainer.ref_model.config._attn_implementation = "eager"
+        found.append(first_batch(trainer)[0])
+    mask = found[0]["completion_mask"] != 0
+    torch.testing.assert_close(
+        found[1]["ref_per_token_logps"][mask], found[0]["ref_per_token_logps"][mask], atol=1e-5, rtol=1e-5
+    )
+    trainer.ref_model.config._attn_implementation = "flash_attention_2"
+    assert "flash_attention_2" in (against_padding_free(trainer) or "")
+
+
+class HalvesTheKL(GCPOTrainer):
+    def causal_kl_loss(self, *args: Any) -> torch.Tensor:
+        return 0.5 * super().causal_kl_loss(*args)
+
+
+class HalvesTheScores(GCPOTrainer):
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
+        logp, *others = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        return 0.5 * logp, *others
+
+
+@pytest.mark.parametrize("changed", [HalvesTheKL, HalvesTheScores], ids=lambda kind: kind.__name__)
+def test_what_a_subclass_changes_of_the_loss_counts(changed: type, folder: Any, tmp_path: Any) -> None:
+    policy = save_family("llama", folder)
+    output, _ = first_batch(make_trainer(policy, tmp_path, **TRL, **LONG))
+    found = []
+    for way in (TRL, {}):
+        trainer = make_trainer(policy, tmp_path, changed, **LONG, **way)
+        assert not trainer.fuses_loss and trainer.leaves_padding_out == (way == {})
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.model.train()
+        found.append(trainer._compute_loss(trainer.model, dict(output)).item())
+    plain = losses(policy, tmp_path, output, [OWN], **LONG)[0][0]
+    assert found[1] == pytest.approx(found[0], rel=1e-5) and abs(found[0] - plain) > 1e-3
+    with pytest.raises(ValueError, match=f"`{changed.__name__}.*` changes a part of the loss"):
+        make_trainer(policy, tmp_path, changed, **LONG, fused_loss=True)
+
+
 AGAINST = {
     "entropy_coef": ({"entropy_coef": 0.1}, "fused_loss", "`entropy_coef=0.1`"),
     "quantile": ({"top_entropy_quantile": 0.5}, "fused_loss", "`top_entropy_quantile=0.5`"),
     "off-policy": ({"off_policy_mask_threshold": 0.5}, "fused_loss", "`off_policy_mask_threshold`"),
+    "no cap": ({"loss_type": "cispo", "epsilon_high": float("inf")}, "fused_loss", "`epsilon_high` must be finite"),
     "compiled": ({"torch_compile": True}, "padding_free", "`torch_compile`"),
     "experts": ({"family": "qwen3_moe"}, "fused_loss", "`router_aux_loss_coef`"),
     "recurrent": ({"family": "lfm2"}, "padding_free", "lfm2 has layers that read a row from left to right"),
@@ -309,8 +381,12 @@ def test_the_old_name_maps_and_warns(tmp_path: Any) -> None:
         with pytest.warns(FutureWarning, match="`share_prompt` is now `padding_free`"):
             config = GCPOConfig(**options(tmp_path, share_prompt=given))
         assert config.padding_free is given and config.share_prompt is None
-    with pytest.raises(TypeError, match="`padding_free` must be True, False or None"):
-        GCPOConfig(**options(tmp_path, padding_free="yes"))
+    with pytest.raises(ValueError, match="`share_prompt` is the old name of `padding_free`"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        GCPOConfig(**options(tmp_path, share_prompt=True, padding_free=False))
+    for wrong in ("yes", 1, 0.0):
+        with pytest.raises(TypeError, match="`padding_free` must be True, False or None"):
+            GCPOConfig(**options(tmp_path, padding_free=wrong))
 
 
 def test_evaluation_is_trls(folder: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,11 +73,12 @@ class OwnForward:
         head: options of `linear_logprob` for its output layer, temperature included.
         pad_token_id: of packed rows.
         autocast: what forwards run in.
+        unwrap: gives the causal language model inside a module that is called.
     """
 
-    def __init__(self, model: Any, head: dict[str, Any], pad_token_id: int, autocast: Any):
-        self.config, self.head, self.pad_token_id, self.autocast = model.config, head, pad_token_id, autocast
-        self.dtype = model.dtype
+    def __init__(self, model: Any, head: dict[str, Any], pad_token_id: int, autocast: Any, unwrap: Any):
+        self.config, self.head, self.pad_token_id = model.config, head, pad_token_id
+        self.autocast, self.unwrap = autocast, unwrap
 
     def rows(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, width: int, without_padding: bool) -> Rows:
         """
@@ -99,20 +100,21 @@ class OwnForward:
         cost = LayerCost.of(text, text._attn_implementation)
         return unpad(prompts, completions, width, self.pad_token_id, cost).to(input_ids.device)
 
-    def _inputs(self, rows: Rows) -> dict[str, Any]:
+    def _inputs(self, model: Any, rows: Rows) -> dict[str, Any]:
         if isinstance(rows, Padded):
             return {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask}
         assert isinstance(rows, Unpadded)
-        return {"input_ids": rows.ids, "position_ids": rows.positions, "attention_mask": self._mask(rows)}
+        return {"input_ids": rows.ids, "position_ids": rows.positions, "attention_mask": self._mask(model, rows)}
 
-    def _mask(self, rows: Unpadded) -> Any:
+    def _mask(self, model: Any, rows: Unpadded) -> Any:
         """As the model takes it: one mask, or one for each kind of layer."""
-        text = self.config.get_text_config()
-        windows = _windows(text)
         if rows.ends is None:
             return None
+        inner = self.unwrap(model)  # a reference may have another attention implementation than the policy
+        text, dtype = inner.config.get_text_config(), inner.dtype
         masks = {
-            kind: rows.attention_mask(text._attn_implementation, window, self.dtype) for kind, window in windows.items()
+            kind: rows.attention_mask(text._attn_implementation, window, dtype)
+            for kind, window in _windows(text).items()
         }
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
@@ -185,7 +187,7 @@ class OwnForward:
 
     def _call(self, model: Any, rows: Rows, reader: Any) -> dict[str, torch.Tensor]:
         with self.autocast():
-            return model(**self._inputs(rows), reader=reader)
+            return model(**self._inputs(model, rows), reader=reader)
 
 
 def _is_contiguous(kept: torch.Tensor, width: int) -> bool:
