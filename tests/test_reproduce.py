@@ -229,9 +229,12 @@ def step_values(result: dict[str, Any]) -> dict[str, float]:
     return {
         "s per step": result["step_seconds"]["median"],
         "to GRPO": result["ratio"]["median"],
-        **({"to GRPO, prompts shared": result["ratio_shared"]["median"]} if "ratio_shared" in result else {}),
+        "to GRPO, same savings": result["ratio_same_savings"]["median"],
         "planned": result["predicted"]["ratio"],
         **{phase: result["seconds"][phase]["median"] for phase in step_overhead.PHASES},
+        "loss, ms per token": result["loss_ms_per_token"]["median"],
+        "read by the loss": result["tokens"]["trained"],
+        "padding": result["tokens"]["trained_padding"],
         "tokens scored": result["scored"],
         "to one pass under q": result["scored_to_one_pass"],
     }
