@@ -37,7 +37,8 @@ class OwnLossTrainer(KLTermsTrainer):
 
     def _decide_on_own_loss(self) -> None:
         """Find out which of the two options hold, and prepare the models for them."""
-        found = {"fused_loss": against_fused_loss(self), "padding_free": against_padding_free(self)}
+        against_fused = against_fused_loss(self) or self._against_its_objective()
+        found = {"fused_loss": against_fused, "padding_free": against_padding_free(self)}
         holds = {name: self._holds(name, reason) for name, reason in found.items()}
         self.fuses_loss, self.leaves_padding_out = holds["fused_loss"], holds["padding_free"]
         if not any(holds.values()):
@@ -51,6 +52,17 @@ class OwnLossTrainer(KLTermsTrainer):
         self.own_forward = OwnForward(
             model, head, self._tokenizer.pad_token_id, self.accelerator.autocast, lambda called: causal_lm(self, called)
         )
+
+    def _against_its_objective(self) -> str | None:
+        """What of this class or of its options our loss does not have, in words; None: nothing."""
+        for name in _PARTS_OF_THE_LOSS:
+            if getattr(type(self), name) is not getattr(OwnLossTrainer, name):
+                return f"`{type(self).__name__}.{name}` changes a part of the loss that would not be called"
+        try:
+            LossOptions(**self._objective)
+        except (TypeError, ValueError) as error:  # values that TRL does not look at
+            return str(error).removesuffix(".")
+        return None
 
     def _holds(self, name: str, reason: str | None) -> bool:
         wanted = getattr(self.args, name)
@@ -237,13 +249,6 @@ def against_fused_loss(trainer: Any) -> str | None:
             return f"`{name}={getattr(args, name)}` needs the gradient of the entropy, or a look at all of it first"
     if args.off_policy_mask_threshold is not None:
         return "`off_policy_mask_threshold` needs every log-probability of a completion before its loss"
-    for name in _PARTS_OF_THE_LOSS:
-        if getattr(type(trainer), name) is not getattr(OwnLossTrainer, name):
-            return f"`{type(trainer).__name__}.{name}` changes a part of the loss that would not be called"
-    try:
-        LossOptions(**trainer._objective)
-    except (TypeError, ValueError) as error:  # values that TRL does not look at
-        return str(error).removesuffix(".")
     return _against_both(trainer)
 
 

@@ -213,6 +213,7 @@ def abilities_of(config: GCPOConfig, architecture: Architecture, attention: str 
     trainer = SimpleNamespace(
         args=config,
         model=model,
+        ref_model=None,
         accelerator=SimpleNamespace(unwrap_model=lambda model: model),
         aux_loss_enabled=hasattr(text, "output_router_logits") and config.router_aux_loss_coef != 0.0,
         _is_vlm=False,
