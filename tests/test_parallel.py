@@ -130,7 +130,7 @@ def test_a_collider_that_is_left_out_changes_no_score(policy, tmp_path):
 @pytest.mark.parametrize("estimator", ["loo", "scored"])
 def test_in_the_trainer(estimator, policy, tmp_path):
     """With the generation's keys and values and without: the same numbers from fewer tokens."""
-    settings = {"estimator": estimator, "temperature": 0.7, "num_iterations": 2}
+    settings = {"estimator": estimator, "temperature": 0.7, "num_iterations": 2, "padding_free": False}
     full, _ = first_batch(make_trainer(policy, tmp_path, **settings))
     settings["context_attention"] = "parallel"
     read, kept = [
