@@ -11,6 +11,7 @@ from accelerate.logging import get_logger
 from torch import nn
 
 from gcpo._trl import maybe_gather_lm_head_ctx
+from gcpo.config import GCPOConfig
 from gcpo.forward.microbatches import regrouped
 from gcpo.forward.output_layer import add_reader, logit_options
 from gcpo.forward.own_forward import OwnForward, Rows, against_unpadded
@@ -39,9 +40,8 @@ class OwnLossTrainer(KLTermsTrainer):
         """Find out which of the two options hold, and prepare the models for them."""
         against_fused = against_fused_loss(self) or self._against_its_objective()
         found = {"fused_loss": against_fused, "padding_free": against_padding_free(self)}
-        holds = {name: self._holds(name, reason) for name, reason in found.items()}
-        self.fuses_loss, self.leaves_padding_out = holds["fused_loss"], holds["padding_free"]
-        if not any(holds.values()):
+        self.fuses_loss, self.leaves_padding_out = (self._holds(name, reason) for name, reason in found.items())
+        if not (self.fuses_loss or self.leaves_padding_out):
             return
         in_float32 = self.args.cast_lm_head_to_fp32
         for model in (self.model, self.ref_model):
@@ -65,12 +65,9 @@ class OwnLossTrainer(KLTermsTrainer):
         return None
 
     def _holds(self, name: str, reason: str | None) -> bool:
-        wanted = getattr(self.args, name)
-        if wanted and reason is not None:
-            raise ValueError(f"`{name}` must be False or None: {reason}.")
-        if wanted is None and self.args.is_causal and reason is not None:
+        if getattr(self.args, name) is None and self.args.is_causal and reason is not None:
             logger.warning(f"`{name}` is off: {reason}.", main_process_only=True)
-        return reason is None and (self.args.is_causal if wanted is None else wanted)
+        return holds(self.args, name, reason)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Micro-batches
@@ -80,18 +77,14 @@ class OwnLossTrainer(KLTermsTrainer):
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         buffered = self._buffered_inputs
-        if not (self.leaves_padding_out and self.model.training) or buffered is before or self._loss_is_of_its_rows:
+        if (
+            not (self.leaves_padding_out and self.model.training)
+            or buffered is before
+            or loss_is_of_its_rows(self.args)
+        ):
             return inputs
         self._buffered_inputs = regrouped(buffered, self.args.gradient_accumulation_steps)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
-
-    @property
-    def _loss_is_of_its_rows(self) -> bool:
-        """
-        Whether a micro-batch's loss depends on which rows share it: one that is divided by its own tokens, an entropy
-        bonus, which is the mean over them, and a quantile of theirs.
-        """
-        return self.loss_type == "bnpo" or self._entropy_bonus_enabled or self.top_entropy_quantile < 1.0
 
     # -----------------------------------------------------------------------------------------------------------------
     # Forwards
@@ -233,6 +226,33 @@ _GATES = "sapo_temperature_pos sapo_temperature_neg vespo_k_pos vespo_lambda_pos
 
 # What a subclass may change of the loss without writing one of its own.
 _PARTS_OF_THE_LOSS = "_get_per_token_logps_and_entropies causal_kl_loss clipped_reference get_gamma_weights".split()
+
+
+def loss_is_of_its_rows(args: GCPOConfig) -> bool:
+    """
+    Whether a micro-batch's loss depends on which rows share it: one that is divided by its own tokens, an entropy
+    bonus, which is the mean over them, and a quantile of theirs.
+    """
+    bonus = args.use_adaptive_entropy or args.entropy_coef != 0.0
+    return args.loss_type == "bnpo" or bonus or args.top_entropy_quantile < 1.0
+
+
+def holds(args: GCPOConfig, name: str, reason: str | None) -> bool:
+    """
+    Whether a run has `fused_loss` or `padding_free`.
+
+    Args:
+        args: of the run.
+        name: of the option.
+        reason: what stands against it, in words; None: nothing does.
+
+    Raises:
+        ValueError: the option is True, and something stands against it.
+    """
+    wanted = getattr(args, name)
+    if wanted and reason is not None:
+        raise ValueError(f"`{name}` must be False or None: {reason}.")
+    return reason is None and (args.is_causal if wanted is None else wanted)
 
 
 def causal_lm(trainer: Any, model: Any) -> Any:

@@ -384,7 +384,7 @@ MUTATIONS = (
     Mutation(
         "rows dealt out anew where their loss is divided by their tokens",
         "gcpo/own_loss.py",
-        'self.loss_type == "bnpo" or ',
+        'args.loss_type == "bnpo" or ',
         "",
         "tests/test_own_loss.py -k three_steps",
     ),

@@ -177,7 +177,7 @@ ARROWS = {
     "gcpo.run": {"gcpo_kernels", "gcpo.causal", "gcpo._trl", "gcpo._version"},
     "gcpo.config": {"gcpo_kernels", "gcpo.causal", "gcpo.run"},
     "gcpo.kl_terms": {"gcpo_kernels", "gcpo.causal", "gcpo.run"},
-    "gcpo.own_loss": {"gcpo_kernels", "gcpo.forward", "gcpo.kl_terms", "gcpo._trl"},
+    "gcpo.own_loss": {"gcpo_kernels", "gcpo.config", "gcpo.forward", "gcpo.kl_terms", "gcpo._trl"},
     "gcpo.trainer": {"gcpo.causal", "gcpo.forward", "gcpo.run", "gcpo.config", "gcpo.own_loss", "gcpo._trl"},
 }
 

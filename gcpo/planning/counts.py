@@ -25,9 +25,9 @@ from gcpo.config import GCPOConfig
 from gcpo.forward.counting import Abilities, CountingPolicy, Decoding, Pass, Span, piece_of
 from gcpo.forward.own_forward import MASKED_ATTENTION
 from gcpo.forward.unpadded import LayerCost
-from gcpo.own_loss import against_fused_loss, against_padding_free
+from gcpo.own_loss import against_fused_loss, against_padding_free, holds
 from gcpo.planning.architecture import Architecture
-from gcpo.planning.rows import batch_width, holds, micro_batches, packed, padded
+from gcpo.planning.rows import batch_width, micro_batches, packed, padded
 
 _END = ("end",)  # what every completion ends in
 

@@ -13,24 +13,7 @@ from gcpo.forward.counting import Abilities, Pass, hashable
 from gcpo.forward.microbatches import deal
 from gcpo.forward.models import padded_width
 from gcpo.forward.unpadded import LayerCost, choose_layout
-
-
-def holds(config: GCPOConfig, name: str, reason: str | None) -> bool:
-    """
-    Whether a run has `fused_loss` or `padding_free`, as the trainer decides it.
-
-    Args:
-        config: of the run.
-        name: of the option.
-        reason: what stands against it, in words; None: nothing does.
-
-    Raises:
-        ValueError: the option is True, and something stands against it.
-    """
-    wanted = getattr(config, name)
-    if wanted and reason is not None:
-        raise ValueError(f"`{name}` must be False or None: {reason}.")
-    return reason is None and (config.is_causal if wanted is None else wanted)
+from gcpo.own_loss import loss_is_of_its_rows
 
 
 def micro_batches(
@@ -47,7 +30,7 @@ def micro_batches(
     """
     count = int(config.steps_per_generation or 1)
     # As `OwnLossTrainer` does it: `regrouped` within an optimizer step, and not where a batch's loss is its own mean.
-    regroups = packs and config.loss_type != "bnpo"
+    regroups = packs and not loss_is_of_its_rows(config)
     window = math.gcd(count, config.gradient_accumulation_steps) if regroups else 1
     size = len(order) // count * window
     found = []
