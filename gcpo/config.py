@@ -24,8 +24,9 @@ _COUNTS = (
 @dataclass
 class GCPOConfig(CausalOptions, GRPOConfig):
     r"""
-    Options of [`GCPOTrainer`]: all of TRL's [`~trl.GRPOConfig`], those of the method ([`~gcpo.CausalOptions`]), and one
-    that concerns the trainer alone. n is `num_generations`. `kappa=0` with `estimator="none"` is GRPO, at GRPO's cost.
+    Options of [`GCPOTrainer`]: all of TRL's [`~trl.GRPOConfig`], those of the method ([`~gcpo.CausalOptions`]), and
+    those that concern the trainer alone. n is `num_generations`. `kappa=0` with `estimator="none"` is GRPO, at GRPO's
+    cost.
 
     Parameters:
         fused_loss (`bool`, *optional*):
@@ -40,12 +41,18 @@ class GCPOConfig(CausalOptions, GRPOConfig):
             from fewer tokens. Rows of a prompt are brought together in micro-batches, within an optimizer step. Needs
             `attn_implementation` sdpa, eager or flex_attention and a model whose layers take a mask; True and None as
             for `fused_loss`.
+        overlap_rewards (`bool`, *optional*, defaults to `False`):
+            Run the reward functions while colliders are decoded, which a thread of its own does: the reward functions
+            stay in the main thread, where time limits by signals work. The numbers are the same as without, unless a
+            reward function draws from torch's global random stream. Not with FSDP, DeepSpeed ZeRO-3, or vLLM other than
+            `vllm_mode="colocate"` without sleep mode and with one GPU each.
         share_prompt (`bool`, *optional*):
             The old name of `padding_free`.
     """
 
     fused_loss: bool | None = option(None, "Make the loss from hidden states. None: where that is possible.")
     padding_free: bool | None = option(None, "Train on packed rows without padding. None: where that is possible.")
+    overlap_rewards: bool = option(False, "Run the reward functions while colliders are decoded.")
     share_prompt: bool | None = option(None, "The old name of `padding_free`.")
 
     def __post_init__(self) -> None:
@@ -53,7 +60,9 @@ class GCPOConfig(CausalOptions, GRPOConfig):
             GRPOConfig.__post_init__(self)
         self._check_late_refusals()
         CausalOptions.__post_init__(self)
-        self.baseline = self.group_baseline  # as a run's record shows it
+        # As a run's record shows them.
+        self.baseline = self.group_baseline
+        self.collider_max_completion_length = self.collider_limit(self.max_completion_length)
 
     @classmethod
     def paper(cls, **overrides: Any) -> "GCPOConfig":
@@ -62,7 +71,8 @@ class GCPOConfig(CausalOptions, GRPOConfig):
 
         The method: alpha 2, kappa 0.06, L = n, whole candidates in every prompt, colliders as long as candidates, fresh
         outputs sampled under every context, zbar over the whole group, pi_theta conditioned on x_i in the second KL
-        term, every candidate and context scored, neither KL term clipped. The objective (eq. 10): `loss_type="grpo"`,
+        term, every candidate and context scored, neither KL term clipped, c_0 sampled
+        as the other colliders are. The objective (eq. 10): `loss_type="grpo"`,
         and `use_bias_correction_kl=False`, because the reference KL is printed without the ratio that TRL multiplies it
         by. The run: learning rate 1e-6, weight decay 0.01, at most 16,384 tokens per completion.
 
@@ -86,6 +96,10 @@ class GCPOConfig(CausalOptions, GRPOConfig):
             "num_kl_contexts": None,
             "kl_fraction": 1.0,
             "kl_clip": None,
+            "collider_choice": "sample",
+            "collider_attention": "full",
+            "kl_target": "projection",
+            "weight_scale": "alpha",
             "loss_type": "grpo",
             "use_bias_correction_kl": False,
             "learning_rate": 1e-6,

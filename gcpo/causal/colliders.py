@@ -26,7 +26,7 @@ def generate_colliders(
     A collider without content (special tokens only), or cut off where those are masked, is kept, marked, and put
     behind the others, so that c_0, which every estimate leans on, is one that says something wherever there is one.
     """
-    limit, draw = options.collider_max_completion_length, random.Random(seed)
+    limit, draw = options.collider_limit(policy.max_completion_length), random.Random(seed)
     tasks = []
     for prompt, group in zip(prompts, candidates, strict=True):
         for _ in range(options.num_colliders):

@@ -190,8 +190,9 @@ def longest_prompt(options: CausalOptions, num_generations: int, max_completion_
     shown = max_completion_length
     if options.candidate_context_tokens is not None:
         shown = min(shown, options.candidate_context_tokens)
-    fusion = num_generations * shown + options.collider_max_completion_length
-    context = (num_generations - 1) * shown + options.collider_max_completion_length + max_completion_length
+    collider = options.collider_limit(max_completion_length)
+    fusion = num_generations * shown + collider
+    context = (num_generations - 1) * shown + collider + max_completion_length
     return max(fusion, context if options.uses_contexts else 0)
 
 

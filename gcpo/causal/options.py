@@ -9,14 +9,24 @@ from gcpo_kernels.options import BASELINES, SIMILARITIES, check_choice, check_co
 ESTIMATORS = ("loo", "scored", "sampled", "none")
 REPRESENTATIONS = ("last", "mean")
 POLICY_CONTEXTS = ("query", "context")
-CONTEXT_ATTENTIONS = ("full", "parallel")
+CONTEXT_ATTENTIONS = COLLIDER_ATTENTIONS = ("full", "parallel")
+COLLIDER_CHOICES = ("sample", "greedy", "reward")
+KL_TARGETS = ("projection", "context", "ensemble")
+WEIGHT_SCALES = ("alpha", "unit")
 
-FUSION_PROMPT_TEMPLATE = (
+_SHOWN = (
     "{question}\n\n"
     "Below are candidate answers to the question above, written independently of each other.\n\n"
     "{candidates}\n\n"
-    "Integrate them into one final answer: keep what is right, correct what is wrong, and answer the question."
 )
+# What asks for an integrated answer, by name.
+FUSION_PROMPTS = {
+    "integrate": _SHOWN
+    + "Integrate them into one final answer: keep what is right, correct what is wrong, and answer the question.",
+    "answer": _SHOWN
+    + "Which final answer do they support, once their mistakes are corrected? Give that answer alone, in the form that "
+    "the question asks for, without steps or explanations.",
+}
 CONTEXT_PROMPT_TEMPLATE = (
     "{question}\n\n"
     "Below are candidate answers to the question above, written independently of each other.\n\n"
@@ -62,24 +72,48 @@ class CausalOptions:
         num_colliders (`int`, *optional*, defaults to `4`):
             L, the integrated answers generated per prompt (the paper: L = n). With one, the projection's two terms
             cancel and only the leave-one-out weighting and a KL term to the old policy remain.
-        collider_max_completion_length (`int`, *optional*, defaults to `256`):
-            Most tokens of an integrated answer.
+        collider_max_completion_length (`int`, *optional*):
+            Most tokens of an integrated answer. Defaults to a 32nd of the candidates' most tokens, but at least 16 and
+            at most 256: min(256, max(16, max_completion_length // 32)). They are decoded one after the other, each for
+            nearly the price of a step of the rollout.
+        collider_choice (`str`, *optional*, defaults to `"sample"`):
+            Which collider is c_0, whose context x_{i,0} stands out in eqs. 11 and 13: `"sample"`, the first one drawn
+            (the paper), which comes from the same distribution as the others, so that over draws E[p'] = pi(y | q) and
+            the second KL term pulls to nothing new; `"greedy"`, one that is decoded greedily, the others sampled;
+            `"reward"`, the one with the highest reward, drawn among equals, for which the reward functions run on the
+            colliders too.
+        collider_attention (`str`, *optional*):
+            What colliders are decoded after: `"full"`, the text of a fusion prompt; `"parallel"`, the keys and values
+            that the candidates were generated with, each of which saw the query and itself alone, and what the fusion
+            prompt says behind the candidates: a few dozen tokens to read instead of the whole prompt. Needs what
+            `context_attention="parallel"` needs, and generation in this process. `None`: `"parallel"` where contexts
+            are and generation has left those keys and values, `"full"` otherwise.
         candidate_context_tokens (`int`, *optional*, defaults to `64`):
             How many tokens of each candidate a prompt (or a parallel context) shows, counted from its end, where the
             answer stands. `None`: all of them, as in the paper.
         fusion_prompt_template (`str`, *optional*):
-            What asks for an integrated answer. Must hold `{question}` and `{candidates}`.
+            What asks for an integrated answer: a text that holds `{question}` and `{candidates}`, or the name of one:
+            `"integrate"` (the default), or `"answer"`, which asks for the answer alone, as short colliders need it.
         context_prompt_template (`str`, *optional*):
             What the candidate y_i is scored after: the context x_{i,l}. Must hold `{question}`, `{candidates}` and
             `{collider}`.
         candidate_template (`str`, *optional*):
             How one candidate is shown in either. Must hold `{candidate}`, may hold `{index}`.
+        kl_target (`str`, *optional*, defaults to `"projection"`):
+            What the second KL term pulls to: `"projection"`, p' = a - mean_l b_l + pi(y | q) (eq. 13); `"context"`, a,
+            the policy under x_{i,0}; `"ensemble"`, mean_l b_l, the policy under all x_{i,l}. For comparison: each of
+            the latter is a distribution, and pulls to what the final answer, or an average one, makes likely.
+        weight_scale (`str`, *optional*, defaults to `"alpha"`):
+            `"alpha"`, Upsilon as in eq. 11; `"unit"`, divided by its mean over the batch, so that its mean is 1 and the
+            step as long as GRPO's: a direction, not a step size. Both are logged.
         proj_floor (`float`, *optional*, defaults to `1e-6`):
-            p' is clamped to [proj_floor, 1] (eq. 13).
+            p' is clamped to [proj_floor, 1] (eq. 13); with `kl_clip`, to [min(proj_floor, pi(y | q)), 1].
         kl_clip (`float`, *optional*):
             Bound on the log-ratio of both KL terms, log pi_ref - log pi_theta and log p' - log pi_theta: beyond
             [-kl_clip, kl_clip] it counts as the bound, with gradient 0. k3's gradient, 1 - p'/pi_theta, has no bound
-            where pi_theta is tiny, so that one token can make most of a step. `None`: no bound, as in the paper.
+            where pi_theta is tiny, so that one token can make most of a step. With a bound, p' may also be as small as
+            pi(y | q) where that is below `proj_floor`: a token that every context finds as unlikely as the query does
+            is then not pulled at all. `None`: no bound, as in the paper.
         context_batch_size (`int`, *optional*):
             Rows per forward when scoring under contexts, which are longer than prompts. Defaults to
             `per_device_train_batch_size` in a trainer, and to what a `ModelPolicy` is given.
@@ -115,7 +149,9 @@ class CausalOptions:
         mask_truncated_colliders (`bool`, *optional*, defaults to `False`):
             Leave integrated answers that were cut off at their length limit out of every mean, as empty ones are.
         shuffle_candidates (`bool`, *optional*, defaults to `False`):
-            Show the candidates of a fusion prompt in an order of its own for every collider.
+            Show the candidates of a fusion prompt in an order of its own for every collider. Each collider then has a
+            prompt of its own, which is read for it alone: L prefills of a fusion prompt instead of one. Under
+            `collider_attention="parallel"` candidates have no order, so that it excludes this.
         collider_temperature (`float`, *optional*):
             Sampling temperature of the colliders. `None`: that of the candidates.
         log_collider_reward (`bool`, *optional*, defaults to `False`):
@@ -139,12 +175,19 @@ class CausalOptions:
     )
     similarity: str = option("cosine", "Similarity of eq. 11: 'cosine', 'euclidean' or 'gaussian'.")
     num_colliders: int = option(4, "Integrated answers generated per prompt (L).")
-    collider_max_completion_length: int = option(256, "Most tokens of an integrated answer.")
+    collider_max_completion_length: int | None = option(
+        None, "Most tokens of an integrated answer. Default: min(256, max(16, max_completion_length // 32))."
+    )
+    collider_choice: str = option("sample", "Which collider is c_0: a 'sample', a 'greedy' one, or by 'reward'.")
+    collider_attention: str | None = option(
+        None, "'full', or 'parallel': decode colliders on the candidates' keys and values. None: where possible."
+    )
     candidate_context_tokens: int | None = option(
         64, "Tokens of each candidate that a prompt shows, from its end. None: all."
     )
     fusion_prompt_template: str = option(
-        FUSION_PROMPT_TEMPLATE, "Prompt for an integrated answer; holds {question} and {candidates}."
+        FUSION_PROMPTS["integrate"],
+        "Prompt for an integrated answer, with {question} and {candidates}; or 'integrate' or 'answer'.",
     )
     context_prompt_template: str = option(
         CONTEXT_PROMPT_TEMPLATE, "Context a candidate is scored under; holds {question}, {candidates} and {collider}."
@@ -152,6 +195,8 @@ class CausalOptions:
     candidate_template: str = option(
         CANDIDATE_TEMPLATE, "How one candidate is shown; holds {candidate}, may hold {index}."
     )
+    kl_target: str = option("projection", "What the second KL pulls to: 'projection', 'context' or 'ensemble'.")
+    weight_scale: str = option("alpha", "Scale of Upsilon: 'alpha' (paper), or 'unit': its mean is 1.")
     proj_floor: float = option(1e-6, "Lower clamp of the projected probability p'.")
     kl_clip: float | None = option(None, "Bound on the log-ratio of both KL terms; gradient 0 beyond. None: no bound.")
     context_batch_size: int | None = option(
@@ -177,7 +222,15 @@ class CausalOptions:
     log_collider_reward: bool = option(False, "Log the mean reward of the integrated answers too.")
 
     def __post_init__(self) -> None:
+        if isinstance(self.fusion_prompt_template, str):
+            self.fusion_prompt_template = FUSION_PROMPTS.get(self.fusion_prompt_template, self.fusion_prompt_template)
         self.check()
+
+    def collider_limit(self, max_completion_length: int | None) -> int:
+        """Most tokens of a collider, where candidates have at most `max_completion_length`. None: without a limit."""
+        if self.collider_max_completion_length is not None:
+            return self.collider_max_completion_length
+        return 256 if max_completion_length is None else min(256, max(16, max_completion_length // 32))
 
     @property
     def group_baseline(self) -> str:
@@ -197,9 +250,23 @@ class CausalOptions:
         return self.scores_contexts and self.context_attention == "parallel"
 
     @property
+    def prefers_parallel_colliders(self) -> bool:
+        """Whether colliders are decoded after keys and values, where those are at hand."""
+        if self.collider_attention is None:
+            return self.prefers_parallel and not self.shuffle_candidates
+        return self.collider_attention == "parallel"
+
+    @property
+    def rewards_colliders(self) -> bool:
+        """Whether the reward functions run on colliders."""
+        return self.log_collider_reward or self.collider_choice == "reward"
+
+    @property
     def drawn_contexts(self) -> int | None:
-        """`num_kl_contexts`, as far as the estimator leaves a choice."""
-        return None if self.estimator == "scored" else self.num_kl_contexts
+        """`num_kl_contexts`, as far as the estimator and the target leave a choice."""
+        if self.estimator == "scored":
+            return None
+        return 0 if self.kl_target == "context" else self.num_kl_contexts
 
     @property
     def drawn_fraction(self) -> float:
@@ -239,13 +306,23 @@ class CausalOptions:
         check_choice("representation", self.representation, REPRESENTATIONS)
         check_choice("similarity", self.similarity, SIMILARITIES)
         check_choice("causal_policy_context", self.causal_policy_context, POLICY_CONTEXTS)
+        check_choice("collider_choice", self.collider_choice, COLLIDER_CHOICES)
+        check_choice("kl_target", self.kl_target, KL_TARGETS)
+        check_choice("weight_scale", self.weight_scale, WEIGHT_SCALES)
         if self.baseline is not None:
             check_choice("baseline", self.baseline, BASELINES)
         if self.context_attention is not None:
             check_choice("context_attention", self.context_attention, CONTEXT_ATTENTIONS)
-        for name in ("num_colliders", "collider_max_completion_length", "num_estimator_samples", "pack_tokens"):
+        if self.collider_attention is not None:
+            check_choice("collider_attention", self.collider_attention, COLLIDER_ATTENTIONS)
+        for name in ("num_colliders", "num_estimator_samples", "pack_tokens"):
             check_count(name, getattr(self, name))
-        for name in ("candidate_context_tokens", "context_batch_size", "num_kl_contexts"):
+        for name in (
+            "candidate_context_tokens",
+            "collider_max_completion_length",
+            "context_batch_size",
+            "num_kl_contexts",
+        ):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
         _check_template("fusion_prompt_template", self.fusion_prompt_template, {"question", "candidates"})
@@ -256,6 +333,11 @@ class CausalOptions:
         if self.context_attention == "parallel" and self.estimator == "sampled":
             raise ValueError(
                 "`context_attention='parallel'` has no text to sample from: not with `estimator='sampled'`."
+            )
+        if self.collider_attention == "parallel" and self.shuffle_candidates:
+            raise ValueError(
+                "`collider_attention='parallel'` shows candidates side by side, in no order: not with "
+                "`shuffle_candidates=True`."
             )
 
 
@@ -272,4 +354,5 @@ def _check_template(name: str, template: Any, required: set[str], optional: froz
         named = ", ".join("{" + key + "}" for key in sorted(required))
         got = ", ".join("{" + key + "}" for key in sorted(fields)) or "none"
         once = " exactly once" if repeated else ""
-        raise ValueError(f"`{name}` must hold the placeholders {named}{once}, got {got}.")
+        names = f", or be one of {', '.join(FUSION_PROMPTS)}" if name == "fusion_prompt_template" else ""
+        raise ValueError(f"`{name}` must hold the placeholders {named}{once}{names}, got {got}.")

@@ -159,7 +159,7 @@ def planned_lengths(args: PlanArguments, config: GCPOConfig) -> Lengths:
     return Lengths(
         prompt=args.prompt_tokens,
         completion=args.completion_tokens or config.max_completion_length or 1,
-        collider=args.collider_tokens or config.collider_max_completion_length,
+        collider=args.collider_tokens or config.collider_limit(config.max_completion_length),
         fusion_template=tokens(args.fusion_template_tokens, fusion),
         context_template=(shares[1], shares[2] - shares[1], shares[3] - shares[2]),
         candidate_frame=tokens(args.candidate_template_tokens, candidate),

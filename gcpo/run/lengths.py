@@ -36,7 +36,7 @@ def check_prompt_lengths(trainer: Any, builder: PromptBuilder, can_be_parallel: 
     config, length = trainer.args, trainer.generation_limit or 0
     added = max(
         longest_prompt(config, config.num_generations, length),
-        length + max(length, config.collider_max_completion_length),
+        length + max(length, config.collider_limit(length)),
     )
     room = limit - added - template  # in bytes: a token is one or more of them
     turn = _tokens_of_a_turn(trainer) if isinstance(first, list) else 0
@@ -85,7 +85,7 @@ def _check_row(
     limit: int,
 ) -> None:
     config, length = trainer.args, trainer.generation_limit or 0
-    collider = config.collider_max_completion_length
+    collider = config.collider_limit(length)
     shown = length if config.candidate_context_tokens is None else min(length, config.candidate_context_tokens)
     word = next(token for token in range(len(trainer._tokenizer)) if token not in builder.special_ids)
     candidates = [[word] * shown] * config.num_generations
