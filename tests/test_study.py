@@ -18,7 +18,7 @@ from gcpo.commands import study as command
 from gcpo.run.records import read_run
 from gcpo.study import budget, perform, tables, workbench
 from gcpo.study.definitions import GCPO, GRPO, NAMES, STUDIES, Arm
-from gcpo.study.intervals import elbow, interval
+from gcpo.reports.intervals import elbow, interval
 from gcpo.study.rewards import open_ended_reward
 from gcpo.study.trainers import ReferencedGCPOTrainer
 from gcpo.study.workbench import Workbench

@@ -10,7 +10,8 @@ from gcpo_kernels.group import context_difference
 
 def estimate_weights(options: CausalOptions, inputs: WeightInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
-    Upsilon (P, n), with 1 where it is undefined, and metrics about it.
+    Upsilon (P, n), with 1 where it is undefined, and metrics about it: those without a name of their own are of eq. 11,
+    whatever `weight_scale` makes of it.
 
     "loo" reads Zbar_i as the mean of what context x_{i,0} shows, the other candidates and c_0, and Zprime_i as the
     same with the collider averaged out: their difference is (z_{c_0} - mean_l z_{c_l}) / n. "scored" takes y_i's own
@@ -34,18 +35,40 @@ def estimate_weights(options: CausalOptions, inputs: WeightInputs) -> tuple[torc
         context_mask=mask,
     )
     defined = torch.isfinite(upsilon)
+    unit = _unit(upsilon, defined, options.alpha)
+    weights = upsilon if options.weight_scale == "alpha" else unit
     zbar = z.mean(dim=1, keepdim=True)
     difference = context_difference(samples, mask)
     cosine = torch.cosine_similarity(difference, zbar.expand_as(difference), dim=-1)
     ratio = difference.norm(dim=-1) / zbar.norm(dim=-1).clamp(min=1e-12)
     metrics = {
-        "upsilon/fallback": (~defined).float().mean(),
+        "upsilon/fallback": (~torch.isfinite(weights)).float().mean(),
         "upsilon/near_zero": (upsilon[defined].abs() < 0.1).float().mean(),
         "upsilon/mean": upsilon[defined].mean(),
         "upsilon/std": upsilon[defined].std(unbiased=False),
-        "upsilon/min": upsilon[defined].min() if defined.any() else upsilon.new_tensor(torch.nan),
-        "upsilon/max": upsilon[defined].max() if defined.any() else upsilon.new_tensor(torch.nan),
+        "upsilon/unit_std": unit[unit.isfinite()].std(unbiased=False),
+        **_extremes("upsilon/", upsilon),
+        **_extremes("upsilon/unit_", unit),
         "projection/cosine": cosine.nanmean(),
         "projection/norm_ratio": ratio.nanmean(),
     }
-    return torch.where(defined, upsilon, 1.0), metrics
+    return torch.where(torch.isfinite(weights), weights, 1.0), metrics
+
+
+# Of similarities s: below, weights divided by their mean are noise, and where it is negative they turn advantages round.
+_LEAST_MEAN = 1e-3
+
+
+def _unit(upsilon: torch.Tensor, defined: torch.Tensor, alpha: float) -> torch.Tensor:
+    """Upsilon over its mean, so that the mean is 1 and alpha has no say; NaN everywhere without a mean to speak of."""
+    mean = upsilon[defined].mean()
+    if alpha == 0 or not mean / alpha > _LEAST_MEAN:
+        return torch.full_like(upsilon, torch.nan)
+    return upsilon / mean
+
+
+def _extremes(prefix: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Smallest and largest of those that are defined."""
+    finite = values[values.isfinite()]
+    nothing = values.new_tensor(torch.nan)
+    return {f"{prefix}{name}": getattr(finite, name)() if len(finite) else nothing for name in ("min", "max")}
