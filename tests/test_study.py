@@ -15,10 +15,10 @@ import torch
 from gcpo import GCPOConfig, GCPOTrainer
 from gcpo.cli import main
 from gcpo.commands import study as command
+from gcpo.reports.intervals import elbow, interval
 from gcpo.run.records import read_run
 from gcpo.study import budget, perform, tables, workbench
 from gcpo.study.definitions import GCPO, GRPO, NAMES, STUDIES, Arm
-from gcpo.reports.intervals import elbow, interval
 from gcpo.study.rewards import open_ended_reward
 from gcpo.study.trainers import ReferencedGCPOTrainer
 from gcpo.study.workbench import Workbench

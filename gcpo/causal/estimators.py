@@ -45,17 +45,15 @@ def estimate_weights(options: CausalOptions, inputs: WeightInputs) -> tuple[torc
         "upsilon/fallback": (~torch.isfinite(weights)).float().mean(),
         "upsilon/near_zero": (upsilon[defined].abs() < 0.1).float().mean(),
         "upsilon/mean": upsilon[defined].mean(),
-        "upsilon/std": upsilon[defined].std(unbiased=False),
-        "upsilon/unit_std": unit[unit.isfinite()].std(unbiased=False),
-        **_extremes("upsilon/", upsilon),
-        **_extremes("upsilon/unit_", unit),
+        **_spread("upsilon/", upsilon),
+        **_spread("upsilon/unit_", unit),
         "projection/cosine": cosine.nanmean(),
         "projection/norm_ratio": ratio.nanmean(),
     }
     return torch.where(torch.isfinite(weights), weights, 1.0), metrics
 
 
-# Of similarities s: below, weights divided by their mean are noise, and where it is negative they turn advantages round.
+# Of the mean similarity: divided by less, weights are noise, and by a negative one they turn advantages round.
 _LEAST_MEAN = 1e-3
 
 
@@ -67,8 +65,10 @@ def _unit(upsilon: torch.Tensor, defined: torch.Tensor, alpha: float) -> torch.T
     return upsilon / mean
 
 
-def _extremes(prefix: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Smallest and largest of those that are defined."""
+def _spread(prefix: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Standard deviation, smallest and largest of those that are defined, if any are."""
     finite = values[values.isfinite()]
-    nothing = values.new_tensor(torch.nan)
-    return {f"{prefix}{name}": getattr(finite, name)() if len(finite) else nothing for name in ("min", "max")}
+    if not len(finite):
+        return {}
+    found = {"std": finite.std(unbiased=False), "min": finite.min(), "max": finite.max()}
+    return {prefix + name: value for name, value in found.items()}

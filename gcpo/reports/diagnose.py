@@ -142,8 +142,8 @@ def _no_pull(run: Run, limits: Limits) -> Finding | None:
         )
     else:
         change = (
-            f"What the second KL pulls to (`kl_target={target!r}`, `collider_choice={choice!r}`) finds good completions "
-            "no likelier than bad ones: it works against the reward, or adds noise."
+            f"What the second KL pulls to (`kl_target={target!r}`, `collider_choice={choice!r}`) does not make good "
+            "completions likelier than bad ones: it works against the reward, or adds noise."
         )
     targets = "`kl_target='context'` or `'ensemble'`" if target == "projection" else "another `kl_target`"
     choices = " or ".join([f"`collider_choice={others[0]!r}`", *(f"`{name!r}`" for name in others[1:])])

@@ -10,7 +10,7 @@ from scipy.stats import t
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean of values, one per seed or log, and the half width of its 95% interval (Student's t); NaN for one value."""
+    """A mean, over seeds say, and the half width of its 95% interval (Student's t); NaN for a single value."""
 
     mean: float
     half: float
