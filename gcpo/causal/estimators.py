@@ -10,8 +10,8 @@ from gcpo_kernels.group import context_difference
 
 def estimate_weights(options: CausalOptions, inputs: WeightInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
-    Upsilon (P, n), with 1 where it is undefined, and metrics about it: those without a name of their own are of eq. 11,
-    whatever `weight_scale` makes of it.
+    Upsilon (P, n), with 1 where it is undefined, and metrics about it. `upsilon/unit_...` are those of the weights over
+    their mean; the others, but for the share that is undefined, are of eq. 11. Both are there with each `weight_scale`.
 
     "loo" reads Zbar_i as the mean of what context x_{i,0} shows, the other candidates and c_0, and Zprime_i as the
     same with the collider averaged out: their difference is (z_{c_0} - mean_l z_{c_l}) / n. "scored" takes y_i's own
