@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 # GRPO's phases and GCPO's. "loss" is the policy's forward and backward; the optimizer runs outside all of them.
-SECONDS = ("rollout", "rewards", "scoring", "colliders", "contexts", "loss")
+SECONDS = ("rollout", "rewards", "scoring", "colliders", "collider_rewards", "contexts", "loss")
 TOKENS = (
     "generated",
     "scored_query",

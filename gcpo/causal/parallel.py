@@ -6,8 +6,10 @@ them. What a candidate was generated with is what it is read with here, so its k
 
 from dataclasses import dataclass, field
 
+import torch
+
 from gcpo.causal.answers import checked_readings
-from gcpo.causal.port import Continuation, Group, Piece, Policy, Reading, tail
+from gcpo.causal.port import Continuation, Group, Piece, Policy, Reading, Rollout, tail
 
 
 @dataclass
@@ -17,6 +19,19 @@ class GroupReading:
     query: Piece = field(default_factory=list)  # of the query less its last token
     candidates: dict[int, Reading] = field(default_factory=dict)
     colliders: dict[int, Reading] = field(default_factory=dict)
+
+
+def known_readings(policy: Policy, rollout: Rollout) -> dict[int, GroupReading]:
+    """What generation has left of this process's candidates, by group; nothing where it kept no keys and values."""
+    states, known = rollout.states, dict[int, GroupReading]()
+    if states is None or not states.queries:
+        return known
+    nothing, first = torch.zeros(0, device=policy.device), policy.rank * len(rollout.prompts)
+    for k in range(len(rollout.prompts)):
+        p, i = divmod(first + k, policy.num_generations)
+        group = known.setdefault(p, GroupReading(query=states.queries[k]))
+        group.candidates[i] = Reading(nothing, states.z[k], states.completions[k])
+    return known
 
 
 def read_groups(
@@ -59,6 +74,10 @@ def copy_start(group: Group, i: int, l: int) -> int:
     """
     seen = [ids for k, ids in enumerate(group.candidates) if k != i]
     return len(group.prompt_ids) + max(map(len, [*seen, group.colliders[l]]))
+
+
+def collider_rows(builder, groups, found, wanted, shown) -> list[Continuation]:
+    raise NotImplementedError
 
 
 def score_copies(

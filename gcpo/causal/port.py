@@ -70,6 +70,7 @@ class Rollout:
     completion_ids: list[Ids]  # with their end token, unless they were cut off
     states: RolloutStates | None = None
     inputs: list[dict[str, Any]] = field(default_factory=list)  # the dataset's rows, for `Policy.reward`
+    drawing: Any = None  # a `gcpo.causal.colliders.Drawing`: its colliders, where they are drawn already
 
 
 @dataclass

@@ -89,6 +89,10 @@ class ModelPolicy(ModelForwards):
         if num_generations < 2:
             raise ValueError(f"`num_generations` must be at least 2, got {num_generations}: a group has others in it.")
         check_number("temperature", temperature, above=0.0)
+        if options.rewards_colliders and reward_func is None:
+            raise ValueError(
+                "`reward_func` must be given to reward colliders (`collider_choice`, `log_collider_reward`)."
+            )
         if tokenizer.eos_token_id is None:
             raise ValueError("`tokenizer` must have an `eos_token`: without one, no completion ever ends.")
         self.model, self.tokenizer, self.options = model, tokenizer, options
@@ -159,7 +163,11 @@ class ModelPolicy(ModelForwards):
         if not isinstance(prompts[0], str):
             texts = [[{"role": "assistant", "content": text}] for text in texts]
         columns = {name: [row[name] for row in inputs] for name in inputs[0] if name != "prompt"}
-        rewards = self.reward_func(prompts=prompts, completions=texts, **columns)
+        try:
+            rewards = self.reward_func(prompts=prompts, completions=texts, **columns)
+        except Exception as error:
+            name = getattr(self.reward_func, "__name__", type(self.reward_func).__name__)
+            raise RuntimeError(f"Reward function {name!r} raised {type(error).__name__}: {error}.") from error
         if not hasattr(rewards, "__len__") or len(rewards) != len(ids):
             got = len(rewards) if hasattr(rewards, "__len__") else type(rewards).__name__
             raise ValueError(f"`reward_func` must return {len(ids)} rewards, one for each completion, got {got}.")

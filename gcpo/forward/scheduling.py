@@ -40,6 +40,7 @@ class ScheduledPolicy:
     eos_token_ids: list[int]
     can_continue: bool
     can_pack: bool
+    can_decode = False
 
     @property
     def shares(self) -> bool:

@@ -9,10 +9,11 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig
 from trl import GRPOTrainer
 
-from gcpo._trl import disable_gradient_checkpointing
+from gcpo._trl import disable_gradient_checkpointing, is_async_callable
 from gcpo.causal.account import StepAccount
 from gcpo.causal.port import Ids, Prompt, RolloutStates
 from gcpo.causal.sampling import own_random_stream
@@ -117,6 +118,28 @@ class TrlPolicy(ModelForwards):
         return outputs, states.pop() if states else None
 
     @contextmanager
+    def staying_awake(self) -> Iterator[None]:
+        """
+        Inside, a colocated engine with sleep mode does not go to sleep between calls. It loses its weights when it
+        does, so that they would be pushed to it again for colliders.
+        """
+        trainer = self.trainer
+        engine = trainer.vllm_generation if trainer.use_vllm else None
+        if engine is None or engine.mode != "colocate" or not engine.enable_sleep_mode:
+            yield
+            return
+        engine.sync_weights()  # which wakes it up
+        trainer._last_loaded_step = trainer.state.global_step
+        engine.llm.wake_up(tags=["kv_cache"])
+        engine.enable_sleep_mode = False
+        try:
+            yield
+        finally:
+            engine.enable_sleep_mode = True
+            engine.llm.sleep(level=2)
+            engine._llm_weights_sleeping = True
+
+    @contextmanager
     def watching_generation(self) -> Iterator[list[RolloutStates]]:
         """What the model's generation inside computed anyway, a call each; nothing where it is of no use."""
         before, self._states = self._states, []
@@ -130,8 +153,10 @@ class TrlPolicy(ModelForwards):
         trainer = self.trainer
         if trainer.use_vllm or trainer.use_transformers_continuous_batching or trainer.rollout_func:
             return call(prompt_ids, *args, **kwargs)
-        # Every process must take the same path, whatever its own share of the prompts.
-        repeats = self.shares and self.most(len(prompt_ids) - len(set(map(tuple, prompt_ids)))) > 0
+        repeated = len(prompt_ids) - len(set(map(tuple, prompt_ids)))
+        if self.gathers_weights:  # then every process must take the same path, whatever its prompts
+            repeated = self.most(repeated)
+        repeats = self.shares and repeated > 0
         with ExitStack() as stack:
             # Candidates and their states are the policy's, as their scores are (TRL leaves dropout on here).
             stack.enter_context(without_dropout(self.model))
@@ -187,6 +212,15 @@ class TrlPolicy(ModelForwards):
         finally:
             trainer.generation_config, trainer.generation_kwargs = config, kwargs
 
+    @property
+    def gathers_weights(self) -> str | None:
+        """What gathers weights from all processes for every forward; None: nothing does."""
+        trainer = self.trainer
+        if trainer.is_fsdp_enabled:
+            return "FSDP"
+        stage_3 = trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
+        return "DeepSpeed ZeRO-3" if stage_3 else None
+
     # -----------------------------------------------------------------------------------------------------------------
     # Scores
     # -----------------------------------------------------------------------------------------------------------------
@@ -235,12 +269,23 @@ class TrlPolicy(ModelForwards):
         texts: list[Any] = trainer._tokenizer.batch_decode(ids, skip_special_tokens=True)
         if not isinstance(prompts[0], str):
             texts = [[{"role": "assistant", "content": text}] for text in texts]
-        with self._no_logs_of_reward_functions():
+        with self._no_logs_of_reward_functions(), self._named_failures():
             per_function = GRPOTrainer._calculate_rewards(trainer, inputs, prompts, texts, ids)
         # As `reward`: the weighted sum of what is finite; none where nothing is.
         finite = torch.where(per_function.isfinite(), per_function, torch.nan)
         total = (finite * trainer.reward_weights.to(finite.device)).nansum(dim=1)
         return torch.where(per_function.isfinite().any(dim=1), total, torch.nan)
+
+    @contextmanager
+    def _named_failures(self) -> Iterator[None]:
+        """What a reward function raises inside names it."""
+        trainer, functions = self.trainer, self.trainer.reward_funcs
+        named = zip(functions, trainer.reward_func_names, strict=True)
+        trainer.reward_funcs = [f if isinstance(f, nn.Module) else _naming(f, name) for f, name in named]
+        try:
+            yield
+        finally:
+            trainer.reward_funcs = functions
 
     @contextmanager
     def _no_logs_of_reward_functions(self) -> Iterator[None]:
@@ -253,3 +298,24 @@ class TrlPolicy(ModelForwards):
         finally:
             for name in names:
                 delattr(self.trainer, name)
+
+
+def _naming(function: Any, name: str) -> Any:
+    """This reward function, whose name is in whatever it raises."""
+
+    def failure(error: Exception) -> RuntimeError:
+        return RuntimeError(f"Reward function {name!r} raised {type(error).__name__}: {error}.")
+
+    async def call_async(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return await function(*args, **kwargs)
+        except Exception as error:
+            raise failure(error) from error
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            raise failure(error) from error
+
+    return call_async if is_async_callable(function) else call
