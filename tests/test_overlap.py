@@ -147,6 +147,40 @@ def test_overlap_is_refused_before_training(policy, tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Reward functions that cannot score colliders
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def strict(prompts, completions, **columns):
+    """Knows the candidates of one group of four, and no more rows at once."""
+    if len(prompts) != 4:
+        raise KeyError("answer")
+    return count_low(completions)
+
+
+async def strict_async(prompts, completions, **columns):
+    return strict(prompts, completions)
+
+
+@pytest.mark.parametrize("reward", [strict, strict_async])
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_the_reward_function_that_failed_on_colliders_is_named(reward, overlaps, policy, tmp_path):
+    one_group = {"gradient_accumulation_steps": 1, "num_colliders": 3}
+    message = rf"'{reward.__name__}' raised KeyError: 'answer'.* colliders.*`collider_choice='sample'`"
+    with pytest.raises(RuntimeError, match=message) as caught:
+        trained(policy, tmp_path, [count_low, reward], collider_choice="reward", overlap_rewards=overlaps, **one_group)
+    assert isinstance(caught.value.__cause__.__cause__, KeyError)
+
+
+def test_a_reward_function_that_fails_on_candidates_is_as_ever(policy, tmp_path):
+    def fails(completions, **columns):
+        raise KeyError("answer")
+
+    with pytest.raises(KeyError, match="answer"):
+        trained(policy, tmp_path, fails, collider_choice="reward")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Engines and devices
 # ---------------------------------------------------------------------------------------------------------------------
 
