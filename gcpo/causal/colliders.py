@@ -94,7 +94,8 @@ class Drawing:
         if self.parallel:
             self.found = self._read(rollout, {p for p, _ in local})
             shown = self.options.candidate_context_tokens
-            self.rows = collider_rows(self.builder, self.groups, self.found, [p for p, _ in local], shown)
+            groups = dict(enumerate(self.groups))
+            self.rows = collider_rows(self.builder, groups, self.found, [p for p, _ in local], shown)
         else:
             self.rows = [Continuation([], prompts[p][l], 0) for p, l in local]
 
@@ -124,7 +125,7 @@ class Drawing:
     def _parallel_length(self, group: Group) -> int:
         """Position behind the text that a parallel collider follows."""
         longest = max(map(len, group.candidates))
-        return len(group.prompt_ids) + longest + len(self.builder.continuation(group.prompt))
+        return len(group.prompt_ids) + longest + len(self.builder.fusion_turn(group.prompt))
 
     def _read(self, rollout: Rollout, groups: set[int]) -> dict[int, GroupReading]:
         """Keys and values of the candidates of these groups: the rollout's own, and what has to be read for it."""

@@ -1,18 +1,24 @@
 """The policy of a loop of one's own: a transformers model and its tokenizer, without TRL."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 
 from gcpo.causal.account import StepAccount
 from gcpo.causal.contexts import PromptBuilder, check_length, longest_prompt
 from gcpo.causal.options import CausalOptions
-from gcpo.causal.port import Ids, Prompt, Rollout, RolloutStates
+from gcpo.causal.port import Ids, Piece, Prompt, Rollout, RolloutStates
 from gcpo.causal.sampling import own_random_stream
-from gcpo.forward.generation import GenerationRecorder, read_repeated_prompts_once
+from gcpo.forward.generation import (
+    GenerationRecorder,
+    GreedyRows,
+    continued_from,
+    decodes_after_keys,
+    read_repeated_prompts_once,
+)
 from gcpo.forward.models import ModelForwards, no_auxiliary_loss, without_dropout
 from gcpo.forward.output_layer import logit_options
 from gcpo.forward.representations import HiddenRecorder
@@ -203,10 +209,34 @@ class ModelPolicy(ModelForwards):
         if float(value) == float(value):
             self.metrics[name] = float(value)
 
+    @property
+    def can_decode(self) -> bool:
+        return self.can_continue and decodes_after_keys(self.generation_kwargs)
+
     @torch.no_grad()
-    def generate(self, prompts: list[Ids], seed: int, *, limit: int, temperature: float | None) -> list[Ids]:
+    def generate(
+        self,
+        prompts: list[Ids],
+        seed: int,
+        *,
+        limit: int,
+        temperature: float | None,
+        greedy: Sequence[bool] | None = None,
+    ) -> list[Ids]:
         with own_random_stream(seed):
-            return self._sample(prompts, limit, temperature, keep=False)[0]
+            return self._sample(prompts, limit, temperature, keep=False, greedy=greedy)[0]
+
+    def _decode_after(
+        self,
+        past: list[list[Piece]],
+        ids: list[Ids],
+        positions: list[int],
+        limit: int,
+        temperature: float | None,
+        greedy: Sequence[bool] | None,
+    ) -> list[Ids]:
+        with continued_from(self.backbone, past, positions, self.device):
+            return self._sample(ids, limit, temperature, keep=False, greedy=greedy)[0]
 
     @torch.no_grad()
     def sample_states(self, prompts: list[Ids], seed: int, rows: int) -> tuple[list[Ids], torch.Tensor]:
@@ -227,7 +257,12 @@ class ModelPolicy(ModelForwards):
         return list(ids)
 
     def _sample(
-        self, prompts: list[Ids], limit: int, temperature: float | None, keep: bool = True
+        self,
+        prompts: list[Ids],
+        limit: int,
+        temperature: float | None,
+        keep: bool = True,
+        greedy: Sequence[bool] | None = None,
     ) -> tuple[list[Ids], RolloutStates | None]:
         """Completions up to and with their end token, and with `keep` what generating them computed anyway."""
         ids, mask = self.pad(prompts, "left")
@@ -252,7 +287,12 @@ class ModelPolicy(ModelForwards):
                 stack.enter_context(read_repeated_prompts_once(self.backbone))
             if keep:
                 stack.enter_context(recorder.attached(self.backbone))
-            output = self.unwrapped.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+            output = self.unwrapped.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([] if greedy is None else [GreedyRows(greedy)]),
+            )
             completions = [self._until_end(row) for row in output[:, ids.shape[1] :].tolist()]
             return completions, recorder.finish(self, prompts, completions) if keep else None
 

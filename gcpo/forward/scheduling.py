@@ -5,7 +5,7 @@ into trees. Nothing here knows what a forward does: a model computes in it, a pl
 Everything is collective: a process with less to do repeats its last forward, as ZeRO-3 and FSDP need.
 """
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -94,6 +94,10 @@ class ScheduledPolicy:
 
     def read(self, rows: list[Continuation], keep: bool = False) -> list[Reading]:
         """Log-probabilities and representations of continuations; with `keep`, their own keys and values too."""
+        return self._read(rows, keep)
+
+    def _read(self, rows: list[Continuation], keep: bool, counted: bool = True) -> list[Reading]:
+        """`read`, with its tokens `counted` or not."""
         if not self.most(len(rows)):
             return []
         readings: list[Any] = [None] * len(rows)
@@ -101,7 +105,7 @@ class ScheduledPolicy:
         offered = rows or [Continuation([], self.eos_token_ids[:1], 0)]
         past = [sum(map(length_of, filter(None, row.past))) for row in offered]
         for part, counts in self._parts([len(row.ids) for row in offered], past):
-            read = self._forward_continuations([offered[k] for k in part], keep, counts and bool(rows))
+            read = self._forward_continuations([offered[k] for k in part], keep, counted and counts and bool(rows))
             if counts and rows:
                 for k, reading in zip(part, read, strict=True):
                     readings[k] = reading
@@ -166,6 +170,21 @@ class ScheduledPolicy:
         for number in range(self.most(len(parts))):
             counts = number < len(parts)
             yield (parts[number] if counts else parts[0][:1]), counts
+
+
+def hashable(ids: Ids) -> Hashable:
+    return tuple(ids) if isinstance(ids, list) else ids
+
+
+def distinct_rows(rows: list[Continuation]) -> tuple[list[int], list[int]]:
+    """
+    Rows that are the same but for what they are counted as: the number of each at its first, and for every row which of
+    these it is. Pieces are the same where they are one object.
+    """
+    keys = [(tuple(map(id, row.past)), hashable(row.ids), row.first_position) for row in rows]
+    numbers: dict[Hashable, int] = {}
+    place = [numbers.setdefault(key, len(numbers)) for key in keys]
+    return [place.index(number) for number in range(len(numbers))], place
 
 
 def arrange(scored: Iterator[Scored], rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,20 +4,27 @@ generation path writes colliders, whose reward functions and counters are used.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 from trl import GRPOTrainer
 
 from gcpo._trl import disable_gradient_checkpointing, is_async_callable
 from gcpo.causal.account import StepAccount
-from gcpo.causal.port import Ids, Prompt, RolloutStates
+from gcpo.causal.port import Ids, Piece, Prompt, RolloutStates
 from gcpo.causal.sampling import own_random_stream
-from gcpo.forward.generation import GenerationRecorder, read_repeated_prompts_once
+from gcpo.forward.generation import (
+    GenerationRecorder,
+    GreedyRows,
+    continued_from,
+    decodes_after_keys,
+    read_repeated_prompts_once,
+)
 from gcpo.forward.models import ModelForwards, learns_positions, no_auxiliary_loss, padded_width, without_dropout
 from gcpo.forward.representations import HiddenRecorder
 
@@ -39,6 +46,7 @@ class TrlPolicy(ModelForwards):
         self.num_generations = self.trainer.num_generations
         self.look_at(self.trainer.model)
         self._states: list[RolloutStates] | None = None  # where generation is watched: what each call left
+        self._continues = False  # while a generation begins after keys and values
         self._recorder: HiddenRecorder | None = None  # where scoring passes are watched
         if self.options.is_causal and learns_positions(self.trainer.model):
             warnings.warn(
@@ -104,9 +112,73 @@ class TrlPolicy(ModelForwards):
     # Generation
     # -----------------------------------------------------------------------------------------------------------------
 
-    def generate(self, prompts: list[Ids], seed: int, *, limit: int, temperature: float | None) -> list[Ids]:
-        with own_random_stream(seed), self._sampling(limit, temperature):
+    @property
+    def generates_in_house(self) -> bool:
+        """Whether transformers' `generate` makes what the causal step asks for."""
+        return not (self.trainer.use_vllm or self.trainer.use_transformers_continuous_batching)
+
+    @property
+    def can_decode(self) -> bool:
+        plain = self.generates_in_house and decodes_after_keys(self.trainer.generation_kwargs)
+        return plain and self.can_continue and not self.trainer.rollout_func
+
+    def generate(
+        self,
+        prompts: list[Ids],
+        seed: int,
+        *,
+        limit: int,
+        temperature: float | None,
+        greedy: Sequence[bool] | None = None,
+    ) -> list[Ids]:
+        with own_random_stream(seed):
+            if greedy is None or (self.generates_in_house and self.trainer.generation_kwargs.get("num_beams", 1) == 1):
+                return self._generate(prompts, limit, temperature, greedy)
+            # One temperature for a call. Engines that serve several processes take as many prompts from each.
+            outputs: list[Ids] = [[] for _ in prompts]
+            for flag, degrees in ((True, 0.0), (False, temperature)):
+                part = [k for k, is_greedy in enumerate(greedy) if is_greedy == flag]
+                count = self.most(len(part))
+                if count:
+                    offered = [*part, *[0] * (count - len(part))]
+                    completions = self._generate([prompts[k] for k in offered], limit, degrees)
+                    outputs = [completions[part.index(k)] if k in part else ids for k, ids in enumerate(outputs)]
+            return outputs
+
+    def _generate(
+        self, prompts: list[Ids], limit: int, temperature: float | None, greedy: Sequence[bool] | None = None
+    ) -> list[Ids]:
+        with self._sampling(limit, temperature), self._decoding_greedily(greedy):
             return self.trainer._generate_single_turn(prompts, None, {}, 1)[0]
+
+    def _decode_after(
+        self,
+        past: list[list[Piece]],
+        ids: list[Ids],
+        positions: list[int],
+        limit: int,
+        temperature: float | None,
+        greedy: Sequence[bool] | None,
+    ) -> list[Ids]:
+        self._continues = True
+        try:
+            with continued_from(self.backbone, past, positions, self.device):
+                return self._generate(ids, limit, temperature, greedy)
+        finally:
+            self._continues = False
+
+    @contextmanager
+    def _decoding_greedily(self, greedy: Sequence[bool] | None) -> Iterator[None]:
+        """The model's `generate` decodes these rows at temperature 0: TRL passes it settings of all rows alone."""
+        if greedy is None:
+            yield
+            return
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped)  # as TRL does
+        model.generate = partial(model.generate, logits_processor=LogitsProcessorList([GreedyRows(greedy)]))
+        try:
+            yield
+        finally:
+            del model.generate
 
     def sample_states(self, prompts: list[Ids], seed: int, rows: int) -> tuple[list[Ids], torch.Tensor]:
         # An engine makes batches of its own.
@@ -151,12 +223,13 @@ class TrlPolicy(ModelForwards):
     def generate_watched(self, call: Any, prompt_ids: list[Ids], *args: Any, **kwargs: Any) -> tuple:
         """TRL's generation (`call`), with prompts that repeat read once, and its states kept where they are wanted."""
         trainer = self.trainer
-        if trainer.use_vllm or trainer.use_transformers_continuous_batching or trainer.rollout_func:
+        if not self.generates_in_house or trainer.rollout_func:
             return call(prompt_ids, *args, **kwargs)
         repeated = len(prompt_ids) - len(set(map(tuple, prompt_ids)))
         if self.gathers_weights:  # then every process must take the same path, whatever its prompts
             repeated = self.most(repeated)
-        repeats = self.shares and repeated > 0
+        # After keys and values, prompts of one token may be equal, but rows are not.
+        repeats = self.shares and not self._continues and repeated > 0
         with ExitStack() as stack:
             # Candidates and their states are the policy's, as their scores are (TRL leaves dropout on here).
             stack.enter_context(without_dropout(self.model))
@@ -201,7 +274,9 @@ class TrlPolicy(ModelForwards):
         # Lengths of prompt and completion together say nothing about a collider, whose prompt is another.
         changed = {name: value for name, value in kwargs.items() if name not in ("max_length", "min_length")}
         changed["max_new_tokens"] = limit
-        if temperature is not None:
+        if temperature == 0:
+            changed |= {"do_sample": False, "temperature": None}
+        elif temperature is not None:
             changed["temperature"] = temperature
         if changed.get("min_new_tokens"):  # asked for of candidates: colliders may be shorter
             changed["min_new_tokens"] = min(changed["min_new_tokens"], limit)
