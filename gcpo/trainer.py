@@ -3,7 +3,7 @@
 import inspect
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -136,7 +136,7 @@ class GCPOTrainer(OwnLossTrainer):
         scored = recorder.rows and "old_per_token_logps" in output and not self.mask_truncated_completions
         if rollout.states is None and scored:
             z = recorder.result()[: len(rollout.prompts)]
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+        with torch.no_grad(), self._scoring():
             terms = self.causal_terms(rollout, output["completion_ids"].size(1), output.get("old_per_token_logps"), z)
         self._collider_ids = [group.colliders for group in terms.groups]
         self._take(terms, output)
@@ -175,10 +175,11 @@ class GCPOTrainer(OwnLossTrainer):
             with self._policy.watching_generation() as states:
                 result = super()._generate(prompts)
             rollout = Rollout(prompts, result[0], result[1], states.pop() if states else None)
-            rollout.drawing = self._causal.draw_colliders(rollout)
-            if not self.args.overlap_rewards:
-                with self._policy.phase("colliders"):
-                    rollout.drawing.decode()
+            with torch.no_grad(), self._scoring():
+                rollout.drawing = self._causal.draw_colliders(rollout)
+                if not self.args.overlap_rewards:
+                    with self._policy.phase("colliders"):
+                        rollout.drawing.decode()
         self._rollout = rollout
         return result
 
@@ -208,9 +209,21 @@ class GCPOTrainer(OwnLossTrainer):
         if not (self.args.overlap_rewards and self.model.training and self._rollout is not None):
             yield
             return
-        # What the rewards take is theirs: the phase is what is waited for colliders beyond it.
-        with self._policy.phase("colliders"), beside(self._rollout.drawing.decode, self.accelerator.device):
-            yield
+        self._policy.alone = True
+        try:
+            # What the rewards take is theirs: the phase is what is waited for colliders beyond it.
+            with (
+                self._scoring(),
+                self._policy.phase("colliders"),
+                beside(self._rollout.drawing.decode, self.accelerator.device),
+            ):
+                yield
+        finally:
+            self._policy.alone = False
+
+    def _scoring(self) -> AbstractContextManager[Any]:
+        """For forwards that keep keys and values."""
+        return disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
 
     def _collider_texts(self) -> list[list[str]] | None:
         if self._collider_ids is None:

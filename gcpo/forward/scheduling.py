@@ -31,16 +31,18 @@ class ScheduledPolicy:
     Attributes:
         can_continue: whether rows can be read after keys and values.
         can_pack: whether rows can be packed into trees.
+        alone: whether this process asks no other for the moment, because its forwards wait for none and another thread
+            of it may be talking to them.
     """
 
     options: CausalOptions
     device: torch.device
     rank = 0
     size = 1
+    alone = False
     eos_token_ids: list[int]
     can_continue: bool
     can_pack: bool
-    can_decode = False
 
     @property
     def shares(self) -> bool:
@@ -61,7 +63,9 @@ class ScheduledPolicy:
 
     def most(self, count: int) -> int:
         """The largest `count` of any process."""
-        return count if self.size == 1 else int(self.gather(torch.tensor([count], device=self.device)).max())
+        return (
+            count if self.size == 1 or self.alone else int(self.gather(torch.tensor([count], device=self.device)).max())
+        )
 
     # What a subclass does. `counts`: whether this is a row of its own, and not one for other processes' sake.
 
