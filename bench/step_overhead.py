@@ -56,8 +56,8 @@ from bench.overhead_runs import (
 )
 from bench.revision import revision
 from gcpo import GCPOConfig
+from gcpo.reports.intervals import interval
 from gcpo.run.table import markdown
-from gcpo.study.intervals import interval
 
 # Savings switched off, each and all, and savings beyond the defaults. Rows that are the defaults are left out.
 _CHANGES: list[dict[str, Any]] = [

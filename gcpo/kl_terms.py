@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gcpo.causal.loss import causal_kl_loss, clip_log_ratio
+from gcpo.causal.loss import causal_kl_loss, clip_log_ratio, mean_pull
 from gcpo.causal.port import KLTerms
 from gcpo.run.meter import AccountedGRPOTrainer
 
@@ -129,8 +129,30 @@ class KLTermsTrainer(AccountedGRPOTrainer):
         means = [metrics["kl_causal"], metrics["proj_clamped"]]
         means.append(metrics["kl_causal_clipped"] if self.args.kl_clip is not None else torch.zeros_like(count))
         sums = torch.stack([*(mean * count for mean in means), count])
-        self._metrics["train"]["causal_sums"].append(self.accelerator.reduce(sums, reduction="sum").tolist())
+        sums = torch.cat([sums, self._pull_sums(terms, inputs, per_token_logps)])
+        found = self.accelerator.reduce(sums, reduction="sum").tolist()
+        for name, part in (("causal_sums", found[:4]), ("pull_sums", found[4:])):
+            self._metrics["train"][name].append(part)
         return loss * scale
+
+    @torch.no_grad()
+    def _pull_sums(self, terms: KLTerms, inputs: dict[str, Any], per_token_logps: torch.Tensor) -> torch.Tensor:
+        """
+        Of this micro-batch's rows with an advantage A and a pull d (`mean_pull`), (6,) float32: how many there are, and
+        the sums of d, A, d^2, A^2 and d A.
+        """
+        if "plain_advantages" not in inputs:  # a rollout that another version's checkpoint held
+            return per_token_logps.new_zeros(6, dtype=torch.float32)
+        # Without scores of its own the rollout serves one update alone, at which the policy is what generated.
+        known = [inputs.get("old_per_token_logps"), per_token_logps]
+        if self.args.kl_target == "projection":  # of another target they are not the policy's
+            known.insert(0, inputs.get("query_logps"))
+        policy_logp = next(logp for logp in known if logp is not None)
+        pull = mean_pull(terms, self.args, policy_logp, self._loss_mask(inputs))
+        advantages = inputs["plain_advantages"].to(pull.dtype)
+        kept = pull.isfinite() & advantages.isfinite()
+        d, a = pull[kept], advantages[kept]
+        return torch.stack([kept.sum().to(d.dtype), *(x.sum() for x in (d, a, d * d, a * a, d * a))])
 
     def _logps_under_contexts(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor | None:
         """log pi_theta under x_i with a gradient of its own, where the second KL has the paper's form."""
@@ -161,6 +183,7 @@ class KLTermsTrainer(AccountedGRPOTrainer):
             (clipped,) = self._means_of_sums("reference_sums", 1)
             self._log("kl_causal", kl_causal)
             self._log("proj_clamped", proj_clamped)
+            self._log("kl_causal_correlation", _correlation(self._metrics["train"].pop("pull_sums", [])))
             if self.args.kl_clip is not None:
                 self._log("kl_causal_clipped", causal_clipped)
                 self._log("kl_clipped", clipped)
@@ -177,3 +200,18 @@ class KLTermsTrainer(AccountedGRPOTrainer):
         value = float(value)
         if self.keeps_account and not math.isnan(value):
             self._metrics[mode].setdefault(f"gcpo/{name}", []).append(value)
+
+
+def _correlation(rows: list[list[float]]) -> float:
+    """
+    Pearson's, of two quantities from sums of how many, of each, of their squares and of their product; NaN for fewer
+    than two, and where one does not vary beyond the rounding of its sums.
+    """
+    parts = torch.tensor(rows, dtype=torch.float64).view(-1, 6)
+    count, x, y, xx, yy, xy = parts.sum(dim=0).tolist()
+    if count < 2:
+        return math.nan
+    spreads = [square / count - (total / count) ** 2 for total, square in ((x, xx), (y, yy))]
+    if any(spread <= 1e-6 * square / count for spread, square in zip(spreads, (xx, yy), strict=True)):
+        return math.nan
+    return (xy / count - x * y / count**2) / math.sqrt(spreads[0] * spreads[1])

@@ -202,7 +202,10 @@ class OwnLossTrainer(KLTermsTrainer):
     def _loss_options(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Options of `linear_gcpo_loss`, from TRL's and ours and what a micro-batch holds."""
         # Estimates of the log-probabilities, for speed alone, the nearest first.
-        estimates = (inputs.get(name) for name in ("sampling_per_token_logps", "old_per_token_logps", "query_logps"))
+        names = ["sampling_per_token_logps", "old_per_token_logps"]
+        if self.args.kl_target == "projection":  # of another target they are not the policy's, nor those of all rows
+            names.append("query_logps")
+        estimates = map(inputs.get, names)
         options: dict[str, Any] = {
             **self._objective,
             "old_logp": inputs.get("old_per_token_logps"),

@@ -151,8 +151,9 @@ class GCPOTrainer(OwnLossTrainer):
 
     def _take(self, terms: CausalTerms, output: dict[str, Any]) -> None:
         """Put the causal terms among what TRL shuffles and splits, and into its completions table."""
+        advantages = output["advantages"]
         if terms.upsilon is not None:
-            output["advantages"] = terms.weigh(output["advantages"])
+            output["advantages"] = terms.weigh(advantages)
             # TRL has logged A already; the completions table shows B = A * Upsilon, and Upsilon in its own column.
             upsilon, logged = terms.upsilon.tolist(), self._logs["advantages"]
             plain = [logged.pop() for _ in range(min(len(upsilon), len(logged)))][::-1]
@@ -161,7 +162,7 @@ class GCPOTrainer(OwnLossTrainer):
                 self._logs["extra"][column].extend(values)
         if terms.kl is not None:
             output["context_logps"], output["context_weights"] = terms.kl.context_logp, terms.kl.context_weights
-            output["has_collider"] = terms.kl.counted
+            output["has_collider"], output["plain_advantages"] = terms.kl.counted, advantages
             output["causal_scale"] = torch.tensor(terms.kl.scale, device=self.accelerator.device)
             if terms.kl.query_logp is not None:
                 output["query_logps"] = terms.kl.query_logp

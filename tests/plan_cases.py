@@ -40,6 +40,7 @@ CHOICES: dict[str, list[Any]] = {
     "mask_truncated_colliders": [False, True],
     "shuffle_candidates": [False, True],
     "causal_policy_context": ["query", "query", "context"],
+    "kl_target": ["projection", "projection", "context", "ensemble"],
     "beta": [0.0, 0.0, 0.1],
     "num_iterations": [1, 1, 2],
     "gradient_accumulation_steps": [1, 2],

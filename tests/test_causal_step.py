@@ -169,6 +169,8 @@ def test_the_papers_form_names_the_first_contexts():
         {"kl_fraction": 0.5, "num_kl_contexts": 1, "log_collider_reward": True},
         {"context_attention": "parallel", "kl_fraction": 0.25, "policy": {"can_continue": True}},
         {"estimator": "none", "policy": {"can_continue": True}},
+        {"kl_target": "context", "kl_fraction": 0.5},
+        {"kl_target": "ensemble", "num_kl_contexts": 1, "weight_scale": "unit", "similarity": "gaussian"},
     ],
     ids=str,
 )

@@ -45,6 +45,8 @@ NAN, INF = math.nan, math.inf
         ("kl_fraction", 1.5, ValueError),
         ("kl_fraction", NAN, ValueError),
         ("causal_policy_context", "prompt", ValueError),
+        ("kl_target", "query", ValueError),
+        ("weight_scale", 1.0, TypeError),
         ("collider_temperature", 0.0, ValueError),
         ("pack_tokens", 0, ValueError),
         ("num_estimator_samples", 0, ValueError),
@@ -74,6 +76,29 @@ def test_scored_estimator_scores_everything(tmp_path):
     assert config.drawn_contexts is None and config.drawn_fraction == 1.0
     config = GCPOConfig(**options(tmp_path), num_kl_contexts=2, kl_fraction=0.5)
     assert config.drawn_contexts == 2 and config.drawn_fraction == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "known"),
+    [
+        ("kl_target", "query", "projection, context, ensemble"),
+        ("weight_scale", "beta", "alpha, unit"),
+    ],
+)
+def test_an_unknown_choice_is_told_what_there_is(name, value, known, tmp_path):
+    with pytest.raises(ValueError, match=f"`{name}` must be one of .*got '{value}'") as caught:
+        GCPOConfig(**options(tmp_path, **{name: value}))
+    assert known in str(caught.value).replace("'", "")
+
+
+def test_the_target_says_how_many_contexts_are_drawn(tmp_path):
+    """One alone needs no others, but an estimator may."""
+    drawn = {"num_kl_contexts": 2, "kl_target": "context"}
+    assert GCPOConfig(**options(tmp_path), **drawn).drawn_contexts == 0
+    assert GCPOConfig(**options(tmp_path), **drawn, estimator="scored").drawn_contexts is None
+    assert GCPOConfig(**options(tmp_path), **{**drawn, "kl_target": "ensemble"}).drawn_contexts == 2
+    assert GCPOConfig.paper(**options(tmp_path)).kl_target == "projection"
+    assert GCPOConfig.paper(**options(tmp_path)).weight_scale == "alpha"
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ HEALTHY: dict[str, Any] = {
     "gcpo/groups_without_reward": 0.0,
     "gcpo/projection/norm_ratio": 0.03,
     "gcpo/kl_causal": 0.03,
+    "gcpo/kl_causal_correlation": 0.2,
     "gcpo/proj_clamped": 0.05,
     "gcpo/colliders/ended": 0.9,
     "gcpo/colliders/masked": 0.0,
@@ -75,14 +76,24 @@ def test_a_healthy_log_has_no_signature() -> None:
         ({"grad_norm": 90.0}, 13, {}, "gradient-norm spikes", "45 times", "`learning_rate`"),
         ({"grad_norm": 90.0, "gcpo/kl_causal": 4.0}, 13, {"kappa": 0.0}, "gradient-norm spikes", "45", "learning_rate"),
         ({"grad_norm": None}, 4, {}, "gradient-norm spikes", "not finite at step 5 (1 of 20", "`kappa`"),
+        (
+            {"gcpo/kl_causal_correlation": 0.0},
+            None,
+            {},
+            "second KL without signal",
+            "over 20 logs",
+            "E[p'] = pi(y | q)",
+        ),
+        ({"gcpo/kl_causal_correlation": -0.3}, None, {}, "second KL without signal", "-0.300 ± 0.000", "or `kappa=0`"),
         ({"gcpo/proj_clamped": 0.45}, None, {}, "clamped p'", "45%", "`proj_floor`"),
         ({"frac_reward_zero_std": 0.95}, None, {}, "zero-variance groups", "95%", "num_generations"),
         ({"completions/clipped_ratio": 0.9}, None, {}, "completions cut off", "90%", "max_completion_length"),
         ({"gcpo/colliders/ended": 0.2}, None, {}, "colliders say little", "80%", "collider_max_completion_length"),
-        ({"gcpo/colliders/masked": 0.8}, None, {}, "colliders say little", "80%", "fusion_prompt_template"),
+        ({"gcpo/colliders/masked": 0.8}, None, {}, "colliders say little", "80%", "fusion_prompt_template='answer'"),
         ({"gcpo/seconds/colliders": 1.8}, None, {}, "overhead above plan", "times", "num_colliders"),
         ({"gcpo/seconds/contexts": 2.4, "step_time": 3.4}, None, {}, "overhead above plan", "plan 4", "kl_fraction"),
         ({"gcpo/upsilon/fallback": 0.5}, 2, {}, "undefined weights", "2.5%", "float16"),
+        ({"gcpo/upsilon/fallback": 1.0}, 2, {"weight_scale": "unit"}, "undefined weights", "5.0%", "cannot divide"),
         ({"gcpo/groups_without_reward": 1.0}, 2, {}, "groups without reward", "5.0%", "reward function"),
     ],
 )
@@ -93,6 +104,48 @@ def test_each_signature_in_a_log_that_has_it(
     assert finding.name == name
     assert number in finding.number
     assert advice in finding.change
+
+
+def with_correlations(values: list[float], **config: Any) -> Run:
+    run = synthetic(**config)
+    for row, value in zip(run.log, values, strict=False):
+        row["gcpo/kl_causal_correlation"] = value
+    for row in run.log[len(values) :]:
+        del row["gcpo/kl_causal_correlation"]
+    return run
+
+
+def test_a_second_kl_has_a_signal_where_its_correlation_is_surely_above_0() -> None:
+    """Of these twenty, 0.1 ± 0.5, the mean's 95% interval is Student's t with 19 degrees of freedom: ± 0.240."""
+    noise = [0.6, -0.4] * 10
+    (finding,) = diagnose(with_correlations(noise))
+    assert finding.name == "second KL without signal" and "0.100 ± 0.240 over 20 logs" in finding.number
+    assert names(with_correlations([0.15 + value for value in noise])) == []  # 0.250 ± 0.240
+    assert names(with_correlations([0.13 + value for value in noise])) == ["second KL without signal"]
+    assert names(with_correlations([-0.5] * 7)) == []  # too few to say
+    assert names(with_correlations([-0.5] * 8)) == ["second KL without signal"]
+    assert names(with_correlations(noise, kappa=0.0)) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "said", "unsaid"),
+    [
+        ({}, ["`collider_choice='reward'` or `'greedy'`", "`kl_target='context'`", "`kappa=0`"], "works against"),
+        ({"collider_choice": "sample", "kl_target": "projection"}, ["E[p'] = pi(y | q)"], "works against"),
+        ({"collider_choice": "reward"}, ["`collider_choice='greedy'`", "works against"], "E[p']"),
+        ({"kl_target": "context"}, ["`kl_target='context'`", "another `kl_target`", "`kappa=0`"], "E[p']"),
+    ],
+    ids=str,
+)
+def test_what_is_said_of_a_second_kl_without_signal(config: dict[str, Any], said: list[str], unsaid: str) -> None:
+    run = with_correlations([0.01, -0.01] * 10, **config)
+    (finding,) = diagnose(run)
+    assert all(part in finding.change for part in said) and unsaid not in finding.change
+    assert "c_0" not in finding.number
+    for row in run.log:
+        row["gcpo/colliders/first_above"] = 0.55
+    (finding,) = diagnose(run)
+    assert "c_0 has a higher reward than the other colliders' mean in 55% of the groups" in finding.number
 
 
 def test_length_collapse_is_a_matter_of_time() -> None:
@@ -111,6 +164,7 @@ def test_every_check_can_fire() -> None:
     for row in wrong.log:
         row.update({"frac_reward_zero_std": 1.0, "gcpo/upsilon/near_zero": 1.0, "gcpo/projection/norm_ratio": 0.0})
         row.update({"completions/clipped_ratio": 1.0, "gcpo/kl_clipped": 1.0, "gcpo/seconds/colliders": 1.8})
+        row["gcpo/kl_causal_correlation"] = 0.0
         row["completions/mean_length"] = 40.0 / row["step"]
     wrong.log[-1]["grad_norm"] = 1e4
     assert len(diagnose(wrong)) == len(CHECKS)

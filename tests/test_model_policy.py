@@ -80,6 +80,8 @@ PARITY: dict[str, dict[str, Any]] = {
     "mean": {"representation": "mean", "baseline": "mean", "kl_clip": 0.2},
     "under a context": {"causal_policy_context": "context", "kl_fraction": 0.5},
     "shown in part": {"candidate_context_tokens": 2},
+    "to one context": {"kl_target": "context", "kl_fraction": 0.5, "reuse_rollout": False},
+    "to the ensemble, unit weights": {"kl_target": "ensemble", "weight_scale": "unit"},
 }
 
 
@@ -130,7 +132,9 @@ def test_numbers_are_the_trainers(name: str, loss_type: str, folder: str, model:
         assert torch.equal(terms.kl.context_weights, output["context_weights"])
         assert torch.equal(terms.kl.counted, output["has_collider"])
         if terms.kl.query_logp is not None:
-            torch.testing.assert_close(terms.kl.query_logp, (logp * mask).detach(), atol=1e-5, rtol=1e-5)
+            to_query = policy.options.kl_target == "projection"
+            wanted = (logp * mask).detach() if to_query else output["context_logps"][..., 0]
+            torch.testing.assert_close(terms.kl.query_logp, wanted, atol=1e-5, rtol=1e-5)
         causal_logp = None
         if terms.first_contexts is not None:
             causal_logp, _ = policy.logps(Rollout(rollout.prompts, terms.first_contexts, rollout.completion_ids))

@@ -36,6 +36,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "temperature": {"temperature": 0.7, "cast_lm_head_to_fp32": True},
     "under contexts": {"causal_policy_context": "context"},
     "some rows": {"kl_fraction": 0.5},
+    "to one context": {"kl_target": "context", "kl_fraction": 0.5},
+    "to the ensemble": {"kl_target": "ensemble", "num_kl_contexts": 1, "causal_policy_context": "context"},
     "GRPO": {"kappa": 0.0, "estimator": "none"},
     "accumulated": {"gradient_accumulation_steps": 3, "steps_per_generation": 1, "loss_type": "grpo"},
 }
@@ -58,8 +60,9 @@ def off_policy(output: dict[str, Any], seed: int = 0) -> dict[str, Any]:
     """As after some updates: both sides of every clip are met."""
     torch.manual_seed(seed)
     old = torch.randn_like(output["completion_ids"], dtype=torch.float32) - 4.0
-    # Under q they are what generated; a trainer hands them on where the loss needs them.
-    return output | {"old_per_token_logps": old} | ({"query_logps": old} if "context_logps" in output else {})
+    # Under q they are what generated; a trainer hands them on where the loss needs them, or the logarithm of a target.
+    query = {"query_logps": output.get("query_logps", old)} if "context_logps" in output else {}
+    return output | {"old_per_token_logps": old} | query
 
 
 def losses(policy: str, tmp_path: Any, output: dict[str, Any], ways: list[dict], **settings: Any) -> list[tuple]:

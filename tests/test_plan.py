@@ -51,6 +51,8 @@ def test_random_options(first: int, loaded: tuple[Any, Any], tmp_path: Path) -> 
         {"context_attention": "full", "kl_fraction": 1.0, "num_kl_contexts": None, "pack_tokens": 1},
         {"share_prefix": False, "reuse_rollout": False, "causal_policy_context": "context"},
         {"estimator": "sampled", "kappa": 0.0, "num_estimator_samples": 2},
+        {"kl_target": "context", "num_kl_contexts": 2},
+        {"kl_target": "ensemble", "num_kl_contexts": 2, "weight_scale": "unit"},
         {"fused_loss": True, "padding_free": False},
         {"padding_free": True, "per_device_train_batch_size": 8},
         {"fused_loss": False, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "beta": 0.1},
@@ -81,6 +83,24 @@ def test_lengths_alone_give_what_a_run_logs(changed: dict[str, Any], loaded: tup
         kinds.remove("trained_padding")
     for kind in kinds:
         assert planned[kind] == pytest.approx(logged[kind], rel=by_chance.get(kind, 0.0), abs=0), kind
+
+
+@pytest.mark.parametrize("attention", ["full", "parallel"])
+def test_one_context_is_read_for_each_row_that_is_drawn(attention: str, tmp_path: Path) -> None:
+    """With `kl_target="context"`; a projection of it reads as many others."""
+    given: dict[str, Any] = {
+        "context_attention": attention,
+        "share_prefix": attention == "parallel",
+        "kl_fraction": 0.5,
+    }
+    contexts = {}
+    for target in ("projection", "context", "ensemble"):
+        config = GCPOConfig(**options(tmp_path, num_colliders=4, num_kl_contexts=2, kl_target=target, **given))
+        script = PlannedScript(config, Lengths(prompt=12, completion=10, collider=6))
+        passes = count_cycle(config, script, Abilities()).passes
+        contexts[target] = sum(count for one, count in passes.items() if one.phase == "contexts" and one.predicted)
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    assert contexts == {"projection": 3 * rows // 2, "context": rows // 2, "ensemble": 3 * rows // 2}
 
 
 @pytest.mark.parametrize("pack_tokens", [1, 60, 200, 10_000])

@@ -70,6 +70,16 @@ def test_masked_candidates_are_not_drawn(estimator, policy, tmp_path):
         assert output["causal_scale"] == pytest.approx(int(ended.sum()) / drawn)
 
 
+def test_the_first_context_alone():
+    """Of the same sequences that a draw with others has."""
+    for seed in range(5):
+        draw = draw_contexts([5, 0, 1, 4], 0, 0.7, generator(seed))
+        others = draw_contexts([5, 0, 1, 4], 2, 0.7, generator(seed))
+        assert draw.contexts == [[0] if some else [] for some in others.contexts] and sum(map(len, draw.contexts)) == 2
+        assert draw.weights.tolist() == [[float(bool(some))] for some in others.contexts]
+        assert torch.equal(draw.counted, others.counted) and draw.scale == others.scale == 1.5
+
+
 def test_draws_are_uniform():
     """1,200 draws of 2 among 4: each of the 6 pairs 200 times, within five standard deviations."""
     seen = {}

@@ -1,10 +1,13 @@
 """The KL terms of a loss on a rollout's rows: the second one (eq. 12), and the clip that both may have."""
 
+from dataclasses import replace
+
 import torch
 
 from gcpo.causal.options import CausalOptions
 from gcpo.causal.port import KLTerms
 from gcpo_kernels import gcpo_loss
+from gcpo_kernels.maths import project
 
 
 def causal_kl_loss(
@@ -61,6 +64,64 @@ def causal_kl_loss(
         num_items_in_batch=num_items_in_batch,
     )
     return loss * terms.scale, {**metrics, "tokens": (mask * terms.counted.unsqueeze(1)).sum().float()}
+
+
+def pulling_to(kl_target: str, terms: KLTerms) -> KLTerms:
+    """
+    The same terms, made such that the causal reference p' of eq. 13 is what the second KL term pulls to. No loss knows
+    of targets: where the target is the only context, has all the weight and stands for the query too, p' = a - a + a.
+
+    Args:
+        kl_target: as in `CausalOptions`: `"projection"`, p' as it is; `"context"`, exp(a); `"ensemble"`,
+            sum_l w_l exp(b_l).
+        terms: of a draw: `context_logp` (B, T, width) and `context_weights` (B, width), 0 behind a row's contexts.
+
+    Returns:
+        Terms with `context_logp` (B, T, 1), `context_weights` (B, 1) and `query_logp` (B, T), but for `"projection"`.
+        Rows that are not counted have the log-probability 0 and the weight 0.
+    """
+    if kl_target == "projection":
+        return terms
+    if kl_target == "context":
+        target = terms.context_logp[..., 0]
+    else:
+        # A context of weight 0 counts for nothing, whatever stands there.
+        weights = terms.context_weights.unsqueeze(1)
+        target = (terms.context_logp + weights.log()).masked_fill(weights == 0, -torch.inf).logsumexp(dim=-1)
+    counted = terms.counted.unsqueeze(1)
+    target = torch.where(counted, target, 0.0)
+    return replace(terms, context_logp=target.unsqueeze(-1), context_weights=counted.float(), query_logp=target)
+
+
+def mean_pull(
+    terms: KLTerms,
+    options: CausalOptions,
+    policy_logp: torch.Tensor,  # (B, T)
+    mask: torch.Tensor,  # (B, T)
+) -> torch.Tensor:
+    """
+    How much likelier the second KL term's target finds each completion than the policy that wrote it does: the mean
+    over its tokens of d = log p' - log pi_old(y | q). A term that knows what a good completion is has a larger d where
+    the advantage is larger.
+
+    Args:
+        terms: those of the causal step.
+        options: `proj_floor` is used.
+        policy_logp: log pi_old(y | q), whatever the term pulls to.
+        mask: tokens that count.
+
+    Returns:
+        (B,) without gradient; NaN for rows that are not counted or have no token.
+    """
+    kept = terms.counted & (mask != 0).any(dim=1)
+    pull = torch.full(kept.shape, torch.nan, device=policy_logp.device)
+    policy_logp, mask = policy_logp.detach()[kept].float(), mask[kept] != 0
+    query_logp = policy_logp if terms.query_logp is None else terms.query_logp[kept].float()
+    weights = terms.context_weights.expand(len(kept), -1)[kept].unsqueeze(1)
+    log_target, _ = project(query_logp, terms.context_logp[kept].float(), weights, options.proj_floor)
+    difference = torch.where(mask, log_target - policy_logp, 0.0)
+    pull[kept] = difference.sum(dim=1) / mask.sum(dim=1)
+    return pull
 
 
 def clip_log_ratio(ref_logp: torch.Tensor, logp: torch.Tensor, kl_clip: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -110,13 +110,17 @@ class WeightInputs:
 
 @dataclass
 class KLTerms:
-    """What the second KL term needs, of some rows."""
+    """
+    What the second KL term needs, of some rows: what p' of eq. 13 is made of. Where `kl_target` is not p', all are made
+    such that eq. 13 gives the target instead.
+    """
 
     context_logp: torch.Tensor  # (B, T, width) log pi_old(y_i | x_{i,l}), x_{i,0} first
     context_weights: torch.Tensor  # (B, width): of the mean over l
     counted: torch.Tensor  # (B,) bool: rows in the term
     scale: float | torch.Tensor  # what the term is multiplied by, for the rows that are not in it
-    query_logp: torch.Tensor | None = None  # (B, T) log pi_old(y | q); None: the policy's own at the first update
+    # (B, T): log pi_old(y | q), None: the policy's own at the first update; of another target, that one's logarithm.
+    query_logp: torch.Tensor | None = None
 
 
 @dataclass

@@ -34,9 +34,9 @@ def draw_contexts(
 
         mean_l exp(b_l) ~ exp(b_0) / V + (V - 1) / V * mean_drawn exp(b_l)
 
-    has the full mean as its expectation, and the gradient of the second KL term is linear in it. Of the sequences that
-    have a collider, say E of them, round(fraction * E), at least one, enter the term, which is scaled by E over their
-    number.
+    has the full mean as its expectation, and the gradient of the second KL term is linear in it. With S = 0, for a term
+    that takes exp(b_0) alone, number 0 has weight 1. Of the sequences that have a collider, say E of them,
+    round(fraction * E), at least one, enter the term, which is scaled by E over their number.
     """
     count = len(available)
     eligible = [row for row, total in enumerate(available) if total > 0]
@@ -50,6 +50,10 @@ def draw_contexts(
             rows.append([])
             continue
         others = total - 1
+        if num_contexts == 0:
+            contexts.append([0])
+            rows.append([1.0])
+            continue
         if num_contexts is None or num_contexts >= others:
             contexts.append(list(range(total)))
             rows.append([1.0 / total] * total)

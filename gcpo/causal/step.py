@@ -12,6 +12,7 @@ from gcpo.causal.answers import checked_outputs, checked_pair, checked_scores
 from gcpo.causal.colliders import Drawing, warn_of_length
 from gcpo.causal.contexts import PromptBuilder
 from gcpo.causal.estimators import estimate_weights
+from gcpo.causal.loss import pulling_to
 from gcpo.causal.options import CausalOptions
 from gcpo.causal.parallel import GroupReading, copy_start, known_readings, read_groups, score_copies
 from gcpo.causal.port import CausalTerms, Group, Ids, KLTerms, Policy, Rollout, WeightInputs, share
@@ -120,7 +121,7 @@ class CausalStep:
         if options.kappa > 0:
             assert draw is not None
             weights, counted = draw.weights.to(policy.device), draw.counted.to(policy.device)
-            terms.kl = KLTerms(context_logp, weights, counted, draw.scale, query_logp)
+            terms.kl = pulling_to(options.kl_target, KLTerms(context_logp, weights, counted, draw.scale, query_logp))
             if options.causal_policy_context == "context":
                 terms.first_contexts = [
                     self.context(groups, row, 0) if drawn else rollout.prompt_ids[k]

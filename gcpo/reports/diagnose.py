@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from gcpo.reports.intervals import interval
 from gcpo.run.records import Run, Step, is_number, recent
 
 
@@ -40,7 +41,8 @@ class Limits:
 
 Check = Callable[[Run, Limits], Finding | None]
 
-_MIN_STEPS = 8  # below, a trend or a spike is noise
+_MIN_STEPS = 8  # below, a trend, a spike or a mean is noise
+_KL_DEFAULTS = {"collider_choice": "sample", "kl_target": "projection"}
 
 
 def diagnose(run: Run, limits: Limits = Limits()) -> list[Finding]:
@@ -117,6 +119,38 @@ def _no_signal(run: Run, limits: Limits) -> Finding | None:
     return Finding("projection without signal", number, change)
 
 
+def _no_pull(run: Run, limits: Limits) -> Finding | None:
+    correlations = run.values("gcpo/kl_causal_correlation")
+    if run.config.get("kappa") == 0 or len(correlations) < _MIN_STEPS:
+        return None
+    found = interval(correlations)
+    if found.mean > found.half:
+        return None
+    number = (
+        f"log p' - log pi(y | q) of a completion and its advantage correlate with {found} over {found.count} logs (95% "
+        "interval), which is not above 0"
+    )
+    above = run.mean("gcpo/colliders/first_above")
+    if above is not None:
+        number += f"; c_0 has a higher reward than the other colliders' mean in {above:.0%} of the groups"
+    choice, target = (run.config.get(name) or default for name, default in _KL_DEFAULTS.items())
+    others = [name for name in ("reward", "greedy") if name != choice]
+    if target == "projection" and choice == "sample":
+        change = (
+            "`collider_choice='sample'` draws c_0 as the other colliders are drawn, so that over draws E[p'] = "
+            "pi(y | q): the second KL pulls to what the policy says already, and adds noise."
+        )
+    else:
+        change = (
+            f"What the second KL pulls to (`kl_target={target!r}`, `collider_choice={choice!r}`) does not make good "
+            "completions likelier than bad ones: it works against the reward, or adds noise."
+        )
+    targets = "`kl_target='context'` or `'ensemble'`" if target == "projection" else "another `kl_target`"
+    choices = " or ".join([f"`collider_choice={others[0]!r}`", *(f"`{name!r}`" for name in others[1:])])
+    change += f" Try {choices}, {targets}, or `kappa=0`, which saves the contexts."
+    return Finding("second KL without signal", number, change)
+
+
 def _spikes(run: Run, limits: Limits) -> Finding | None:
     broken = [row["step"] for row in run.log if "grad_norm" in row and not is_number(row["grad_norm"])]
     if broken:
@@ -191,7 +225,10 @@ def _colliders(run: Run, limits: Limits) -> Finding | None:
         number = f"{1 - ended:.0%} of the colliders were cut off (limit {limits.colliders:.0%})"
     else:
         return None
-    change = "Raise `collider_max_completion_length`, or check `fusion_prompt_template` with this model."
+    change = (
+        "Raise `collider_max_completion_length`, ask for the answer alone, which short colliders have room for "
+        "(`fusion_prompt_template='answer'`), or check the template with this model."
+    )
     return Finding("colliders say little", number, change)
 
 
@@ -217,7 +254,13 @@ def _undefined(run: Run, limits: Limits) -> Finding | None:
     fallback, lost = run.mean("gcpo/upsilon/fallback"), run.mean("gcpo/groups_without_reward")
     if fallback:
         number = f"{fallback:.1%} of the weights were undefined and replaced by 1"
-        return Finding("undefined weights", number, "Hidden states are NaN: train in bfloat16 or float32, not float16.")
+        change = "Hidden states are NaN: train in bfloat16 or float32, not float16."
+        if run.config.get("weight_scale") == "unit":
+            change += (
+                " Or their mean is not above 0, so that `weight_scale='unit'` cannot divide by it: then all weights of "
+                "the batch are 1. `gcpo/upsilon/mean` tells; try another `representation`, or `weight_scale='alpha'`."
+            )
+        return Finding("undefined weights", number, change)
     if lost:
         return Finding(
             "groups without reward",
@@ -243,6 +286,7 @@ def _share_above(metric: str, limit: str, name: str, number: str, change: str) -
 CHECKS: tuple[Check, ...] = (
     _near_zero,
     _no_signal,
+    _no_pull,
     _spikes,
     _share_above(
         "gcpo/proj_clamped",

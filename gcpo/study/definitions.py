@@ -14,7 +14,7 @@ class Arm:
         name: what the table calls it.
         method: `"gcpo"` or `"grpo"`.
         options: options of the trainer that differ from the workbench's.
-        reference: what the second KL term pulls to: `"causal"` (eq. 13), `"query"`, `"context"` or `"ensemble"`.
+        pulls_to_query: whether the second KL term pulls to pi_old under q, in place of what `kl_target` says.
         scaled_by: for GRPO: the arm whose mean Upsilon, step by step and of the same seed, multiplies its advantages.
         open_ended: scored by a programmable reward instead of the task's verifier.
         against: the arm, by name, that a difference is paired with.
@@ -23,7 +23,7 @@ class Arm:
     name: str
     method: str = "gcpo"
     options: Mapping[str, Any] = field(default_factory=dict)
-    reference: str = "causal"
+    pulls_to_query: bool = False
     scaled_by: "Arm | None" = None
     open_ended: bool = False
     against: str | None = None
@@ -34,7 +34,7 @@ class Arm:
         return {
             "method": self.method,
             "options": dict(self.options),
-            "reference": self.reference,
+            "pulls_to_query": self.pulls_to_query,
             "scaled_by": scaled_by,
             "open_ended": self.open_ended,
         }
@@ -153,9 +153,9 @@ STUDIES: dict[str, Study] = {
         (
             GRPO,
             GCPO,
-            Arm("query only", reference="query", against="GRPO"),
-            Arm("one context", reference="context", against="GRPO"),
-            Arm("ensemble mean", reference="ensemble", against="GRPO"),
+            Arm("query only", pulls_to_query=True, against="GRPO"),
+            Arm("one context", options={"kl_target": "context"}, against="GRPO"),
+            Arm("ensemble mean", options={"kl_target": "ensemble"}, against="GRPO"),
             Arm("no second KL", options=NO_KL, against="GRPO"),
         ),
         columns={"kl_causal": "second KL", "proj_clamped": "clamped", "upsilon_mean": "mean Upsilon"},

@@ -6,9 +6,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from gcpo.reports.intervals import Interval, elbow, interval
 from gcpo.study.budget import Budget
 from gcpo.study.definitions import Study
-from gcpo.study.intervals import Interval, elbow, interval
 
 SCORES = {"pass_at_1": "pass@1", "mean_score": "score"}
 

@@ -10,8 +10,6 @@ from gcpo import GCPOTrainer
 from gcpo.causal import CausalTerms, Rollout
 from gcpo.run.meter import AccountedGRPOTrainer
 
-REFERENCES = ("causal", "query", "context", "ensemble")
-
 
 class _Distinct:
     """Logs the share of a group's candidates that differ from one another."""
@@ -46,39 +44,23 @@ class ScaledGRPOTrainer(_Distinct, AccountedGRPOTrainer):
         return output
 
 
-class ReferencedGCPOTrainer(_Distinct, GCPOTrainer):
-    """
-    GCPO whose second KL term pulls to something else than p' of eq. 13.
-
-    Args:
-        reference: `"causal"`, p'; `"query"`, pi_old under q; `"context"`, pi_old under x_{i,0}; `"ensemble"`, the mean
-            over l of pi_old under x_{i,l}.
-    """
-
-    def __init__(self, *args: Any, reference: str = "causal", **kwargs: Any):
-        if reference not in REFERENCES:
-            raise ValueError(f"`reference` must be one of {', '.join(REFERENCES)}, got {reference!r}.")
-        self.reference = reference
-        super().__init__(*args, **kwargs)
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        output = super()._generate_and_score_completions(inputs)
-        if self.reference == "causal" or "context_logps" not in output:
-            return output
-        context_logps, weights = output["context_logps"], output["context_weights"]
-        weights = weights.expand(len(context_logps), -1)
-        # exp(a) and the mean over l cancel when all weight is on l = 0: what is left of p' is its query term.
-        output["context_weights"] = torch.zeros_like(weights)
-        output["context_weights"][:, 0] = 1.0
-        if self.reference == "context":
-            output["query_logps"] = context_logps[..., 0]
-        elif self.reference == "ensemble":
-            mean = (context_logps.exp() * weights.unsqueeze(1)).sum(dim=-1)
-            output["query_logps"] = mean.clamp(min=self.args.proj_floor).log()
-        return output
+class StudyGCPOTrainer(_Distinct, GCPOTrainer):
+    """GCPO as studies train it."""
 
 
-class RepeatingTrainer(ReferencedGCPOTrainer):
+class QueryGCPOTrainer(StudyGCPOTrainer):
+    """GCPO whose second KL term pulls to pi_old under q: a control, which no option gives."""
+
+    def causal_terms(self, *args: Any) -> CausalTerms:
+        terms = super().causal_terms(*args)
+        if terms.kl is not None:
+            # exp(a) and the mean over l cancel when all weight is on l = 0: what is left of p' is its query term.
+            terms.kl.context_weights = torch.zeros_like(terms.kl.context_weights)
+            terms.kl.context_weights[:, 0] = 1.0
+        return terms
+
+
+class RepeatingTrainer(StudyGCPOTrainer):
     """
     GCPO that estimates the weights of each rollout several times, with colliders and samples of their own.
 

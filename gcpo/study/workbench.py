@@ -28,7 +28,7 @@ from gcpo.run.records import read_run
 from gcpo.run.redaction import redacted
 from gcpo.study.definitions import Arm
 from gcpo.study.rewards import open_ended_reward
-from gcpo.study.trainers import ReferencedGCPOTrainer, ScaledGRPOTrainer
+from gcpo.study.trainers import QueryGCPOTrainer, ScaledGRPOTrainer, StudyGCPOTrainer
 
 # One result per line of settings; another layout of the files must not be taken for it.
 _LAYOUT = 1
@@ -157,10 +157,8 @@ class Workbench:
         """Whether `run` has nothing left to do."""
         return (self._run_folder(arm, seed) / "result.json").exists()
 
-    def trainer(
-        self, arm: Arm, seed: int, folder: Path, gcpo_class: type[ReferencedGCPOTrainer] = ReferencedGCPOTrainer
-    ) -> Any:
-        """The trainer of an arm, ready to train; of `gcpo_class` where the arm's method is GCPO."""
+    def trainer(self, arm: Arm, seed: int, folder: Path, gcpo_class: type[StudyGCPOTrainer] | None = None) -> Any:
+        """The trainer of an arm, ready to train; where its method is GCPO of `gcpo_class`. None: as the arm says."""
         options = self._options(arm, seed, folder)
         reward = self._reward_of(arm)
         common: dict[str, Any] = {
@@ -178,7 +176,8 @@ class Workbench:
             trainer: Any = ScaledGRPOTrainer(self.load(), reward, args=config, scales=scales, **common)
         else:
             config = GCPOConfig(**options)
-            trainer = gcpo_class(self.load(), reward, args=config, reference=arm.reference, **common)
+            gcpo_class = gcpo_class or (QueryGCPOTrainer if arm.pulls_to_query else StudyGCPOTrainer)
+            trainer = gcpo_class(self.load(), reward, args=config, **common)
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.add_callback(_Tick(self.tick))

@@ -27,7 +27,7 @@ CHECKPOINTED = {"loss_type": "dapo", "context_attention": "parallel", "gradient_
 RUNS: dict[str, tuple[bool, int, dict[str, Any]]] = {
     "tied": (True, 1, {"loss_type": "dapo"}),
     "tied, accumulated": (True, 2, {"loss_type": "grpo", "estimator": "scored"}),
-    "untied": (False, 1, {"loss_type": "grpo", "max_grad_norm": 0.5}),
+    "untied": (False, 1, {"loss_type": "grpo", "max_grad_norm": 0.5, "kl_target": "ensemble", "weight_scale": "unit"}),
     "untied, accumulated": (False, 2, CHECKPOINTED),
     "untied, accumulated, TRL's path": (False, 2, CHECKPOINTED | TRLS_PATH),
     # The second process has no token to train on, and one row to read where the first has more.
@@ -152,6 +152,9 @@ def assert_alone(layout: Layout, alone: Layout) -> None:
         for step in (0, 1):
             for key in names:
                 assert ours["train"][step][key] == pytest.approx(want["train"][step][key], rel=2e-4), (name, step, key)
+            found = [one["train"][step].get("gcpo/kl_causal_correlation") for one in (ours, want)]
+            assert found[0] == pytest.approx(found[1], abs=1e-3), (name, step)
+            assert found[1] is not None or name == "cut off", (name, step)
         for key in ("eval_loss", "eval_reward", "eval_kl", "eval_entropy"):
             assert ours["eval"][key] == pytest.approx(want["eval"][key], rel=2e-4, abs=1e-6), (name, key)
 

@@ -1,4 +1,4 @@
-"""Means over seeds with their confidence intervals, and the elbow of a curve."""
+"""Means with their confidence intervals, and the elbow of a curve."""
 
 import math
 import statistics
@@ -10,7 +10,7 @@ from scipy.stats import t
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds and the half width of its 95% interval (Student's t); NaN for a single seed."""
+    """A mean, over seeds say, and the half width of its 95% interval (Student's t); NaN for a single value."""
 
     mean: float
     half: float
@@ -31,7 +31,7 @@ class Interval:
 
 def interval(values: Sequence[float]) -> Interval:
     """
-    Mean of one value per seed, with its interval.
+    Mean of some values, with its interval.
 
     Raises:
         ValueError: no values.
