@@ -136,8 +136,8 @@ def plan_step(
                 moved = decode_bytes(kind, counts, architecture, config, dtype, num_processes)
                 seconds = max(seconds, moved / (device.bandwidth * 1e9 * device.mbu))
             costs[kind] = replace(cost, seconds=seconds)
-        for item in _rewards(config, counts, costs, reward_seconds / num_processes):
-            costs[item.phase, item.what] = item
+        rewards = list(_rewards(config, counts, costs, reward_seconds / num_processes))
+        costs |= {(cost.phase, cost.what): cost for cost in rewards}
     memory = estimate_memory(config, architecture, counts, dtype, num_processes, compact_head)
     tokens = {kind: number / counts.steps for kind, number in counts.tokens.items()}
     in_order = sorted(costs.values(), key=lambda cost: _ORDER.index(cost.phase))
