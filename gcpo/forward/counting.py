@@ -144,6 +144,7 @@ class CountingPolicy(ScheduledPolicy):
     Attributes:
         passes: how many rows of each kind pass through the model.
         tokens: by kind, as a run logs them.
+        rewarded: colliders that the reward functions run on.
         decoding: by phase and kind of pass, what decoding waits for.
     """
 
@@ -175,6 +176,7 @@ class CountingPolicy(ScheduledPolicy):
         self.can_decode = self.abilities.in_house and self.abilities.can_continue
         self.passes: Counter[Pass] = Counter()
         self.tokens: Counter[str] = Counter()
+        self.rewarded = 0
         self.decoding: dict[tuple[str, str], Decoding] = {}
 
     @property
@@ -192,6 +194,7 @@ class CountingPolicy(ScheduledPolicy):
         self.tokens[kind] += tokens
 
     def reward(self, inputs: list[dict[str, Any]], prompts: list[Prompt], ids: list[Ids]) -> torch.Tensor:
+        self.rewarded += len(ids)
         return torch.zeros(len(ids))
 
     def generate(
