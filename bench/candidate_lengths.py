@@ -1,35 +1,7 @@
-"""
-Lengths that a benchmark forces on candidates: all as long as may be, or drawn, so that some end long before others and
-rows of a batch differ as those of a training run do.
-"""
-
-import math
-import random
-from typing import Any
+"""Lengths that a benchmark forces on candidates: those of `gcpo.planning.candidate_lengths`."""
 
 import torch
 from transformers import LogitsProcessor
-
-MEAN, SIGMA = 0.4, 0.8  # of the lognormal lengths: the mean before clipping, in shares of the longest, and of logs
-CHOICES = ("full", "lognormal")
-
-
-def draw_lengths(kind: str, longest: int, count: int, seed: int) -> list[int]:
-    """
-    Tokens of `count` candidates, end token included. "full": all have `longest`. "lognormal": of a lognormal
-    distribution with mean `MEAN * longest` whose logarithm has the standard deviation `SIGMA`, rounded and clipped to
-    [1, longest]. The same seed gives the same lengths; no other random stream is touched.
-    """
-    if kind == "full":
-        return [longest] * count
-    draw = random.Random(seed)
-    mean_of_log = math.log(MEAN * longest) - SIGMA**2 / 2
-    return [min(max(round(draw.lognormvariate(mean_of_log, SIGMA)), 1), longest) for _ in range(count)]
-
-
-def describe(kind: str) -> dict[str, Any]:
-    """What a result file says of the lengths."""
-    return {"kind": kind} if kind == "full" else {"kind": kind, "mean_before_clipping": MEAN, "sigma": SIGMA}
 
 
 class EndsAt(LogitsProcessor):

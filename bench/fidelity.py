@@ -2,12 +2,16 @@
 How close the cheaper estimators and savings come to the paper's own estimate, on the same rollouts and colliders.
 
     python -m bench.fidelity --out bench/results/cpu/fidelity_smollm2.json
+    python -m bench.fidelity --table colliders --collider_tokens 64 --out bench/results/cpu/fidelity_colliders.json
 
 The truth for Upsilon is `estimator="sampled"` with many outputs under every full context of whole candidates, zbar over
 the whole group; for log p' it is the scores under all those contexts. Colliders are the same for every row (generated
 once, from whole candidates), but for the rows "other colliders": a second draw, which says how much of either is the
 draw's doing. `kl_fraction` changes no value: it takes its share of the cost. Advantages are those of a stand-in reward
 that varies within every group.
+
+The second line makes another table instead: what the second KL term says by the length of its colliders, which of them
+is c_0, and what it pulls to (`bench/fidelity_colliders.py`).
 """
 
 import argparse
@@ -26,6 +30,7 @@ from typing import Any
 import torch
 import transformers
 
+from bench import fidelity_colliders
 from bench.agreement import compare_log_p, compare_upsilon, mean_and_error
 from bench.fidelity_runs import REPRESENTATIONS, Estimate, Inputs, Lab, Sample, join
 from bench.files import write_json
@@ -33,6 +38,7 @@ from bench.overhead_runs import prepare_model
 from bench.step_overhead import environment
 from gcpo import GCPOConfig
 from gcpo.causal.estimators import estimate_weights
+from gcpo.causal.options import FUSION_PROMPTS
 from gcpo.causal.port import WeightInputs
 
 FULL = "scored"
@@ -163,6 +169,8 @@ def ceilings(rows: dict[str, Any]) -> dict[str, float]:
 
 def show(results: dict[str, Any]) -> str:
     """The results, or what was read back from their JSON, as Markdown tables."""
+    if "colliders" in results:
+        return fidelity_colliders.show(results)
     lines: list[str] = []
     costs = results["costs"]
 
@@ -213,8 +221,9 @@ def show(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def describe(samples: list[Sample], tasks: list[str], eos: list[int], clock: dict[str, float]) -> dict[str, Any]:
+def describe(samples: list[Sample], lab: Lab, clock: dict[str, float]) -> dict[str, Any]:
     """What the rollouts were like."""
+    tasks, eos = list(lab.prompts["task"])[: len(samples)], lab.trainer().eos_token_ids
     candidates = [ids for sample in samples for ids in sample.group.candidates]
     colliders = [ids for sample in samples for ids in sample.group.colliders]
 
@@ -268,19 +277,38 @@ def measure(lab: Lab, names: list[str], m: int) -> Iterator[dict[str, Any]]:
         task, elapsed = lab.prompts[number]["task"], time.perf_counter() - began
         print(f"prompt {number + 1} of {len(lab.prompts)} ({task}): {sampled:,} sampled, {elapsed:.0f} s", flush=True)
         results = compare_all(samples, join(truths), estimates, trainer.args, m)
-        tasks = list(lab.prompts["task"])[: number + 1]
-        yield {"rollouts": describe(samples, tasks, trainer.eos_token_ids, clock), **results}
+        yield {"rollouts": describe(samples, lab, clock), **results}
+
+
+def measure_colliders(lab: Lab, lengths: list[int]) -> Iterator[dict[str, Any]]:
+    """The results of the other table so far, after each prompt."""
+    began = time.perf_counter()
+    for samples, results in fidelity_colliders.measure(lab, lengths):
+        elapsed = time.perf_counter() - began
+        print(f"prompt {len(samples)} of {len(lab.prompts)}: {elapsed:.0f} s", flush=True)
+        yield {"rollouts": describe(samples, lab, {"seconds": elapsed}), **results}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("smollm2", "tiny"), default="smollm2", help="tiny: random weights")
+    parser.add_argument("--table", choices=("estimates", "colliders"), default="estimates")
     parser.add_argument("--tasks", nargs="+", default=DEFAULT_TASKS, help="of reasoning-gym")
     parser.add_argument("--prompts", type=int, default=1, help="prompts of each task")
     parser.add_argument("--num_generations", type=int, default=8, help="n")
     parser.add_argument("--num_colliders", type=int, default=4, help="L")
     parser.add_argument("--completion_tokens", type=int, default=48, help="most tokens of a candidate")
     parser.add_argument("--collider_tokens", type=int, default=32, help="most tokens of a collider")
+    parser.add_argument(
+        "--collider_lengths",
+        type=int,
+        nargs="+",
+        default=fidelity_colliders.LENGTHS,
+        help="of the table of colliders; those above --collider_tokens are left out",
+    )
+    parser.add_argument(
+        "--fusion", choices=list(FUSION_PROMPTS), default="integrate", help="what asks for an integrated answer"
+    )
     parser.add_argument("--samples", type=int, default=16, help="m of the truth, two halves of which are compared")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), help=f"these variants beside {FULL!r}")
@@ -288,6 +316,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.samples < 2 or args.num_colliders < 2:
         parser.error(f"--samples and --num_colliders must be at least 2, got {args.samples}, {args.num_colliders}")
+    lengths = sorted({length for length in args.collider_lengths if 1 <= length <= args.collider_tokens})
+    if not lengths:
+        parser.error(f"--collider_lengths must have one from 1 to {args.collider_tokens}, got {args.collider_lengths}")
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -296,6 +327,7 @@ def main() -> None:
         "num_colliders": args.num_colliders,
         "max_completion_length": args.completion_tokens,
         "collider_max_completion_length": args.collider_tokens,
+        "fusion_prompt_template": args.fusion,
     }
     names = [FULL, *(name for name in args.only or VARIANTS if name != FULL)]
     with tempfile.TemporaryDirectory() as temporary:
@@ -308,7 +340,8 @@ def main() -> None:
             "settings": settings,
         }
         results: dict[str, Any] = {}
-        for results in measure(lab, names, args.samples):
+        colliders = args.table == "colliders"
+        for results in measure_colliders(lab, lengths) if colliders else measure(lab, names, args.samples):
             if args.out is not None:  # after each prompt: a run that is stopped leaves what it had
                 write_json(plain({**where, **results}), args.out)
     print(show(results))

@@ -104,11 +104,11 @@ def _kernels(name: str, limit: float, options: Options, *words: str) -> Part:
 
 def _step_overhead(options: Options) -> Part:
     """Without a save and a load of weights: they are drawn where they are used."""
-    sizes = "--model 0.5b --dtype bfloat16 --steps 2 --completion_tokens 128 --collider_tokens 32"
+    sizes = "--model 0.5b --dtype bfloat16 --steps 2 --completion_tokens 128"
     rows = ["GCPO, defaults", 'context_attention="full"']
     if options.dry:
         sizes = "--model tiny --steps 1 --prompts 1 --num_generations 4 --batch_size 4 --completion_tokens 4"
-        sizes += " --collider_tokens 2 --no_memory"
+        sizes += " --no_memory"
         rows = rows[:1]
     words = ("--only", *rows, "--out", "{work}/step_overhead.json")
     command = _module("bench.step_overhead", *sizes.split(), *words)

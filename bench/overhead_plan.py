@@ -90,5 +90,5 @@ def _lengths(args: argparse.Namespace, config: GCPOConfig) -> Lengths:
         ids,
         args.num_generations,
         completion=args.completion_tokens,
-        collider=args.collider_tokens,
+        collider=config.collider_limit(args.completion_tokens),
     )

@@ -32,13 +32,14 @@ import transformers
 import trl
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList, set_seed
 
-from bench.candidate_lengths import EndsAt, draw_lengths
+from bench.candidate_lengths import EndsAt
 from gcpo import GCPOConfig, GCPOTrainer
 from gcpo.causal.account import SECONDS, TOKENS, StepAccount
 from gcpo.demo.tiny import save_smollm2, tiny_tokenizer
 from gcpo.evaluation.tasks import reasoning_gym_dataset
 from gcpo.forward.generation import read_repeated_prompts_once
 from gcpo.planning.architecture import SIZES
+from gcpo.planning.candidate_lengths import draw_lengths
 from gcpo.run.meter import AccountedGRPOTrainer
 
 _TINY = {
@@ -137,7 +138,6 @@ def make_config(args: argparse.Namespace, variant: Variant | None) -> trl.GRPOCo
     }
     if variant is None:
         return trl.GRPOConfig(**options)
-    options["collider_max_completion_length"] = args.collider_tokens
     if variant.paper:
         return GCPOConfig.paper(**{**options, **variant.options})
     return GCPOConfig(**{**options, "num_colliders": args.num_colliders, **variant.options})

@@ -21,7 +21,9 @@ loss" is what the forward with gradient reads for them: tokens, prompts included
 
 Lengths are forced: which tokens a model ends on is not what is measured. All candidates have the full length, or
 (`--lengths lognormal`) lengths that are drawn anew in every round, the same for every row. Colliders have their full
-length. "predicted" is what `gcpo plan` says of these lengths, given the rates of GRPO's own phases in this run.
+length: in "GCPO, defaults" the one that GCPOConfig makes of --completion_tokens. With --collider_tokens, rows say in
+their names that theirs have another. "predicted" is what `gcpo plan` says of these lengths, given the rates of GRPO's
+own phases in this run.
 """
 
 import argparse
@@ -39,7 +41,6 @@ import torch
 import transformers
 import trl
 
-from bench.candidate_lengths import CHOICES, MEAN, SIGMA, describe
 from bench.clocks import Clocks
 from bench.files import write_json, write_text
 from bench.overhead_plan import PHASES, plan_configs, predict
@@ -55,7 +56,8 @@ from bench.overhead_runs import (
     quiet,
 )
 from bench.revision import revision
-from gcpo import GCPOConfig
+from gcpo import CausalOptions, GCPOConfig
+from gcpo.planning.candidate_lengths import CHOICES, MEAN, SIGMA, describe
 from gcpo.reports.intervals import interval
 from gcpo.run.table import markdown
 
@@ -115,8 +117,20 @@ _ROUNDS_OF_INTERVALS = 3  # fewer say too little of the spread
 
 
 def choose(args: argparse.Namespace) -> dict[str, Variant | None]:
-    """The rows to measure, TRL's GRPO (None) first."""
-    return {name: ROWS[name] for name in ("GRPO", SAME_SAVINGS, *(args.only or VARIANTS))}
+    """The rows to measure, TRL's GRPO (None) first; names say where colliders have a length of their own."""
+    rows = {name: ROWS[name] for name in ("GRPO", SAME_SAVINGS, *(args.only or VARIANTS))}
+    return dict(_with_colliders(name, row, args) for name, row in rows.items())
+
+
+def _with_colliders(name: str, row: Variant | None, args: argparse.Namespace) -> tuple[str, Variant | None]:
+    """A row and its name, with colliders of --collider_tokens where that is given and not their length anyway."""
+    if row is None or row is GRPO_WITH_SAVINGS or args.collider_tokens is None:
+        return name, row
+    usual = args.completion_tokens if row.paper else CausalOptions().collider_limit(args.completion_tokens)
+    if args.collider_tokens == usual:
+        return name, row
+    options = row.options | {"collider_max_completion_length": args.collider_tokens}
+    return f"GCPOConfig.paper({named(options)})" if row.paper else named(options), Variant(options, row.paper)
 
 
 Steps = dict[str, list[dict[str, Any]]]
@@ -247,7 +261,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=8, help="rows per forward and backward")
     add("--num_colliders", type=int, default=4, help="L; of the paper's settings, n")
     add("--completion_tokens", type=int, default=64)
-    add("--collider_tokens", type=int, default=16)
+    add(
+        "--collider_tokens",
+        type=int,
+        help="of GCPO's rows, whose names then say so; without, what GCPOConfig makes of --completion_tokens, and in "
+        "GCPOConfig.paper() as many as candidates have",
+    )
     add(
         "--lengths",
         choices=CHOICES,

@@ -2,6 +2,8 @@
 
 import inspect
 import textwrap
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from gcpo.own_loss import OwnLossTrainer
 from gcpo.run.admission import check_datasets, check_model, refuse_unsupported
 from gcpo.run.guard import SkipNonFiniteSteps
 from gcpo.run.lengths import check_prompt_lengths
+from gcpo.run.overlap import against_overlap, beside
 from gcpo.run.processes import check_processes_agree, explained_loss_of_process, explained_server
 
 _OWN_ARGUMENTS = ("self", "model", "reward_funcs", "args")
@@ -63,7 +66,8 @@ class GCPOTrainer(OwnLossTrainer):
 
     # Defaults of what a step sets, for those who make a trainer without `__init__` to call one of its methods.
     max_positions: int | None = None
-    _rollout: Rollout | None = None  # of the generation that is going on
+    _rollout: Rollout | None = None  # the one that is going on, in training with the causal parts on
+    _causal: CausalStep | None = None  # with the causal parts on
     _collider_ids: list[list[list[int]]] | None = None  # of the last rollout's prompts
 
     def __init__(
@@ -94,6 +98,8 @@ class GCPOTrainer(OwnLossTrainer):
         self.max_positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self._policy = TrlPolicy(self)
         check_model(self, self._policy)
+        if args.overlap_rewards and (reason := against_overlap(args, self._policy.gathers_weights)):
+            raise ValueError(f"`overlap_rewards` must be False: {reason}.")
         self._decide_on_own_loss()
         if args.is_causal:  # without, it builds no prompts, and asks no more of the tokenizer than GRPOTrainer
             builder = PromptBuilder(self._tokenizer, args, self.chat_template, self.chat_template_kwargs)
@@ -119,18 +125,18 @@ class GCPOTrainer(OwnLossTrainer):
                 for column in WEIGHT_COLUMNS:
                     self._log_completion_extra(column, [None] * len(inputs))
             return super()._generate_and_score_completions(inputs)
-        with self._policy.watching_scores() as recorder, self._policy.watching_generation() as states:
+        with self._policy.watching_scores() as recorder:
             output = super()._generate_and_score_completions(inputs)
         rollout, self._rollout = self._rollout, None
         assert rollout is not None
-        rollout.inputs, rollout.states = inputs, states.pop() if states else None
+        rollout.inputs = inputs
         z = None
         # Where TRL scores the rollout under the policy itself, its pass gives the representations too; a PEFT reference
         # pass over the same model comes after. It hides truncated completions when they are masked: then it is no use.
         scored = recorder.rows and "old_per_token_logps" in output and not self.mask_truncated_completions
         if rollout.states is None and scored:
             z = recorder.result()[: len(rollout.prompts)]
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+        with torch.no_grad(), self._scoring():
             terms = self.causal_terms(rollout, output["completion_ids"].size(1), output.get("old_per_token_logps"), z)
         self._collider_ids = [group.colliders for group in terms.groups]
         self._take(terms, output)
@@ -140,6 +146,7 @@ class GCPOTrainer(OwnLossTrainer):
         self, rollout: Rollout, length: int, query_logp: torch.Tensor | None, z: torch.Tensor | None
     ) -> CausalTerms:
         """The causal step of a rollout; arguments as for [`~gcpo.CausalStep.terms`]. Override it to look at them."""
+        assert self._causal is not None
         return self._causal.terms(rollout, length, query_logp, z)
 
     def _take(self, terms: CausalTerms, output: dict[str, Any]) -> None:
@@ -163,8 +170,18 @@ class GCPOTrainer(OwnLossTrainer):
             output["context_ids"], output["context_mask"] = self._policy.pad(terms.first_contexts, "left")
 
     def _generate(self, prompts: list[Prompt]) -> tuple:
-        result = super()._generate(prompts)
-        self._rollout = Rollout(prompts, result[0], result[1])
+        if self._causal is None or not self.model.training:
+            return super()._generate(prompts)
+        with self._policy.staying_awake():
+            with self._policy.watching_generation() as states:
+                result = super()._generate(prompts)
+            rollout = Rollout(prompts, result[0], result[1], states.pop() if states else None)
+            with torch.no_grad(), self._scoring():
+                rollout.drawing = self._causal.draw_colliders(rollout)
+                if not self.args.overlap_rewards:
+                    with self._policy.phase("colliders"):
+                        rollout.drawing.decode()
+        self._rollout = rollout
         return result
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple:
@@ -174,7 +191,9 @@ class GCPOTrainer(OwnLossTrainer):
         return self._policy.generate_watched(call, prompt_ids, *args, **kwargs)
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        call = super()._calculate_rewards
+        with self._decoding_colliders():
+            rewards = call(inputs, prompts, completions, completion_ids_list)
         if not self.args.is_causal:
             return rewards
         # An infinite reward would make its group's mean, and then its advantages, infinite: no reward, as NaN is.
@@ -184,6 +203,28 @@ class GCPOTrainer(OwnLossTrainer):
         lost = rewards.isnan().all(dim=1).view(-1, n).all(dim=1)
         self._log("groups_without_reward", lost.float().mean(), mode)
         return rewards
+
+    @contextmanager
+    def _decoding_colliders(self) -> Iterator[None]:
+        """With `overlap_rewards`: colliders are decoded inside, in a thread of their own."""
+        if not (self.args.overlap_rewards and self.model.training and self._rollout is not None):
+            yield
+            return
+        self._policy.alone = True
+        try:
+            # What the rewards take is theirs: the phase is what is waited for colliders beyond it.
+            with (
+                self._scoring(),
+                self._policy.phase("colliders"),
+                beside(self._rollout.drawing.decode, self.accelerator.device),
+            ):
+                yield
+        finally:
+            self._policy.alone = False
+
+    def _scoring(self) -> AbstractContextManager[Any]:
+        """For forwards that keep keys and values."""
+        return disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
 
     def _collider_texts(self) -> list[list[str]] | None:
         if self._collider_ids is None:

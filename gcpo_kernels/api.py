@@ -13,9 +13,17 @@ import torch
 
 from gcpo_kernels import group, maths, ops
 from gcpo_kernels.backends import storage_dtype, triton_ops, use_triton
-from gcpo_kernels.checks import check_causal, check_contexts, check_head, check_ids, check_no_tangents, check_rank
+from gcpo_kernels.checks import (
+    check_causal,
+    check_context_weights,
+    check_contexts,
+    check_head,
+    check_ids,
+    check_no_tangents,
+    check_rank,
+)
 from gcpo_kernels.head import gather_head, group_name
-from gcpo_kernels.options import ADVANTAGE_SCALES, HeadOptions, check_choice, check_count, check_number
+from gcpo_kernels.options import ADVANTAGE_SCALES, HeadOptions, check_choice, check_count, check_flag, check_number
 
 
 def linear_logprob(
@@ -234,21 +242,40 @@ def group_advantages(
 
 
 def causal_reference_logprob(
-    query_logp: torch.Tensor, context_logp: torch.Tensor, *, proj_floor: float = 1e-6
+    query_logp: torch.Tensor,
+    context_logp: torch.Tensor,
+    *,
+    context_weights: torch.Tensor | None = None,
+    proj_floor: float = 1e-6,
+    floor_at_query: bool = False,
 ) -> torch.Tensor:
     """
     log p', the causal reference's log-probability of each token (eq. 13), for looking at: `gcpo_loss` fuses it.
 
+    p' = exp(context_logp[..., 0]) - mean_l exp(context_logp[..., l]) + exp(query_logp), clamped to [proj_floor, 1], or
+    with `floor_at_query` to [min(proj_floor, exp(query_logp)), 1].
+
     Args:
         query_logp: (B, T) float, log pi_old under the query alone.
         context_logp: (B, T, L) float, log pi_old under the contexts x_{i,l}.
+        context_weights: (L,) or (B, L) float >= 0, the weights of the mean over l, as in `gcpo_loss`. None: 1 / L each.
         proj_floor: lower bound of p', in (0, 1).
+        floor_at_query: lower the bound to exp(query_logp) where that is smaller, as `gcpo_loss` does with a `kl_clip`.
 
     Returns:
-        (B, T), in [log proj_floor, 0].
+        (B, T) float32 (float64 for float64 input), in nats, at most 0 and at least log proj_floor; with
+        `floor_at_query` at least the smaller of that and query_logp, and finite where query_logp is -inf.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, shape, device or value; the message names it.
     """
     check_rank("query_logp", query_logp, (2,), "(B, T)")
     check_number("proj_floor", proj_floor, above=0.0, below=1.0)
+    check_flag("floor_at_query", floor_at_query)
     check_contexts(tuple(query_logp.shape), query_logp, context_logp)
     dtype = maths.compute_dtype(query_logp, context_logp)
-    return maths.project(query_logp.to(dtype), context_logp.to(dtype), None, proj_floor)[0]
+    weights = context_weights
+    if weights is not None:
+        check_context_weights(weights, context_logp, torch.ones_like(query_logp[:, 0], dtype=torch.bool))
+        weights = weights.to(dtype).unsqueeze(-2)
+    return maths.project(query_logp.to(dtype), context_logp.to(dtype), weights, proj_floor, floor_at_query)[0]

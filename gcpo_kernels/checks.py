@@ -104,6 +104,15 @@ def check_contexts(shape: tuple[int, ...], like: torch.Tensor, context_logp: Any
         )
 
 
+def check_context_weights(weights: Any, context_logp: torch.Tensor, rows: torch.Tensor) -> None:
+    """(L,), or (B, L) of which the values of `rows` (B,) bool matter; on the device of context_logp (B, T, L)."""
+    b, _, contexts = context_logp.shape
+    shapes, wanted = ((contexts,), (b, contexts)), "(L,) or (B, L)"
+    check_tensor("context_weights", weights, shapes=shapes, wanted=wanted, like=context_logp)
+    if weights.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_weights("context_weights", weights if weights.dim() == 1 else weights[rows])
+
+
 def check_head(hidden: torch.Tensor, weight: Any, bias: Any, group: str) -> None:
     check_rank("weight", weight, (2,), "(V, H)")
     check_tensor("weight", weight, like=hidden)
@@ -170,11 +179,7 @@ def check_token_arguments(
     if weights is not None:
         if context_logp is None:
             raise ValueError("`context_weights` needs `context_logp`, got None.")
-        contexts = context_logp.shape[2]
-        shapes, wanted = ((contexts,), (b, contexts)), "(L,) or (B, L)"
-        check_tensor("context_weights", weights, shapes=shapes, wanted=wanted, like=like)
-        if weights.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_weights("context_weights", weights if weights.dim() == 1 else weights[reads_contexts.any(dim=1)])
+        check_context_weights(weights, context_logp, reads_contexts.any(dim=1))
     if options.beta > 0 and given.ref_logp is None:
         raise ValueError(f"`beta` = {options.beta} needs `ref_logp`, got None.")
     if options.kappa > 0 and context_logp is None:

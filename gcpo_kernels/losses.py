@@ -67,7 +67,7 @@ def gcpo_loss(
             + beta k3(ref_logp - logp) + kappa u k3(log p' - causal_logp)
 
     where p' = exp(context_logp[..., 0]) - mean_l exp(context_logp[..., l]) + exp(query_logp), clamped to
-    [proj_floor, 1], is the causal reference (eqs. 12, 13). With kappa = 0 this is GRPO's loss. w, v and u are weights
+    [proj_floor, 1] (see `kl_clip`), is the causal reference (eqs. 12, 13). With kappa = 0 this is GRPO's loss. w, v and u are weights
     that are 1 unless given. Three values of `loss_type` put another policy term in place of the first line, as TRL
     defines them:
 
@@ -112,10 +112,13 @@ def gcpo_loss(
         max_completion_length: tokens, for "dr_grpo".
         num_items_in_batch: tokens, a number or a one-element tensor, for "dapo", "cispo" and "vespo". None: the
             unmasked tokens here.
-        proj_floor: lower bound of p', in (0, 1).
+        proj_floor: lower bound of p', in (0, 1). With `kl_clip` it is min(proj_floor, exp(query_logp)).
         kl_clip: finite and > 0: clamps the log-ratio d of both k3(d) terms to [-kl_clip, kl_clip]; beyond, the term is
             constant and has no gradient. The slope e^d - 1 knows no bound otherwise, and one token that the policy
-            thinks little of can outweigh a batch. NaN stays NaN. None: no clamp, as in the paper.
+            thinks little of can outweigh a batch. It also lowers the bound of p' to exp(query_logp) where that is
+            below `proj_floor`: a token that all contexts find as unlikely as the query does, such as one of
+            probability 1e-8, is then left alone, which proj_floor would raise. NaN stays NaN. None: neither, as in the
+            paper.
         bias_correction_kl: multiplies the KL term to the reference policy by R, with its gradient: TRL's
             `use_bias_correction_kl`. R is the token's or the sequence's, and `delta` does not cap it.
         sapo_temperature_pos, sapo_temperature_neg: tau of "sapo", > 0.
@@ -124,7 +127,7 @@ def gcpo_loss(
 
     Returns:
         The loss, a scalar, and metrics: detached float32 scalars, means over unmasked tokens: "kl", "kl_causal",
-        "proj_clamped" (share of tokens whose p' was clamped), "clip_low", "clip_high" (share of tokens clipped on
+        "proj_clamped" (share of tokens whose p' left its bounds), "clip_low", "clip_high" (share of tokens clipped on
         that side; for "cispo" 0, and the share with R > epsilon_high and A > 0; for "sapo" and "vespo" 0). Terms that
         were not given are 0. "kl" is times R with `bias_correction_kl`. With `kappa_weights`, those of the causal term
         are means over unmasked tokens whose weight is not 0 (0 where there are none). With `kl_clip`, and only then,

@@ -26,19 +26,30 @@ def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# With a floor at the query's probability: what log p' is where that is 0, and how far a sum of rounded weights of
+# contexts may be from 1 and still count as 1.
+LOWEST_LOG = -1e30
+SUM_TO_ONE = 1e-6
+
+
 def project(
     query_logp: torch.Tensor,  # (...)
     context_logp: torch.Tensor,  # (..., L)
     context_weights: torch.Tensor | None,  # broadcasts with context_logp
     proj_floor: float,
+    floor_at_query: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     log p' and whether p' was clamped, each of shape (...), where p' = exp(a) - sum_l w_l exp(b_l) + exp(c) with
-    a = context_logp[..., 0], b_l = context_logp[..., l], c = query_logp, clamped to [proj_floor, 1].
+    a = context_logp[..., 0], b_l = context_logp[..., l], c = query_logp, clamped to [proj_floor, 1]; with
+    `floor_at_query`, to [min(proj_floor, exp(c)), 1].
 
     All exponents are taken relative to the largest log-probability involved, so that nothing overflows and p' keeps
     its relative precision however improbable the token is. A context of weight 0 does not matter, NaN included, except
     that context 0 always serves as a.
+
+    With `floor_at_query`, contexts that agree leave exactly exp(c), which is not clamped; and where exp(c) is 0, log p'
+    is at least LOWEST_LOG, so that it stays finite.
     """
     first = context_logp[..., 0]
     if context_weights is None:
@@ -49,12 +60,25 @@ def project(
     inside = context_logp.masked_fill(~counted, -torch.inf)
     top = torch.maximum(torch.maximum(first, query_logp), inside.amax(dim=-1))
     top = top.masked_fill(top == -torch.inf, 0.0)  # every probability is 0: so is the sum
-    mean = torch.where(counted, weights * torch.exp(inside - top.unsqueeze(-1)), 0.0).sum(dim=-1)
+    relative = torch.exp(inside - top.unsqueeze(-1))
+    a = torch.exp(first - top)
     # The difference first: with one context it is exactly 0, and p' exactly the query's probability.
-    total = torch.exp(first - top) - mean + torch.exp(query_logp - top)
+    difference = a - torch.where(counted, weights * relative, 0.0).sum(dim=-1)
+    if floor_at_query:
+        # A rounded mean of equal numbers need not be that number.
+        agree = (~counted | (relative == a.unsqueeze(-1))).all(dim=-1)
+        if context_weights is not None:
+            agree = agree & ((weights.sum(dim=-1) - 1.0).abs() <= SUM_TO_ONE)
+        difference = torch.where(agree, 0.0, difference)
+    total = difference + torch.exp(query_logp - top)
     # `total <= 0` is false for NaN, which therefore comes out as NaN.
     log_proj = torch.where(total <= 0, -torch.inf, top + torch.log(total))
     low = torch.log(torch.tensor(proj_floor, dtype=torch.float64)).item()
+    if floor_at_query:
+        log_low = query_logp.clamp(max=low)
+        # Before the logarithm, whose rounding would put a p' that is the floor on either side of it.
+        clamped = (total < torch.exp(log_low - top)) | (log_proj > 0.0)
+        return torch.maximum(log_proj, log_low.clamp(min=LOWEST_LOG)).clamp(max=0.0), clamped
     clamped = (log_proj < low) | (log_proj > 0.0)
     return log_proj.clamp(min=low, max=0.0), clamped
 
@@ -122,12 +146,14 @@ def log_ratio(logp: torch.Tensor, inputs: TokenInputs, level: str) -> torch.Tens
 def causal_target(
     logp: torch.Tensor, inputs: TokenInputs, options: LossOptions
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """log p' of each token and whether it was clamped; (None, None) without contexts."""
+    """log p' of each token and whether it was clamped, with `kl_clip` at the query; (None, None) without contexts."""
     if inputs.context_logp is None:
         return None, None
     query = inputs.query_logp if inputs.query_logp is not None else inputs.old_logp
     query = logp.detach() if query is None else query
-    return project(query, inputs.context_logp, inputs.context_weights, options.proj_floor)
+    # Where the pull is bounded at all, a token that contexts find as unlikely as the query does must not be pulled.
+    at_query = options.kl_clip is not None
+    return project(query, inputs.context_logp, inputs.context_weights, options.proj_floor, at_query)
 
 
 # exp of what lies above overflows.
@@ -317,7 +343,7 @@ def objective_metrics(
 ) -> dict[str, torch.Tensor]:
     """
     Means over unmasked tokens, as float32 scalars: "kl" (k3 to the reference), "kl_causal" (k3 to p'), "proj_clamped"
-    (share of tokens whose p' left [proj_floor, 1]), "clip_low" and "clip_high" (share of tokens whose gradient a clip
+    (share of tokens whose p' was clamped), "clip_low" and "clip_high" (share of tokens whose gradient a clip
     side stopped, as TRL counts them; in cispo those whose factor was capped are "clip_high"). A term that was not given
     is 0. With `kl_clip`, both k3 are of the clamped log-ratios, and "kl_clipped" and "kl_causal_clipped" are the shares
     of tokens whose log-ratio was clamped. With `bias_correction_kl`, "kl" is times R. With kappa_weights, the three of

@@ -61,10 +61,45 @@ def projection(
     return p.clamp(proj_floor, 1.0).log(), (p < proj_floor) | (p > 1.0)
 
 
-def causal_reference_logprob(query_logp: Tensor, context_logp: Tensor, *, proj_floor: float = 1e-6) -> Tensor:
-    """log p', (B, T), with the plain mean over contexts."""
+def projection_floored_at_query(
+    query_logp: Tensor,  # (...)
+    context_logp: Tensor,  # (..., L)
+    context_weights: Tensor | None,  # (..., L) or (L,); None: 1 / L each
+    proj_floor: float,
+) -> tuple[Tensor, Tensor]:
+    """`projection`, clamped to [min(proj_floor, exp(c)), 1]: the floor where there is a `kl_clip`."""
+    counts = torch.ones_like(context_logp) if context_weights is None else context_weights.expand_as(context_logp)
+    scores = [query_logp[..., None], context_logp[..., :1], context_logp.masked_fill(counts == 0, -math.inf)]
+    # Convention: p' is in units of the largest probability, because the floor may be one that no number can hold.
+    top = torch.cat(scores, dim=-1).amax(dim=-1, keepdim=True)
+    top = torch.where(top == -math.inf, 0.0, top)
+    c, a, b = ((x - top).exp() for x in scores)
+    share = torch.full_like(b, 1.0 / b.shape[-1]) if context_weights is None else counts
+    difference = a[..., 0] - torch.where(counts != 0, share * b, 0.0).sum(dim=-1)
+    # Convention: contexts that agree leave exactly c, although their weights may sum to 1 but for a rounding.
+    agree = ((b == a) | (counts == 0)).all(dim=-1) & ((share.sum(dim=-1) - 1.0).abs() <= 1e-6)
+    p, top = torch.where(agree, 0.0, difference) + c[..., 0], top[..., 0]
+    log_low = query_logp.clamp(max=math.log(proj_floor))
+    low = (log_low - top).exp()
+    # Convention: log p' is finite where the query's probability is 0.
+    log_p = torch.where(p <= low, log_low.clamp(min=-1e30), top + p.log())
+    return log_p.clamp(max=0.0), (p < low) | (log_p > 0.0)
+
+
+def causal_reference_logprob(
+    query_logp: Tensor,
+    context_logp: Tensor,
+    *,
+    context_weights: Tensor | None = None,
+    proj_floor: float = 1e-6,
+    floor_at_query: bool = False,
+) -> Tensor:
+    """log p', (B, T); context_weights are (L,) or (B, L)."""
     dtype = _wide(query_logp, context_logp)
-    return projection(query_logp.to(dtype), context_logp.to(dtype), None, proj_floor)[0]
+    weights = None if context_weights is None else context_weights.to(dtype)
+    weights = weights[:, None] if weights is not None and weights.dim() == 2 else weights
+    function = projection_floored_at_query if floor_at_query else projection
+    return function(query_logp.to(dtype), context_logp.to(dtype), weights, proj_floor)[0]
 
 
 def gcpo_loss(
@@ -172,7 +207,8 @@ def gcpo_loss(
         query = old if query_logp is None else tokens(query_logp.detach())
         weights = None if context_weights is None else context_weights.detach().to(dtype)
         weights = weights[row] if weights is not None and weights.dim() == 2 else weights
-        log_p, shares["proj_clamped"] = projection(query, tokens(context_logp.detach()), weights, proj_floor)
+        project = projection if kl_clip is None else projection_floored_at_query
+        log_p, shares["proj_clamped"] = project(query, tokens(context_logp.detach()), weights, proj_floor)
         d = log_p - (logp if causal_logp is None else tokens(causal_logp))
         # Convention: where its weight is 0 the term does not exist, whatever the scores are.
         term = k3(clipped("kl_causal", torch.where(there, d, 0.0)))

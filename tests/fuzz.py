@@ -134,7 +134,7 @@ def unit_of(key: str, case: Case, arguments: dict[str, Any]) -> float | torch.Te
     """The size of a term before others are taken from it: expm1(d) - d knows d, not d * d / 2, to a rounding."""
     if case.function == "causal_reference_logprob" and key == "value":
         # p' is a difference of probabilities, and known to a rounding of the largest of them.
-        exact = in_float64({name: arguments[name] for name in ("query_logp", "context_logp")})
+        exact = in_float64(arguments)
         largest = torch.maximum(exact["query_logp"], exact["context_logp"].amax(dim=-1))
         log_proj = reference.causal_reference_logprob(**exact, **case.options)
         return (largest - log_proj).exp().nan_to_num(nan=1.0, posinf=1.0).clamp(min=1.0)

@@ -89,7 +89,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
     "causal_weights_from_hidden": WEIGHTS_OPTIONS,
     "leave_one_out_mean": {},
     "group_advantages": {"scale": ("group", "batch", "none"), "eps": (1e-4, 1e-2)},
-    "causal_reference_logprob": {"proj_floor": LOSS_OPTIONS["proj_floor"]},
+    "causal_reference_logprob": {"proj_floor": LOSS_OPTIONS["proj_floor"], "floor_at_query": (False, True)},
 }
 WRONG_OPTIONS = (NAN, INF, "x", -1.0, object)
 
@@ -163,6 +163,8 @@ def cases(draw: st.DrawFn, backend: str) -> Case:
         dtypes = ("float32", "float32")
     options = {key: draw(st.sampled_from(values)) for key, values in OPTIONS[function].items()}
     absent = tuple(draw(st.sets(st.sampled_from(SCORES)))) if function in LOSSES else ()
+    if function == "causal_reference_logprob" and draw(st.booleans()):
+        absent = ("context_weights",)
     if function in LOSSES and draw(st.integers(0, 3)) == 0:
         absent = (*absent, "context_logp", "context_weights", "kappa_weights")
         options["kappa"] = 0.0
@@ -229,7 +231,7 @@ def _drawn(case: Case) -> dict[str, Any]:
         if case.function == "gcpo_loss":
             inputs |= {"logp": inputs["logp"].to(narrow), "old_logp": inputs["old_logp"].to(weight)}
             return inputs | of_terms
-        return {key: inputs[key] for key in ("query_logp", "context_logp")}
+        return {key: inputs[key] for key in ("query_logp", "context_logp", "context_weights")}
     inputs = make_linear_inputs(*case.sizes, dtype=narrow, weight_dtype=weight, seed=case.seed, masked=case.masked)
     if case.function == "linear_gcpo_loss":
         inputs |= of_terms

@@ -40,6 +40,8 @@ def cases() -> list[tuple[dict[str, Any], dict[str, Any]]]:
             options |= {"epsilon_low": 0.1, "epsilon_high": 0.28, "proj_floor": 0.02}
         if index % 13 in (1, 4, 7, 9):
             options["kl_clip"] = 0.3  # about the spread of the log-ratios: some are clamped
+        if index % 13 in (4, 9):
+            options["proj_floor"] = 0.5  # above the probability of many tokens, which then is the floor
         changes = {
             "importance_sampling_ratio": (None, "(B, T)", "(B, 1)", "(B,)", "(B, T)")[index % 5],
             "advantages": ("(B,)", "(B, T)", "(B,)")[index % 3],

@@ -9,8 +9,11 @@ from math import exp, log, nan, sqrt, tanh
 from typing import Any
 
 
-def projected(a: float, bs: list[float], weights: list[float], c: float, floor: float) -> tuple[float, bool]:
-    """log p' of eq. 13 and whether p' was clamped."""
+def projected(
+    a: float, bs: list[float], weights: list[float], c: float, floor: float, at_query: bool = False
+) -> tuple[float, bool]:
+    """log p' of eq. 13 and whether p' was clamped; `at_query`: from below at exp(c) where that is less than `floor`."""
+    floor = min(floor, exp(c)) if at_query else floor
     p = exp(a) - sum(w * exp(b) for w, b in zip(weights, bs, strict=True) if w != 0) + exp(c)
     return log(min(max(p, floor), 1.0)), not floor <= p <= 1.0
 
@@ -87,7 +90,8 @@ def loss(arguments: dict[str, Any], options: dict[str, Any]) -> tuple[float, dic
                 counted += 1
                 bs = arguments["context_logp"][i][t]
                 weights = get("context_weights", [[1.0 / len(bs)] * len(bs)] * batch)[i]
-                log_p, clamped = projected(bs[0], bs, weights, query[i][t], options.get("proj_floor", 1e-6))
+                floor = options.get("proj_floor", 1e-6)
+                log_p, clamped = projected(bs[0], bs, weights, query[i][t], floor, bound is not None)
                 kl_causal = clipped_k3(log_p - causal[i][t], "kl_causal_clipped")
                 sums["kl_causal"] += kl_causal
                 sums["proj_clamped"] += clamped

@@ -77,6 +77,7 @@ class ScriptedPolicy:
     """
 
     max_completion_length, max_positions, hidden_size = 8, None, HIDDEN
+    can_decode = False
     name, device = "scripted", torch.device("cpu")
     eos_token_ids = ending_ids = [END]
     step_seed = 11
@@ -89,14 +90,16 @@ class ScriptedPolicy:
         self.logged: dict[str, float] = {}
         self.tokens: dict[str, int] = {}
         self.asked: list[list[int]] = []  # prompts that `generate` got
+        self.asked_greedily: list[bool] = []  # and which of them are decoded greedily, where that was said
         self.__dict__.update(changed)
 
     @property
     def size(self):
         return self.world.size
 
-    def generate(self, prompts, seed, *, limit, temperature):
+    def generate(self, prompts, seed, *, limit, temperature, greedy=()):
         self.asked += prompts
+        self.asked_greedily += greedy
         start = self.rank * len(prompts)
         return [self.colliders[min(start + k, len(self.colliders) - 1)] for k in range(len(prompts))]
 

@@ -302,7 +302,22 @@ REST: list[tuple[str, str, tuple, dict[str, Any]]] = [
     ("context_logp", "causal_reference_logprob", (torch.randn(2, 3), torch.randn(2, 3)), {}),
     ("context_logp", "causal_reference_logprob", (torch.randn(2, 3), torch.randn(2, 4, 3)), {}),
     ("context_logp", "causal_reference_logprob", (torch.randn(2, 3), torch.randn(2, 3, 0)), {}),
-    ("proj_floor", "causal_reference_logprob", (torch.randn(2, 3), torch.randn(2, 3, 4)), {"proj_floor": 0}),
+    *(
+        (name, "causal_reference_logprob", (torch.randn(2, 3), torch.randn(2, 3, 4)), {name: value})
+        for name, value in (
+            ("proj_floor", 0),
+            ("floor_at_query", 1),
+            ("floor_at_query", None),
+            ("context_weights", [0.25] * 4),
+            ("context_weights", torch.ones(3)),
+            ("context_weights", torch.ones(3, 4)),
+            ("context_weights", torch.ones(2, 3, 4)),
+            ("context_weights", torch.ones(4, dtype=torch.int64)),
+            ("context_weights", torch.tensor([0.5, -0.1, 0.3, 0.3])),
+            ("context_weights", torch.tensor([0.5, NAN, 0.3, 0.2])),
+            ("context_weights", torch.ones(4, device="meta")),
+        )
+    ),
 ]
 
 

@@ -4,14 +4,17 @@ import json
 import math
 import statistics
 import subprocess
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench import revision, step_overhead
-from bench.candidate_lengths import EndsAt, draw_lengths
-from bench.overhead_runs import MemoryAccount, Run, Weights, load_model, prepare_model, resident
+from bench.candidate_lengths import EndsAt
+from bench.overhead_runs import MemoryAccount, Run, Weights, load_model, make_config, prepare_model, resident
+from gcpo import CausalOptions, GCPOConfig
+from gcpo.planning.candidate_lengths import draw_lengths
 
 MIB = 1 << 20
 
@@ -24,7 +27,7 @@ def test_step_overhead(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(step_overhead, "write", lambda *given: (write(*given), written.append(out.read_text())))
     flags = "--model tiny --steps 3 --prompts 2 --num_generations 4 --batch_size 4 --completion_tokens 6".split()
     rows = ["GCPO, defaults", "padding_free=False"]
-    step_overhead.main([*flags, "--collider_tokens", "4", "--only", *rows, "--out", str(out)])
+    step_overhead.main([*flags, "--only", *rows, "--out", str(out)])
     content = json.loads(out.read_text())
     ratios = [json.loads(text)["results"]["GRPO"]["ratio"] for text in written]
     assert [ratio["all"] for ratio in ratios] == [[1.0], [1.0] * 2, [1.0] * 3]
@@ -64,7 +67,8 @@ def test_step_overhead(tmp_path, capsys, monkeypatch):
     for name in ("GRPO", step_overhead.SAME_SAVINGS):
         assert results[name]["scored"] == 0 and "contexts" not in results[name]["peak_memory_bytes"]
     defaults = results["GCPO, defaults"]
-    assert defaults["scored"] > 0 and defaults["tokens"]["generated_colliders"] > 0
+    # Colliders have the length that GCPOConfig makes of that of candidates.
+    assert defaults["scored"] > 0 and defaults["tokens"]["generated_colliders"] == 2 * 4 * 16
     assert defaults["predicted"]["scored"] == pytest.approx(defaults["scored"], rel=0.1)
     table = capsys.readouterr().out
     assert "| GRPO |" in table and "1.00x" in table and "| to GRPO | to GRPO, same savings | predicted |" in table
@@ -76,7 +80,7 @@ def test_rollouts_read_prompts_as_the_benchmark_says(tmp_path):
     """TRL's GRPO once per completion; GCPO, and GRPO with the same savings, once for all."""
     flags = ["--prompts", "1", "--num_generations", "4", "--batch_size", "4", "--completion_tokens", "2"]
     only = ["--only", "GCPO, defaults", "padding_free=False"]
-    args = step_overhead.make_parser().parse_args([*flags, "--collider_tokens", "2", *only])
+    args = step_overhead.make_parser().parse_args([*flags, *only])
     args.folder = str(tmp_path)
     prepare_model("tiny", tmp_path)
     weights = Weights(args)
@@ -115,13 +119,15 @@ def test_drawn_lengths_are_those_of_every_row_and_of_the_plan(tmp_path):
     for name, result in content["results"].items():
         tokens, planned = result["tokens"], result["predicted"]["tokens"]
         assert tokens["generated"] == planned["generated"] == generated
+        # The paper's settings have n colliders. Here all have a length that no row has without saying so.
         assert tokens["generated_colliders"] == (
             0 if name.startswith("GRPO") else 2 * (2 if "paper" not in name else 4) * 3
         )
+        assert name.startswith("GRPO") or "collider_max_completion_length=3" in name
         if "paper" not in name:
             for kind in ("trained", "trained_padding"):
                 assert tokens[kind] == planned.get(kind, 0)
-    paper = content["results"]["GCPOConfig.paper()"]["tokens"]
+    paper = content["results"]["GCPOConfig.paper(collider_max_completion_length=3)"]["tokens"]
     assert 0 < paper["generated_contexts"] < 8 * 4 * 24 and paper["generated_contexts"] % 24
 
 
@@ -205,6 +211,27 @@ def test_only_takes_every_row_of_a_table_by_its_name():
         if variant.options:  # a name is what one writes to have the row's options
             call = eval(name if variant.paper else f"dict({name})", {"GCPOConfig": SimpleNamespace(paper=dict)})
             assert call == variant.options
+
+
+@pytest.mark.parametrize(("tokens", "default"), [(32, 16), (512, 16), (2048, 64)])
+def test_the_defaults_are_the_defaults(tokens, default, tmp_path):
+    """Nothing that the row "GCPO, defaults" runs with differs from GCPOConfig, and other colliders change its name."""
+    parse = step_overhead.make_parser().parse_args
+    flags = ["--completion_tokens", str(tokens), "--only", "GCPO, defaults", "kappa=0.0", "GCPOConfig.paper()"]
+    args = parse(flags)
+    args.folder = str(tmp_path)
+    rows = step_overhead.choose(args)
+    config = make_config(args, rows["GCPO, defaults"])
+    assert config.collider_max_completion_length == default
+    names = {item.name for item in fields(CausalOptions)} | {"fused_loss", "padding_free", "overlap_rewards"}
+    plain = GCPOConfig(use_cpu=True, bf16=False, max_completion_length=tokens)
+    assert {name for name in names if getattr(config, name) != getattr(plain, name)} == set()
+    assert make_config(args, rows["GCPOConfig.paper()"]).collider_max_completion_length == tokens
+    assert list(step_overhead.choose(parse([*flags, "--collider_tokens", str(default)])))[:4] == list(rows)[:4]
+    other = step_overhead.choose(parse([*flags, "--collider_tokens", "5"]))
+    changed = "collider_max_completion_length=5"
+    assert list(other)[2:] == [changed, f"kappa=0.0, {changed}", f"GCPOConfig.paper({changed})"]
+    assert all(make_config(args, other[name]).collider_max_completion_length == 5 for name in list(other)[2:])
 
 
 @pytest.mark.parametrize("flags", [["--batch_size", "5"], ["--model", "none"], ["--only", "none"]])

@@ -1,5 +1,6 @@
 """The oracle, and the torch backend, against the equations in plain Python; gradients against finite differences."""
 
+from math import log
 from typing import Any
 
 import grid
@@ -116,13 +117,24 @@ def test_leave_one_out_mean_is_the_equation(module: Any) -> None:
 
 
 @BOTH
-def test_causal_reference_is_the_equation(module: Any) -> None:
+@pytest.mark.parametrize("at_query", [False, True])
+@pytest.mark.parametrize("weights", [None, "(L,)", "(B, L)"])
+def test_causal_reference_is_the_equation(weights: str | None, at_query: bool, module: Any) -> None:
     inputs = make_token_inputs(3, 4, 5, dtype=torch.float64, masked="none")
-    ours = module.causal_reference_logprob(inputs["query_logp"], inputs["context_logp"], proj_floor=0.01)
+    all_weights = inputs["context_weights"] if weights else torch.full((3, 5), 0.2, dtype=torch.float64)
+    all_weights = all_weights[:1].expand(3, -1) if weights == "(L,)" else all_weights
+    ours = module.causal_reference_logprob(
+        inputs["query_logp"],
+        inputs["context_logp"],
+        context_weights={None: None, "(L,)": all_weights[0], "(B, L)": all_weights}[weights],
+        proj_floor=0.5,
+        floor_at_query=at_query,
+    )
+    assert (ours < log(0.5) - 0.01).any() == at_query
     for b in range(3):
         for t in range(4):
-            bs = inputs["context_logp"][b, t].tolist()
-            want, _ = scalar.projected(bs[0], bs, [0.2] * 5, inputs["query_logp"][b, t].item(), 0.01)
+            bs, shares = inputs["context_logp"][b, t].tolist(), all_weights[b].tolist()
+            want, _ = scalar.projected(bs[0], bs, shares, inputs["query_logp"][b, t].item(), 0.5, at_query)
             assert ours[b, t].item() == pytest.approx(want, rel=1e-10, abs=1e-13)
 
 

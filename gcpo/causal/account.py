@@ -1,5 +1,6 @@
 """Counters of where a step's time and tokens go."""
 
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 # GRPO's phases and GCPO's. "loss" is the policy's forward and backward; the optimizer runs outside all of them.
-SECONDS = ("rollout", "rewards", "scoring", "colliders", "contexts", "loss")
+SECONDS = ("rollout", "rewards", "scoring", "colliders", "collider_rewards", "contexts", "loss")
 TOKENS = (
     "generated",
     "scored_query",
@@ -25,16 +26,21 @@ class StepAccount:
     """
     Seconds and tokens per phase since the last `flush`, of this process.
 
-    Phases nest: time spent in an inner one is not counted for the outer one.
+    Phases nest: time spent in an inner one is not counted for the outer one. What another thread does meanwhile is
+    counted by none, because the thread that the account belongs to spends that time on something else.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.tokens: dict[str, torch.Tensor | int] = defaultdict(int)
         self._inner = [0.0]
+        self._thread = threading.get_ident()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        if threading.get_ident() != self._thread:
+            yield
+            return
         _synchronize()
         start = time.perf_counter()
         self._inner.append(0.0)

@@ -64,6 +64,46 @@ class PromptBuilder:
         pieces: dict[str, list[Piece]] = {"candidates": self._show(candidates), "collider": [self.content(collider)]}
         return self._build(prompt, self.options.context_prompt_template, pieces)
 
+    def fusion_turn(self, prompt: Prompt) -> Ids:
+        """
+        Ids that follow an answer to `prompt` and ask for an integrated one: what the fusion prompt says behind
+        `{candidates}`, less the question. In a conversation they end the assistant's turn (an answer stands without its
+        end token), give these words to the user, and begin the next answer. For candidates that are read as keys and
+        values, side by side, in place of a text that shows them (`collider_attention="parallel"`).
+
+        Raises:
+            ValueError: the template says nothing behind `{candidates}`, or the chat template does not let a user speak
+                after an answer.
+        """
+        shown = self.options.fusion_prompt_template.format(question="", candidates=_MARKERS["candidates"])
+        words = shown.rpartition(_MARKERS["candidates"])[2]
+        if not words.strip():
+            raise ValueError(
+                "`fusion_prompt_template` must say something behind `{candidates}` with "
+                "`collider_attention='parallel'`, which asks for an integrated answer after the candidates, got "
+                f"{self.options.fusion_prompt_template!r}. Change it, or use `collider_attention='full'`."
+            )
+        if isinstance(prompt, str):
+            return list(self.encoder.inside(words))
+        # Ids of what follows do not depend on what was said before, so that one conversation stands for all.
+        messages = [{**message, "content": "a"} for message in prompt]
+        messages += [{"role": "assistant", "content": None}, {"role": "user", "content": words.strip()}]
+        key = json.dumps(messages, default=str)
+        try:
+            some, other = (self._chat_ids(key, len(prompt), answer) for answer in ("a", "b"))
+        except Exception as error:  # templates and tokenizers refuse a conversation with errors of their own
+            raise ValueError(
+                "`collider_attention='parallel'` needs a chat template that lets a user speak after an answer; this "
+                f"one says of roles {[message['role'] for message in messages]}: {error} Use "
+                "`collider_attention='full'`."
+            ) from error
+        if some == other:
+            raise ValueError(
+                "`collider_attention='parallel'` needs a chat template that shows the assistant's earlier answers, "
+                "and this one leaves them out. Use `collider_attention='full'`."
+            )
+        return list(some[len(some) - common_prefix(some[::-1], other[::-1]) :])
+
     def _show(self, candidates: list[Ids]) -> list[Piece]:
         """All candidates, each as `candidate_template` has it, cut to its last `candidate_context_tokens` tokens."""
         limit = self.options.candidate_context_tokens

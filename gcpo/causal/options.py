@@ -86,8 +86,8 @@ class CausalOptions:
             What colliders are decoded after: `"full"`, the text of a fusion prompt; `"parallel"`, the keys and values
             that the candidates were generated with, each of which saw the query and itself alone, and what the fusion
             prompt says behind the candidates: a few dozen tokens to read instead of the whole prompt. Needs what
-            `context_attention="parallel"` needs, and generation in this process. `None`: `"parallel"` where contexts
-            are and generation has left those keys and values, `"full"` otherwise.
+            `context_attention="parallel"` needs, and generation by transformers in this process. `None`: `"parallel"`
+            where contexts are and that holds, `"full"` otherwise.
         candidate_context_tokens (`int`, *optional*, defaults to `64`):
             How many tokens of each candidate a prompt (or a parallel context) shows, counted from its end, where the
             answer stands. `None`: all of them, as in the paper.
@@ -276,7 +276,7 @@ class CausalOptions:
     @property
     def uses_rollout_states(self) -> bool:
         """Whether a step has use for the states, keys and values that generating the candidates leaves."""
-        return self.uses_weights or self.prefers_parallel
+        return self.uses_weights or self.prefers_parallel or self.collider_attention == "parallel"
 
     @property
     def scores_contexts(self) -> bool:

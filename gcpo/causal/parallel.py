@@ -2,12 +2,18 @@
 Parallel contexts (`context_attention="parallel"`): candidates and colliders are read once, each seeing the query and
 itself, and a copy of candidate i sees the query, the other candidates, one collider and itself. No text stands between
 them. What a candidate was generated with is what it is read with here, so its keys and values can be the rollout's.
+
+Parallel colliders (`collider_attention="parallel"`): an integrated answer is decoded after the query, all candidates
+side by side, and the turn that asks for it, which alone passes through the model.
 """
 
 from dataclasses import dataclass, field
 
+import torch
+
 from gcpo.causal.answers import checked_readings
-from gcpo.causal.port import Continuation, Group, Piece, Policy, Reading, tail
+from gcpo.causal.contexts import PromptBuilder
+from gcpo.causal.port import Continuation, Group, Ids, Piece, Policy, Reading, Rollout, head, tail
 
 
 @dataclass
@@ -17,6 +23,19 @@ class GroupReading:
     query: Piece = field(default_factory=list)  # of the query less its last token
     candidates: dict[int, Reading] = field(default_factory=dict)
     colliders: dict[int, Reading] = field(default_factory=dict)
+
+
+def known_readings(policy: Policy, rollout: Rollout) -> dict[int, GroupReading]:
+    """What generation has left of this process's candidates, by group; nothing where it kept no keys and values."""
+    states, known = rollout.states, dict[int, GroupReading]()
+    if states is None or not states.queries:
+        return known
+    nothing, first = torch.zeros(0, device=policy.device), policy.rank * len(rollout.prompts)
+    for k in range(len(rollout.prompts)):
+        p, i = divmod(first + k, policy.num_generations)
+        group = known.setdefault(p, GroupReading(query=states.queries[k]))
+        group.candidates[i] = Reading(nothing, states.z[k], states.completions[k])
+    return known
 
 
 def read_groups(
@@ -82,3 +101,42 @@ def score_copies(
         ids = group.prompt_ids[-1:] + group.candidates[i]
         rows.append(Continuation([reading.query, *others, reading.colliders[l].own], ids, after - 1))
     return checked_readings(policy, rows)
+
+
+def collider_rows(
+    builder: PromptBuilder,
+    groups: dict[int, Group],
+    found: dict[int, GroupReading],
+    wanted: list[int],
+    shown: int | None,
+) -> list[Continuation]:
+    """
+    What colliders are decoded after, for `policy.decode`: the query, the last `shown` tokens of every candidate (None:
+    all), each at the positions it was read at, and `builder.fusion_turn` behind the longest candidate, as if that were
+    the one it followed. Candidates end where their content does: special tokens behind it, such as the end token, are
+    not shown, and the turn begins with an end of its own.
+
+    A row's ids begin with the query's last token, which is in no piece, read at the position before the turn's.
+
+    Args:
+        groups: by number; colliders may be missing.
+        found: what is known of these groups: the queries, and all candidates.
+        wanted: the group of each collider. Those of one group share their pieces, so that a turn is read once.
+        shown: `candidate_context_tokens`.
+    """
+    rows = {}
+    for p in dict.fromkeys(wanted):
+        group, reading = groups[p], found[p]
+        parts = [
+            tail(head(reading.candidates[k].own, _content_length(builder, ids)), shown)
+            for k, ids in enumerate(group.candidates)
+        ]
+        start = len(group.prompt_ids) + max(map(len, group.candidates))
+        ids = group.prompt_ids[-1:] + builder.fusion_turn(group.prompt)
+        rows[p] = Continuation([reading.query, *parts], ids, start - 1, "generated_colliders", scores=False)
+    return [rows[p] for p in wanted]
+
+
+def _content_length(builder: PromptBuilder, ids: Ids) -> int:
+    """Tokens of a completion up to its last that is not special."""
+    return next((stop for stop in range(len(ids), 0, -1) if builder.content(ids[stop - 1 : stop])), 0)

@@ -33,6 +33,11 @@ def tail(piece: Piece, count: int | None) -> Piece:
     return [(keys[:, start:], values[:, start:]) for keys, values in piece]
 
 
+def head(piece: Piece, count: int) -> Piece:
+    """The first `count` tokens of a piece."""
+    return [(keys[:, :count], values[:, :count]) for keys, values in piece]
+
+
 def common_prefix(left: Sequence[int], right: Sequence[int], start: int = 0) -> int:
     """How many ids two sequences begin with alike, which agree on the first `start`."""
     if hasattr(left, "common_prefix"):
@@ -70,6 +75,7 @@ class Rollout:
     completion_ids: list[Ids]  # with their end token, unless they were cut off
     states: RolloutStates | None = None
     inputs: list[dict[str, Any]] = field(default_factory=list)  # the dataset's rows, for `Policy.reward`
+    drawing: Any = None  # a `gcpo.causal.colliders.Drawing`: its colliders, where they are drawn already
 
 
 @dataclass
@@ -203,10 +209,47 @@ class Policy(Protocol):
     def step_seed(self) -> int:
         """What all draws of this step are seeded with; from its number, so that a resumed run draws the same."""
 
-    def generate(self, prompts: list[Ids], seed: int, *, limit: int, temperature: float | None) -> list[Ids]:
+    @property
+    def can_decode(self) -> bool:
+        """Whether completions can be decoded after keys and values (`decode`): transformers generates in-house."""
+
+    def generate(
+        self,
+        prompts: list[Ids],
+        seed: int,
+        *,
+        limit: int,
+        temperature: float | None,
+        greedy: Sequence[bool] | None = None,
+    ) -> list[Ids]:
         """
         Sample one completion of at most `limit` tokens for each prompt, without touching the random stream that
-        candidates are drawn from. `temperature` None: that of the candidates.
+        candidates are drawn from.
+
+        Args:
+            temperature: None: that of the candidates.
+            greedy: for each prompt, whether its completion is decoded at temperature 0, token by likeliest token,
+                instead. None: none is; as all arguments but the prompts, None on every process or on none.
+        """
+
+    def decode(
+        self,
+        rows: list[Continuation],
+        seed: int,
+        *,
+        limit: int,
+        temperature: float | None,
+        greedy: Sequence[bool] | None = None,
+    ) -> list[Ids]:
+        """
+        `generate`, after keys and values: one completion for each row, which follows the pieces of its `past`, in
+        order, and its tokens `ids`, at positions from `first_position` on. What rows have in common (the same pieces,
+        not equal ones, and equal ids) is read once. The pieces stay as they are.
+
+        Whatever looks back at the tokens of a prompt, such as a repetition penalty, sees the last of `ids` alone.
+
+        Raises:
+            ValueError: the policy cannot (`can_decode`).
         """
 
     def sample_states(self, prompts: list[Ids], seed: int, rows: int) -> tuple[list[Ids], torch.Tensor]:

@@ -75,7 +75,16 @@ def own_random_stream(seed: int) -> Iterator[None]:
     Draw from a stream of its own: sampling colliders then leaves the candidates' stream as GRPO would have it, so that
     runs of the two from one seed see the same first candidates.
     """
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            yield
+        return
+    # Seeded is what is restored: the CPU's generator and that of this process's device. `torch.manual_seed` would seed
+    # every accelerator that the process sees.
+    module, index = torch.get_device_module(device), torch.accelerator.current_device_index()
+    with torch.random.fork_rng(devices=[index], device_type=device.type):
+        torch.default_generator.manual_seed(seed)
+        module.manual_seed(seed)
         yield

@@ -4,17 +4,18 @@ loss. All that concerns a group is computed on rows gathered from all processes,
 """
 
 import warnings
+from dataclasses import replace
 
 import torch
 
 from gcpo.causal.answers import checked_outputs, checked_pair, checked_scores
-from gcpo.causal.colliders import generate_colliders, log_colliders, reward_colliders
-from gcpo.causal.contexts import PromptBuilder, check_length
+from gcpo.causal.colliders import Drawing, warn_of_length
+from gcpo.causal.contexts import PromptBuilder
 from gcpo.causal.estimators import estimate_weights
 from gcpo.causal.loss import pulling_to
 from gcpo.causal.options import CausalOptions
-from gcpo.causal.parallel import GroupReading, copy_start, read_groups, score_copies
-from gcpo.causal.port import CausalTerms, Group, Ids, KLTerms, Policy, Reading, Rollout, WeightInputs, share
+from gcpo.causal.parallel import GroupReading, copy_start, known_readings, read_groups, score_copies
+from gcpo.causal.port import CausalTerms, Group, Ids, KLTerms, Policy, Rollout, WeightInputs, share
 from gcpo.causal.sampling import ContextDraw, draw_contexts
 
 Row = tuple[int, int]  # (group, candidate)
@@ -42,6 +43,12 @@ class CausalStep:
             raise ValueError(
                 "`context_attention='parallel'` needs a model whose every layer keeps the keys and values of all "
                 f"tokens, without sliding windows, got {policy.name}. Use `context_attention='full'`."
+            )
+        if options.collider_attention == "parallel" and not policy.can_decode:
+            raise ValueError(
+                "`collider_attention='parallel'` needs generation by transformers in this process and a model whose "
+                f"every layer keeps the keys and values of all tokens, got {policy.name}. Use "
+                "`collider_attention='full'`."
             )
         if options.share_prefix and options.is_causal and not policy.shares:
             warnings.warn(
@@ -89,11 +96,12 @@ class CausalStep:
             query_logp, z = self._score(rollout.prompt_ids, rollout.completion_ids, length, "scored_query")
         if groups is None:
             groups = self.make_groups(rollout, seed)
+        groups, parallel = self._fit_contexts(groups)
+        policy.log("groups_without_colliders", sum(not any(g.has_content) for g in groups) / len(groups))
         n = policy.num_generations
         rows = [divmod(first + k, n) for k in range(len(rollout.prompts))]
         terms = CausalTerms(groups, slice(first, first + len(rows)))
         draw = self._draw(groups, terms.rows, seed) if options.scores_contexts else None
-        parallel = draw is not None and self._is_parallel(groups)
         found = self._read_groups(rollout, groups, rows, draw if parallel else None)
         context_z = None
         if draw is not None:
@@ -125,22 +133,24 @@ class CausalStep:
     # Groups
     # -----------------------------------------------------------------------------------------------------------------
 
+    def draw_colliders(self, rollout: Rollout, seed: int | None = None) -> Drawing:
+        """
+        Begin to draw the colliders of a rollout: to be decoded by `Drawing.decode`, and put into `rollout.drawing` for
+        `terms` to finish. Without, `terms` does all of it.
+        """
+        seed = self.policy.step_seed if seed is None else seed
+        with self.policy.phase("colliders"):
+            return Drawing.start(self.policy, self.options, self.builder, rollout, seed + _COLLIDERS)
+
     def make_groups(self, rollout: Rollout, seed: int) -> list[Group]:
         """All groups of all processes, with their colliders."""
-        policy, n = self.policy, self.policy.num_generations
-        prompts = policy.gather_lists(rollout.prompts)[::n]
-        prompt_ids = policy.gather_lists(rollout.prompt_ids)[::n]
-        completions = policy.gather_lists(rollout.completion_ids)
-        candidates = [completions[start : start + n] for start in range(0, len(completions), n)]
-        with policy.phase("colliders"):
-            groups = generate_colliders(
-                policy, self.options, self.builder, prompts, prompt_ids, candidates, seed + _COLLIDERS
-            )
-        log_colliders(policy, groups)
-        if self.options.log_collider_reward:
-            with policy.phase("rewards"):
-                policy.log("colliders/reward", reward_colliders(policy, rollout.inputs, groups))
-        return groups
+        drawing = rollout.drawing
+        if drawing is None or drawing.seed != seed + _COLLIDERS:
+            drawing = rollout.drawing = self.draw_colliders(rollout, seed)
+        with self.policy.phase("colliders"):
+            if drawing.outputs is None:
+                drawing.decode()
+            return drawing.finish(rollout.inputs)
 
     def context(self, groups: list[Group], row: Row, l: int) -> Ids:
         """Ids of x_{i,l}."""
@@ -189,39 +199,47 @@ class CausalStep:
         completions = [rollout.completion_ids[k] for k, _ in places]
         if not contexts:  # scoring is collective: take part with a row that is thrown away
             contexts, completions = [rollout.prompt_ids[0]], [rollout.completion_ids[0]]
-        longest = max(len(x) + len(y) for x, y in zip(contexts, completions, strict=True))
-        check_length(longest, self.policy.max_positions, "A context with its candidate")
         logp, z = self._score(contexts, completions, length, "scored_contexts")
         return _placed(logp, z, places, len(rows), draw.weights.shape[1])
 
-    def _is_parallel(self, groups: list[Group]) -> bool:
+    def _fit_contexts(self, groups: list[Group]) -> tuple[list[Group], bool]:
         """
-        Whether the contexts of this step are parallel ones. A copy begins behind the longest candidate that it sees,
-        which can take more positions than a full context that shows the ends of candidates. All processes hold all
-        groups, and agree; colliders that are left out do not count.
+        Whether the contexts of this step are parallel ones, and the groups. One whose contexts need more positions than
+        the model has goes on without colliders. A copy in a parallel context begins behind the longest candidate that
+        it sees, which can take more positions than a full context that shows the ends of candidates.
+
+        All processes hold all groups, and agree.
         """
-        if not self.parallel:
-            return False
-        longest = max(
-            (
-                copy_start(group, i, l) + len(candidate)
-                for group in groups
-                for i, candidate in enumerate(group.candidates)
-                for l in range(sum(group.has_content))
-            ),
-            default=0,
-        )
-        limit = self.policy.max_positions
-        if self.options.context_attention is None and limit is not None and longest > limit:
+        limit, options = self.policy.max_positions, self.options
+        if limit is None or not options.uses_contexts:
+            return groups, self.parallel
+        if self.parallel:
+            needed = [_longest_parallel(group) for group in groups]
+            if max(needed) <= limit:
+                return groups, True
+            if options.context_attention == "parallel":
+                return _without(groups, needed, limit, "A parallel context (a full one may need fewer)"), True
             warnings.warn(
-                f"A parallel context with its candidate needs {longest} tokens, more than the model's {limit} "
+                f"A parallel context with its candidate needs {max(needed)} tokens, more than the model's {limit} "
                 "positions: the contexts of this step are full ones. `context_attention='full'` says so without this "
                 "warning.",
                 stacklevel=2,
             )
-            return False
-        check_length(longest, limit, "A parallel context with its candidate (a full one may need fewer)")
-        return True
+        return _without(groups, [self._longest_context(group) for group in groups], limit, "A context"), False
+
+    def _longest_context(self, group: Group) -> int:
+        """Tokens of a context of this group, with what is scored or sampled behind it."""
+        if not any(group.has_content):
+            return 0
+        options, shown = self.options, [len(self.builder.content(ids)) for ids in group.candidates]
+        if options.candidate_context_tokens is not None:
+            shown = [min(size, options.candidate_context_tokens) for size in shown]
+        sampled = (self.policy.max_completion_length or 0) if options.estimator == "sampled" else 0
+        behind = [max(len(ids) if options.scores_contexts else 0, sampled) for ids in group.candidates]
+        # Candidates are shown as ids, so that contexts of one group differ by them alone.
+        i = max(range(len(shown)), key=lambda k: behind[k] - shown[k])
+        others = group.candidates[:i] + group.candidates[i + 1 :]
+        return len(self.builder.context(group.prompt, others, max(group.colliders, key=len))) + behind[i]
 
     def _read_groups(
         self, rollout: Rollout, groups: list[Group], rows: list[Row], draw: ContextDraw | None
@@ -241,13 +259,10 @@ class CausalStep:
                     colliders |= {(p, l) for l in drawn}
         if self.options.estimator == "loo" and self.policy.shares:
             colliders |= {(p, l) for p, i in rows if i == 0 for l in range(self.options.num_colliders)}
-        known: dict[int, GroupReading] = {}
-        states = rollout.states
-        if states is not None and states.queries:
-            nothing = torch.zeros(0, device=self.policy.device)
-            for k, (p, i) in enumerate(rows):
-                group = known.setdefault(p, GroupReading(query=states.queries[k]))
-                group.candidates[i] = Reading(nothing, states.z[k], states.completions[k])
+        known = known_readings(self.policy, rollout)
+        if rollout.drawing is not None:
+            read = rollout.drawing.found.items()  # less their colliders, which need not be those of these groups
+            known |= {p: GroupReading(group.query, dict(group.candidates)) for p, group in read}
         return read_groups(self.policy, local, known, sorted(candidates), sorted(colliders))
 
     def _score_parallel(
@@ -278,9 +293,13 @@ class CausalStep:
     def _sample_contexts(self, groups: list[Group], rows: list[Row], seed: int) -> torch.Tensor:
         """Representations of m fresh outputs under every context, (B, L, m, H): the paper's own estimator."""
         policy, m, colliders = self.policy, self.options.num_estimator_samples, self.options.num_colliders
-        contexts = [self.context(groups, row, l) for row in rows for l in range(colliders) for _ in range(m)]
-        longest = max(map(len, contexts)) + (policy.max_completion_length or 0)
-        check_length(longest, policy.max_positions, "A context with an output sampled under it")
+        contexts = [
+            # Without colliders nothing is made of the output: it is sampled because all rows are.
+            self.context(groups, row, l) if any(groups[row[0]].has_content) else groups[row[0]].prompt_ids
+            for row in rows
+            for l in range(colliders)
+            for _ in range(m)
+        ]
         # L * m times the rollout's rows: no more of them at once than there.
         sampled = policy.sample_states(contexts, seed + _SAMPLES + 7 * policy.rank, len(rows))
         outputs, z = checked_pair("sample_states", sampled)
@@ -328,6 +347,29 @@ class CausalStep:
         for name, value in metrics.items():
             self.policy.log(name, value)
         return upsilon
+
+
+def _longest_parallel(group: Group) -> int:
+    """Positions that the copies of this group's candidates need; colliders that are left out do not count."""
+    return max(
+        (
+            copy_start(group, i, l) + len(candidate)
+            for i, candidate in enumerate(group.candidates)
+            for l in range(sum(group.has_content))
+        ),
+        default=0,
+    )
+
+
+def _without(groups: list[Group], needed: list[int], limit: int, what: str) -> list[Group]:
+    """The groups, of which those that need more tokens than the limit have colliders that do not count."""
+    if max(needed) <= limit:
+        return groups
+    warn_of_length(max(needed), limit, f"{what} with its candidate")
+    return [
+        group if tokens <= limit else replace(group, has_content=[False] * len(group.has_content))
+        for group, tokens in zip(groups, needed, strict=True)
+    ]
 
 
 def _placed(

@@ -5,6 +5,7 @@ import sys
 import warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from trl import DatasetMixtureConfig, ModelConfig
@@ -14,9 +15,11 @@ from gcpo.commands.flags import TrainParser
 from gcpo.commands.train import GCPOScriptArguments
 from gcpo.config import GCPOConfig
 from gcpo.planning.architecture import SIZES, Architecture, load_config
-from gcpo.planning.counts import Lengths, PlannedScript, abilities_of, count_cycle
+from gcpo.planning.candidate_lengths import CHOICES, DRAWN, MEAN, SIGMA, count_batches, planned_batches
+from gcpo.planning.counts import Lengths, abilities_of
 from gcpo.planning.plan import BYTES, DEVICES, Cost, Device, StepPlan, compute_bytes, plan_step
 from gcpo.run.inputs import argument_errors, check_model, check_output
+from gcpo_kernels.options import check_choice, check_number
 
 _CHARACTERS_PER_TOKEN = 4  # of English templates, where no count is given
 
@@ -27,7 +30,15 @@ class PlanArguments:
 
     prompt_tokens: int = field(default=128, metadata={"help": "Tokens of a prompt, its chat template included."})
     completion_tokens: int | None = field(
-        default=None, metadata={"help": "Mean tokens of a candidate. Default: max_completion_length."}
+        default=None, metadata={"help": "Tokens of every candidate. Default: max_completion_length."}
+    )
+    lengths: str = field(
+        default="full",
+        metadata={
+            "help": "Of candidates: 'full', all of completion_tokens; or 'lognormal', drawn with a mean of "
+            f"{MEAN} x max_completion_length before they are clipped to it, and sigma {SIGMA}: the mean over as many "
+            f"batches, of fixed seeds, as hold {DRAWN} candidates."
+        },
     )
     collider_tokens: int | None = field(
         default=None, metadata={"help": "Mean tokens of a collider. Default: collider_max_completion_length."}
@@ -56,6 +67,9 @@ class PlanArguments:
     bandwidth: float | None = field(default=None, metadata={"help": "Of its memory, 10^9 bytes per second."})
     mfu: float = field(default=0.4, metadata={"help": "Share of the peak that forwards and backwards reach."})
     mbu: float = field(default=0.6, metadata={"help": "Share of the bandwidth that decoding reaches."})
+    reward_seconds: float = field(
+        default=0.0, metadata={"help": "Seconds that the reward functions take for one completion."}
+    )
     steps: int | None = field(default=None, metadata={"help": "Steps to give hours for. Default: max_steps."})
     output: str | None = field(default=None, metadata={"help": "JSON file to write the plan to."})
 
@@ -106,7 +120,7 @@ def run(flags: list[str]) -> int:
         lengths = planned_lengths(args, config)
         device = _device(args, config, model_args.dtype)
         abilities = abilities_of(config, architecture, model_args.attn_implementation)
-        script = PlannedScript(config, lengths)
+        batches = planned_batches(args.lengths, config, lengths.completion)
         dtype = model_args.dtype if model_args.dtype in BYTES else "bfloat16"
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`share_prefix` needs")  # as the run itself will say
@@ -114,15 +128,16 @@ def run(flags: list[str]) -> int:
                 plan_step(
                     config,
                     architecture,
-                    count_cycle(config, script, abilities, is_grpo),
+                    count_batches(config, lengths, batches, abilities, is_grpo),
                     device,
                     dtype,
                     config.num_processes,
+                    reward_seconds=args.reward_seconds,
                 )
                 for is_grpo in (True, False)
             )
     steps = args.steps or (config.max_steps if config.max_steps > 0 else None)
-    print(_heading(name, config, architecture, lengths))
+    print(_heading(args, name, config, architecture, lengths, batches))
     print(render(grpo, gcpo))
     print(_closing(grpo, gcpo, config, steps))
     limit, needed = (
@@ -136,6 +151,7 @@ def run(flags: list[str]) -> int:
     if args.output is not None:
         content = {"grpo": asdict(grpo), "gcpo": asdict(gcpo), "lengths": asdict(lengths)}
         content["assumed"] = asdict(abilities)
+        content["candidate_lengths"] = {"kind": args.lengths, "of_batches": batches}
         Path(args.output).write_text(json.dumps(content, indent=1) + "\n")
         print(f"written to {args.output}")
     return 0
@@ -189,10 +205,21 @@ def _check(args: PlanArguments, model_args: ModelConfig) -> None:
     for item in fields(PlanArguments):
         value = getattr(args, item.name)
         lowest = 0 if "template" in item.name else 1
+        if item.name == "reward_seconds":
+            check_number(f"--{item.name}", value, low=0.0)
+            continue
         if item.type in (int, int | None) and value is not None and value < lowest:
             raise ValueError(f"`--{item.name}` must be at least {lowest}, got {value}.")
         if item.type in (float, float | None) and value is not None and not value > 0:
             raise ValueError(f"`--{item.name}` must be above 0, got {value}.")
+    check_choice("--lengths", args.lengths, CHOICES)
+    if args.lengths != "full" and args.completion_tokens is not None:
+        raise ValueError(
+            f"`--completion_tokens` is the length of every candidate: not with `--lengths {args.lengths}`, whose "
+            "longest is `--max_completion_length`."
+        )
+    if args.reward_seconds and args.gpu is None and args.tflops is None:
+        raise ValueError("`--reward_seconds` needs a device to compare with: give --gpu, or --tflops and --bandwidth.")
     if model_args.dtype not in ("auto", *BYTES):
         raise ValueError(f"`--dtype` must be one of auto, {', '.join(BYTES)}, got {model_args.dtype!r}.")
     if args.output is not None:
@@ -245,11 +272,22 @@ def _cell(kind: str, value: float | None) -> str:
     return f"{value:,.0f}" if kind == "tokens" else f"{value:.3e}" if kind == "flops" else f"{value:,.2f}"
 
 
-def _heading(name: str, config: PlannedConfig, architecture: Architecture, lengths: Lengths) -> str:
+def _heading(
+    args: PlanArguments,
+    name: str,
+    config: PlannedConfig,
+    architecture: Architecture,
+    lengths: Lengths,
+    batches: list[list[int]],
+) -> str:
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    own = f"of {lengths.completion} tokens"
+    if args.lengths != "full":
+        own = f"of {fmean(map(fmean, batches)):.0f} tokens on average and at most {lengths.completion}"
+        own += f" ({args.lengths}, the mean over {len(batches)} drawn batch{'es' * (len(batches) > 1)})"
     return (
-        f"{name}: {architecture.parameters / 1e9:.2f}B weights. A step: {rows} completions of {lengths.completion} "
-        f"tokens after prompts of {lengths.prompt}, n={config.num_generations} L={config.num_colliders} colliders of "
+        f"{name}: {architecture.parameters / 1e9:.2f}B weights. A step: {rows} completions {own} "
+        f"after prompts of {lengths.prompt}, n={config.num_generations} L={config.num_colliders} colliders of "
         f"{lengths.collider}, estimator={config.estimator} kappa={config.kappa:g}, on {config.num_processes} "
         f"device{'s' * (config.num_processes > 1)}"
     )
@@ -270,6 +308,8 @@ def _closing(grpo: StepPlan, gcpo: StepPlan, config: PlannedConfig, steps: int |
         f"({gcpo.scored / q_and_t:.2f}x one pass over prompts and completions)",
         f"tokens trained: GRPO {_trained(grpo)}, GCPO {_trained(gcpo)}",
     ]
+    if gcpo.rewarded != grpo.rewarded or any(cost.phase == "rewards" for cost in grpo.costs):
+        lines.append(f"completions rewarded: GRPO {grpo.rewarded:,.0f}, GCPO {gcpo.rewarded:,.0f}")
     for label, plan in (("GRPO", grpo), ("GCPO", gcpo)):
         parts = {**plan.memory.held, **{f"{phase} phase": own for phase, own in plan.memory.phases.items()}}
         sizes = ", ".join(f"{part} {own / 2**30:.2f}" for part, own in parts.items())

@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, total_ordering
@@ -14,7 +14,7 @@ import torch
 from gcpo.causal.options import CausalOptions
 from gcpo.causal.port import Continuation, Ids, Piece, Prompt, Reading, length_of
 from gcpo.forward.packing import PackedRow
-from gcpo.forward.scheduling import ScheduledPolicy, Scored
+from gcpo.forward.scheduling import ScheduledPolicy, Scored, distinct_rows, hashable
 from gcpo.forward.unpadded import LayerCost
 
 _EMPTY: Piece = []
@@ -144,6 +144,7 @@ class CountingPolicy(ScheduledPolicy):
     Attributes:
         passes: how many rows of each kind pass through the model.
         tokens: by kind, as a run logs them.
+        rewarded: colliders that the reward functions run on.
         decoding: by phase and kind of pass, what decoding waits for.
     """
 
@@ -172,8 +173,10 @@ class CountingPolicy(ScheduledPolicy):
         self.abilities = abilities or Abilities()
         self.name, self.head = self.abilities.name, head
         self.can_continue, self.can_pack = self.abilities.can_continue, self.abilities.can_pack
+        self.can_decode = self.abilities.in_house and self.abilities.can_continue
         self.passes: Counter[Pass] = Counter()
         self.tokens: Counter[str] = Counter()
+        self.rewarded = 0
         self.decoding: dict[tuple[str, str], Decoding] = {}
 
     @property
@@ -191,10 +194,35 @@ class CountingPolicy(ScheduledPolicy):
         self.tokens[kind] += tokens
 
     def reward(self, inputs: list[dict[str, Any]], prompts: list[Prompt], ids: list[Ids]) -> torch.Tensor:
+        self.rewarded += len(ids)
         return torch.zeros(len(ids))
 
-    def generate(self, prompts: list[Ids], seed: int, *, limit: int, temperature: float | None) -> list[Ids]:
-        return self.count_generation("colliders", "", prompts)
+    def generate(
+        self,
+        prompts: list[Ids],
+        seed: int,
+        *,
+        limit: int,
+        temperature: float | None,
+        greedy: Sequence[bool] | None = None,
+    ) -> list[Ids]:
+        # An engine takes one temperature for a call.
+        calls = None if greedy is None or self.abilities.in_house else list(greedy)
+        return self.count_generation("colliders", "", prompts, calls=calls)
+
+    def decode(
+        self,
+        rows: list[Continuation],
+        seed: int,
+        *,
+        limit: int,
+        temperature: float | None,
+        greedy: Sequence[bool] | None = None,
+    ) -> list[Ids]:
+        before = [sum(map(length_of, filter(None, row.past))) for row in rows]
+        for k in distinct_rows(rows)[0]:
+            self.passes[Pass("colliders", "prefill", "prefill", len(rows[k].ids), 1, before[k])] += 1
+        return self._count_decoding("colliders", "", [b + len(row.ids) for b, row in zip(before, rows, strict=True)])
 
     def sample_states(self, prompts: list[Ids], seed: int, rows: int) -> tuple[list[Ids], torch.Tensor]:
         outputs = self.count_generation("contexts", "samples, ", prompts)
@@ -209,22 +237,42 @@ class CountingPolicy(ScheduledPolicy):
         return self.abilities.caches_prefixes or (self.abilities.in_house and self.shares)
 
     def count_generation(
-        self, phase: str, what: str, prompts: list[Ids], once: bool | None = None, keeps: bool = False
+        self,
+        phase: str,
+        what: str,
+        prompts: list[Ids],
+        once: bool | None = None,
+        keeps: bool = False,
+        calls: list[bool] | None = None,
     ) -> list[Ids]:
-        """The completions of these prompts, of which those that repeat are read `once`. None: as the causal step's."""
+        """
+        The completions of these prompts, of which those that repeat are read `once`. None: as the causal step's.
+
+        Args:
+            calls: which of two calls each is generated in. None: there is one.
+        """
         once = self.reads_once if once is None else once
         for prompt in {hashable(ids): ids for ids in prompts}.values() if once else prompts:
             self.passes[Pass(phase, f"{what}prefill", "prefill", len(prompt), 1)] += 1
-        outputs = [self.outputs(phase, number) for number in range(len(prompts))]
-        longest, keys = max(map(len, outputs), default=0), 0.0
-        for x, y in zip(prompts, outputs, strict=True):
-            # In the training process, rows that have ended are computed until the last one ends.
-            steps = longest if self.abilities.in_house else len(y)
-            keys += steps * (len(x) + steps / 2)
-            item = Pass(phase, f"{what}decode", "decode", len(y), steps, len(x), keeps=keeps, padding=steps - len(y))
-            self.passes[item] += 1
-        key = (phase, f"{what}decode")
-        self.decoding[key] = self.decoding.get(key, Decoding()) + Decoding(longest, keys)
+        return self._count_decoding(phase, what, list(map(len, prompts)), keeps, calls)
+
+    def _count_decoding(
+        self, phase: str, what: str, before: list[int], keeps: bool = False, calls: list[bool] | None = None
+    ) -> list[Ids]:
+        """Completions of rows that are decoded after so many tokens."""
+        outputs = [self.outputs(phase, number) for number in range(len(before))]
+        calls = [False] * len(before) if calls is None else calls
+        for call in sorted(set(calls)):
+            rows = [(x, y) for x, y, its in zip(before, outputs, calls, strict=True) if its == call]
+            longest, keys = max(len(y) for _, y in rows), 0.0
+            for x, y in rows:
+                # In the training process, rows that have ended are computed until the last one ends.
+                steps = longest if self.abilities.in_house else len(y)
+                keys += steps * (x + steps / 2)
+                item = Pass(phase, f"{what}decode", "decode", len(y), steps, x, keeps=keeps, padding=steps - len(y))
+                self.passes[item] += 1
+            key = (phase, f"{what}decode")
+            self.decoding[key] = self.decoding.get(key, Decoding()) + Decoding(longest, keys)
         return outputs
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -254,10 +302,6 @@ class CountingPolicy(ScheduledPolicy):
         predicted = len({place for branch in row.branches for place in branch.predictors.tolist()})
         self.passes[Pass("contexts", "packed", "score", len(row.ids), predicted, dense=True, head=self.head)] += 1
         return [Scored(branch.key, _zeros(len(branch.completion)), _Z) for branch in row.branches]
-
-
-def hashable(ids: Ids) -> Hashable:
-    return tuple(ids) if isinstance(ids, list) else ids
 
 
 def _zeros(count: int) -> torch.Tensor:

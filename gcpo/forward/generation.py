@@ -1,18 +1,19 @@
 """
 Generation by the transformers engine: what it computes anyway (representations, keys and values of its output) is kept,
-and prompts that stand several times in a batch are read once.
+and prompts that stand several times in a batch are read once. It can begin after keys and values, and decode some rows
+at temperature 0.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, LogitsProcessor
 
-from gcpo.causal.port import Ids, RolloutStates
-from gcpo.forward.key_values import can_cut, cut
+from gcpo.causal.port import Ids, Piece, RolloutStates
+from gcpo.forward.key_values import can_cut, cut, join
 from gcpo.forward.models import ModelForwards, no_auxiliary_loss
 
 
@@ -153,3 +154,63 @@ def read_repeated_prompts_once(backbone: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def decodes_after_keys(settings: dict[str, Any]) -> bool:
+    """
+    Whether generation with these arguments of `GenerationConfig` can begin after keys and values (`continued_from`): it
+    feeds one token at a time of each row to a cache that grows.
+    """
+    plain = {"num_beams": 1, "use_cache": True, "cache_implementation": "dynamic", "guidance_scale": 1}
+    others = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_early_exit")
+    is_plain = all(settings.get(name) in (None, value) for name, value in plain.items())
+    return is_plain and not any(settings.get(name) for name in others)
+
+
+@contextmanager
+def continued_from(
+    backbone: nn.Module, past: list[list[Piece]], first_positions: list[int], device: torch.device
+) -> Iterator[None]:
+    """
+    While active, a generation of `len(past)` rows begins after keys and values: row k after the pieces of `past[k]`, in
+    order, with the first token of its prompt at `first_positions[k]`. The pieces are copied, so that they stay as they
+    are; they are padded on the left.
+    """
+    cache, seen = join(past, backbone.config, device)
+    first = torch.tensor(first_positions, device=device)[:, None]
+    is_first, is_whole = True, bool(seen.all())
+
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        nonlocal is_first
+        ids, own = kwargs["input_ids"], kwargs.get("attention_mask")
+        used = cache if is_first else kwargs["past_key_values"]
+        is_first = False
+        if own is None and not is_whole:  # without padding among the prompts, `generate` passes no mask
+            own = seen.new_ones(len(ids), used.get_seq_length() - seen.shape[1] + ids.shape[1])
+        mask = None if own is None else torch.cat([seen, own.to(seen.dtype)], dim=1)
+        positions = kwargs["position_ids"] + first
+        return args, {**kwargs, "past_key_values": used, "attention_mask": mask, "position_ids": positions}
+
+    handle = backbone.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class GreedyRows(LogitsProcessor):
+    """
+    Leaves those rows of a batch that are decoded at temperature 0 nothing but their likeliest token, once all that
+    changes scores with or without sampling has had its say. Which numbers the others are drawn with stays the same.
+
+    Args:
+        greedy: (rows,), which these are.
+    """
+
+    def __init__(self, greedy: Sequence[bool]):
+        self.greedy = torch.tensor(list(greedy))[:, None]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        best = scores.argmax(dim=-1, keepdim=True)
+        alone = torch.full_like(scores, -torch.inf).scatter(1, best, 0.0)
+        return torch.where(self.greedy.to(scores.device), alone, scores)

@@ -1,18 +1,24 @@
 """The policy of a loop of one's own: a transformers model and its tokenizer, without TRL."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 
 from gcpo.causal.account import StepAccount
 from gcpo.causal.contexts import PromptBuilder, check_length, longest_prompt
 from gcpo.causal.options import CausalOptions
-from gcpo.causal.port import Ids, Prompt, Rollout, RolloutStates
+from gcpo.causal.port import Ids, Piece, Prompt, Rollout, RolloutStates
 from gcpo.causal.sampling import own_random_stream
-from gcpo.forward.generation import GenerationRecorder, read_repeated_prompts_once
+from gcpo.forward.generation import (
+    GenerationRecorder,
+    GreedyRows,
+    continued_from,
+    decodes_after_keys,
+    read_repeated_prompts_once,
+)
 from gcpo.forward.models import ModelForwards, no_auxiliary_loss, without_dropout
 from gcpo.forward.output_layer import logit_options
 from gcpo.forward.representations import HiddenRecorder
@@ -89,6 +95,10 @@ class ModelPolicy(ModelForwards):
         if num_generations < 2:
             raise ValueError(f"`num_generations` must be at least 2, got {num_generations}: a group has others in it.")
         check_number("temperature", temperature, above=0.0)
+        if options.rewards_colliders and reward_func is None:
+            raise ValueError(
+                "`reward_func` must be given to reward colliders (`collider_choice`, `log_collider_reward`)."
+            )
         if tokenizer.eos_token_id is None:
             raise ValueError("`tokenizer` must have an `eos_token`: without one, no completion ever ends.")
         self.model, self.tokenizer, self.options = model, tokenizer, options
@@ -159,7 +169,11 @@ class ModelPolicy(ModelForwards):
         if not isinstance(prompts[0], str):
             texts = [[{"role": "assistant", "content": text}] for text in texts]
         columns = {name: [row[name] for row in inputs] for name in inputs[0] if name != "prompt"}
-        rewards = self.reward_func(prompts=prompts, completions=texts, **columns)
+        try:
+            rewards = self.reward_func(prompts=prompts, completions=texts, **columns)
+        except Exception as error:
+            name = getattr(self.reward_func, "__name__", type(self.reward_func).__name__)
+            raise RuntimeError(f"Reward function {name!r} raised {type(error).__name__}: {error}.") from error
         if not hasattr(rewards, "__len__") or len(rewards) != len(ids):
             got = len(rewards) if hasattr(rewards, "__len__") else type(rewards).__name__
             raise ValueError(f"`reward_func` must return {len(ids)} rewards, one for each completion, got {got}.")
@@ -195,10 +209,34 @@ class ModelPolicy(ModelForwards):
         if float(value) == float(value):
             self.metrics[name] = float(value)
 
+    @property
+    def can_decode(self) -> bool:
+        return self.can_continue and decodes_after_keys(self.generation_kwargs)
+
     @torch.no_grad()
-    def generate(self, prompts: list[Ids], seed: int, *, limit: int, temperature: float | None) -> list[Ids]:
+    def generate(
+        self,
+        prompts: list[Ids],
+        seed: int,
+        *,
+        limit: int,
+        temperature: float | None,
+        greedy: Sequence[bool] | None = None,
+    ) -> list[Ids]:
         with own_random_stream(seed):
-            return self._sample(prompts, limit, temperature, keep=False)[0]
+            return self._sample(prompts, limit, temperature, keep=False, greedy=greedy)[0]
+
+    def _decode_after(
+        self,
+        past: list[list[Piece]],
+        ids: list[Ids],
+        positions: list[int],
+        limit: int,
+        temperature: float | None,
+        greedy: Sequence[bool] | None,
+    ) -> list[Ids]:
+        with continued_from(self.backbone, past, positions, self.device):
+            return self._sample(ids, limit, temperature, keep=False, greedy=greedy)[0]
 
     @torch.no_grad()
     def sample_states(self, prompts: list[Ids], seed: int, rows: int) -> tuple[list[Ids], torch.Tensor]:
@@ -219,7 +257,12 @@ class ModelPolicy(ModelForwards):
         return list(ids)
 
     def _sample(
-        self, prompts: list[Ids], limit: int, temperature: float | None, keep: bool = True
+        self,
+        prompts: list[Ids],
+        limit: int,
+        temperature: float | None,
+        keep: bool = True,
+        greedy: Sequence[bool] | None = None,
     ) -> tuple[list[Ids], RolloutStates | None]:
         """Completions up to and with their end token, and with `keep` what generating them computed anyway."""
         ids, mask = self.pad(prompts, "left")
@@ -244,7 +287,12 @@ class ModelPolicy(ModelForwards):
                 stack.enter_context(read_repeated_prompts_once(self.backbone))
             if keep:
                 stack.enter_context(recorder.attached(self.backbone))
-            output = self.unwrapped.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+            output = self.unwrapped.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([] if greedy is None else [GreedyRows(greedy)]),
+            )
             completions = [self._until_end(row) for row in output[:, ids.shape[1] :].tolist()]
             return completions, recorder.finish(self, prompts, completions) if keep else None
 

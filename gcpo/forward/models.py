@@ -1,19 +1,20 @@
 """Forwards of a transformers model that score and represent completions, and what a model can and cannot do."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from gcpo.causal.account import StepAccount
-from gcpo.causal.port import Continuation, Ids, Reading, RolloutStates
+from gcpo.causal.port import Continuation, Ids, Piece, Reading, RolloutStates
 from gcpo.causal.sampling import own_random_stream
 from gcpo.forward.key_values import cut, join, keeps_every_token
 from gcpo.forward.packing import PackedRow
 from gcpo.forward.representations import BranchRecorder, HiddenRecorder
-from gcpo.forward.scheduling import ScheduledPolicy, Scored
+from gcpo.forward.scheduling import ScheduledPolicy, Scored, distinct_rows
 
 
 class ModelForwards(ScheduledPolicy):
@@ -114,6 +115,51 @@ class ModelForwards(ScheduledPolicy):
         scored = self._score_rows(prompts, [ids or self.eos_token_ids[:1] for ids in outputs], "scored_contexts")
         return outputs, torch.stack([item.z for item in sorted(scored, key=lambda item: item.key)])
 
+    @property
+    def can_decode(self) -> bool:
+        """Whether completions can be decoded after keys and values, as this policy generates them."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def decode(
+        self,
+        rows: list[Continuation],
+        seed: int,
+        *,
+        limit: int,
+        temperature: float | None,
+        greedy: Sequence[bool] | None = None,
+    ) -> list[Ids]:
+        """
+        One completion of at most `limit` tokens for each row, sampled after its past and its ids as `generate` samples.
+
+        All ids but the last are read first, for rows that are the same once. So a generation begins with one token of
+        each row, and rows whose ids differ in length need no padding among them.
+        """
+        if not self.can_decode:
+            raise ValueError(f"{self.name} cannot decode after keys and values, as it is or as it is set to generate.")
+        firsts, place = distinct_rows(rows)
+        beginnings = [replace(rows[k], ids=rows[k].ids[:-1], scores=False) for k in firsts]
+        longer = [k for k, row in enumerate(beginnings) if row.ids]
+        read = self._read([beginnings[k] for k in longer], keep=True, counted=False)
+        own = dict(zip(longer, (reading.own for reading in read), strict=True))
+        past = [[*filter(None, [*row.past, own.get(k)])] for row, k in zip(rows, place, strict=True)]
+        positions = [row.first_position + len(row.ids) - 1 for row in rows]
+        with own_random_stream(seed):
+            return self._decode_after(past, [row.ids[-1:] for row in rows], positions, limit, temperature, greedy)
+
+    def _decode_after(
+        self,
+        past: list[list[Piece]],
+        ids: list[Ids],
+        positions: list[int],
+        limit: int,
+        temperature: float | None,
+        greedy: Sequence[bool] | None,
+    ) -> list[Ids]:
+        """Completions of rows that each begin with one token, at its position, after its past."""
+        raise NotImplementedError
+
     def _log_probs(self, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
         """(rows, S): log-probability of `labels` (rows, S), each the token after its place; -100: none is asked for."""
         raise NotImplementedError
@@ -122,7 +168,8 @@ class ModelForwards(ScheduledPolicy):
     def _forward_of(self, tokens: str, count: int, counts: bool) -> Iterator[None]:
         if counts:
             self.count(tokens, count)
-        with self.phase("contexts" if tokens == "scored_contexts" else "scoring"), without_dropout(self.model):
+        phase = {"scored_contexts": "contexts", "generated_colliders": "colliders"}.get(tokens, "scoring")
+        with self.phase(phase), without_dropout(self.model):
             yield
 
     # -----------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ into trees. Nothing here knows what a forward does: a model computes in it, a pl
 Everything is collective: a process with less to do repeats its last forward, as ZeRO-3 and FSDP need.
 """
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -31,12 +31,15 @@ class ScheduledPolicy:
     Attributes:
         can_continue: whether rows can be read after keys and values.
         can_pack: whether rows can be packed into trees.
+        alone: whether this process asks no other for the moment, because its forwards wait for none and another thread
+            of it may be talking to them.
     """
 
     options: CausalOptions
     device: torch.device
     rank = 0
     size = 1
+    alone = False
     eos_token_ids: list[int]
     can_continue: bool
     can_pack: bool
@@ -60,7 +63,9 @@ class ScheduledPolicy:
 
     def most(self, count: int) -> int:
         """The largest `count` of any process."""
-        return count if self.size == 1 else int(self.gather(torch.tensor([count], device=self.device)).max())
+        return (
+            count if self.size == 1 or self.alone else int(self.gather(torch.tensor([count], device=self.device)).max())
+        )
 
     # What a subclass does. `counts`: whether this is a row of its own, and not one for other processes' sake.
 
@@ -93,6 +98,10 @@ class ScheduledPolicy:
 
     def read(self, rows: list[Continuation], keep: bool = False) -> list[Reading]:
         """Log-probabilities and representations of continuations; with `keep`, their own keys and values too."""
+        return self._read(rows, keep)
+
+    def _read(self, rows: list[Continuation], keep: bool, counted: bool = True) -> list[Reading]:
+        """`read`, with its tokens `counted` or not."""
         if not self.most(len(rows)):
             return []
         readings: list[Any] = [None] * len(rows)
@@ -100,7 +109,7 @@ class ScheduledPolicy:
         offered = rows or [Continuation([], self.eos_token_ids[:1], 0)]
         past = [sum(map(length_of, filter(None, row.past))) for row in offered]
         for part, counts in self._parts([len(row.ids) for row in offered], past):
-            read = self._forward_continuations([offered[k] for k in part], keep, counts and bool(rows))
+            read = self._forward_continuations([offered[k] for k in part], keep, counted and counts and bool(rows))
             if counts and rows:
                 for k, reading in zip(part, read, strict=True):
                     readings[k] = reading
@@ -165,6 +174,21 @@ class ScheduledPolicy:
         for number in range(self.most(len(parts))):
             counts = number < len(parts)
             yield (parts[number] if counts else parts[0][:1]), counts
+
+
+def hashable(ids: Ids) -> Hashable:
+    return tuple(ids) if isinstance(ids, list) else ids
+
+
+def distinct_rows(rows: list[Continuation]) -> tuple[list[int], list[int]]:
+    """
+    Rows that are the same but for what they are counted as: the number of each at its first, and for every row which of
+    these it is. Pieces are the same where they are one object.
+    """
+    keys = [(tuple(map(id, row.past)), hashable(row.ids), row.first_position) for row in rows]
+    numbers: dict[Hashable, int] = {}
+    place = [numbers.setdefault(key, len(numbers)) for key in keys]
+    return [place.index(number) for number in range(len(numbers))], place
 
 
 def arrange(scored: Iterator[Scored], rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:

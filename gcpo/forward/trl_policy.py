@@ -4,19 +4,27 @@ generation path writes colliders, whose reward functions and counters are used.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from torch import nn
+from transformers import GenerationConfig, LogitsProcessorList
 from trl import GRPOTrainer
 
-from gcpo._trl import disable_gradient_checkpointing
+from gcpo._trl import disable_gradient_checkpointing, is_async_callable
 from gcpo.causal.account import StepAccount
-from gcpo.causal.port import Ids, Prompt, RolloutStates
+from gcpo.causal.port import Ids, Piece, Prompt, RolloutStates
 from gcpo.causal.sampling import own_random_stream
-from gcpo.forward.generation import GenerationRecorder, read_repeated_prompts_once
+from gcpo.forward.generation import (
+    GenerationRecorder,
+    GreedyRows,
+    continued_from,
+    decodes_after_keys,
+    read_repeated_prompts_once,
+)
 from gcpo.forward.models import ModelForwards, learns_positions, no_auxiliary_loss, padded_width, without_dropout
 from gcpo.forward.representations import HiddenRecorder
 
@@ -38,6 +46,7 @@ class TrlPolicy(ModelForwards):
         self.num_generations = self.trainer.num_generations
         self.look_at(self.trainer.model)
         self._states: list[RolloutStates] | None = None  # where generation is watched: what each call left
+        self._continues = False  # while a generation begins after keys and values
         self._recorder: HiddenRecorder | None = None  # where scoring passes are watched
         if self.options.is_causal and learns_positions(self.trainer.model):
             warnings.warn(
@@ -103,9 +112,73 @@ class TrlPolicy(ModelForwards):
     # Generation
     # -----------------------------------------------------------------------------------------------------------------
 
-    def generate(self, prompts: list[Ids], seed: int, *, limit: int, temperature: float | None) -> list[Ids]:
-        with own_random_stream(seed), self._sampling(limit, temperature):
+    @property
+    def generates_in_house(self) -> bool:
+        """Whether transformers' `generate` makes what the causal step asks for."""
+        return not (self.trainer.use_vllm or self.trainer.use_transformers_continuous_batching)
+
+    @property
+    def can_decode(self) -> bool:
+        plain = self.generates_in_house and decodes_after_keys(self.trainer.generation_kwargs)
+        return plain and self.can_continue and not self.trainer.rollout_func
+
+    def generate(
+        self,
+        prompts: list[Ids],
+        seed: int,
+        *,
+        limit: int,
+        temperature: float | None,
+        greedy: Sequence[bool] | None = None,
+    ) -> list[Ids]:
+        with own_random_stream(seed):
+            if greedy is None or (self.generates_in_house and self.trainer.generation_kwargs.get("num_beams", 1) == 1):
+                return self._generate(prompts, limit, temperature, greedy)
+            # One temperature for a call. Engines that serve several processes take as many prompts from each.
+            outputs: list[Ids] = [[] for _ in prompts]
+            for flag, degrees in ((True, 0.0), (False, temperature)):
+                part = [k for k, is_greedy in enumerate(greedy) if is_greedy == flag]
+                count = self.most(len(part))
+                if count:
+                    offered = [*part, *[0] * (count - len(part))]
+                    completions = self._generate([prompts[k] for k in offered], limit, degrees)
+                    outputs = [completions[part.index(k)] if k in part else ids for k, ids in enumerate(outputs)]
+            return outputs
+
+    def _generate(
+        self, prompts: list[Ids], limit: int, temperature: float | None, greedy: Sequence[bool] | None = None
+    ) -> list[Ids]:
+        with self._sampling(limit, temperature), self._decoding_greedily(greedy):
             return self.trainer._generate_single_turn(prompts, None, {}, 1)[0]
+
+    def _decode_after(
+        self,
+        past: list[list[Piece]],
+        ids: list[Ids],
+        positions: list[int],
+        limit: int,
+        temperature: float | None,
+        greedy: Sequence[bool] | None,
+    ) -> list[Ids]:
+        self._continues = True
+        try:
+            with continued_from(self.backbone, past, positions, self.device):
+                return self._generate(ids, limit, temperature, greedy)
+        finally:
+            self._continues = False
+
+    @contextmanager
+    def _decoding_greedily(self, greedy: Sequence[bool] | None) -> Iterator[None]:
+        """The model's `generate` decodes these rows at temperature 0: TRL passes it settings of all rows alone."""
+        if greedy is None:
+            yield
+            return
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped)  # as TRL does
+        model.generate = partial(model.generate, logits_processor=LogitsProcessorList([GreedyRows(greedy)]))
+        try:
+            yield
+        finally:
+            del model.generate
 
     def sample_states(self, prompts: list[Ids], seed: int, rows: int) -> tuple[list[Ids], torch.Tensor]:
         # An engine makes batches of its own.
@@ -115,6 +188,28 @@ class TrlPolicy(ModelForwards):
         with self.watching_generation() as states:
             outputs = self.trainer._generate_single_turn(prompts, None, {}, 1)[0]
         return outputs, states.pop() if states else None
+
+    @contextmanager
+    def staying_awake(self) -> Iterator[None]:
+        """
+        Inside, a colocated engine with sleep mode does not go to sleep between calls. It loses its weights when it
+        does, so that they would be pushed to it again for colliders.
+        """
+        trainer = self.trainer
+        engine = trainer.vllm_generation if trainer.use_vllm else None
+        if engine is None or engine.mode != "colocate" or not engine.enable_sleep_mode:
+            yield
+            return
+        engine.sync_weights()  # which wakes it up
+        trainer._last_loaded_step = trainer.state.global_step
+        engine.llm.wake_up(tags=["kv_cache"])
+        engine.enable_sleep_mode = False
+        try:
+            yield
+        finally:
+            engine.enable_sleep_mode = True
+            engine.llm.sleep(level=2)
+            engine._llm_weights_sleeping = True
 
     @contextmanager
     def watching_generation(self) -> Iterator[list[RolloutStates]]:
@@ -128,10 +223,13 @@ class TrlPolicy(ModelForwards):
     def generate_watched(self, call: Any, prompt_ids: list[Ids], *args: Any, **kwargs: Any) -> tuple:
         """TRL's generation (`call`), with prompts that repeat read once, and its states kept where they are wanted."""
         trainer = self.trainer
-        if trainer.use_vllm or trainer.use_transformers_continuous_batching or trainer.rollout_func:
+        if not self.generates_in_house or trainer.rollout_func:
             return call(prompt_ids, *args, **kwargs)
-        # Every process must take the same path, whatever its own share of the prompts.
-        repeats = self.shares and self.most(len(prompt_ids) - len(set(map(tuple, prompt_ids)))) > 0
+        repeated = len(prompt_ids) - len(set(map(tuple, prompt_ids)))
+        if self.gathers_weights:  # then every process must take the same path, whatever its prompts
+            repeated = self.most(repeated)
+        # After keys and values, prompts of one token may be equal, but rows are not.
+        repeats = self.shares and not self._continues and repeated > 0
         with ExitStack() as stack:
             # Candidates and their states are the policy's, as their scores are (TRL leaves dropout on here).
             stack.enter_context(without_dropout(self.model))
@@ -176,7 +274,9 @@ class TrlPolicy(ModelForwards):
         # Lengths of prompt and completion together say nothing about a collider, whose prompt is another.
         changed = {name: value for name, value in kwargs.items() if name not in ("max_length", "min_length")}
         changed["max_new_tokens"] = limit
-        if temperature is not None:
+        if temperature == 0:
+            changed |= {"do_sample": False, "temperature": None}
+        elif temperature is not None:
             changed["temperature"] = temperature
         if changed.get("min_new_tokens"):  # asked for of candidates: colliders may be shorter
             changed["min_new_tokens"] = min(changed["min_new_tokens"], limit)
@@ -186,6 +286,15 @@ class TrlPolicy(ModelForwards):
             yield
         finally:
             trainer.generation_config, trainer.generation_kwargs = config, kwargs
+
+    @property
+    def gathers_weights(self) -> str | None:
+        """What gathers weights from all processes for every forward; None: nothing does."""
+        trainer = self.trainer
+        if trainer.is_fsdp_enabled:
+            return "FSDP"
+        stage_3 = trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
+        return "DeepSpeed ZeRO-3" if stage_3 else None
 
     # -----------------------------------------------------------------------------------------------------------------
     # Scores
@@ -235,12 +344,23 @@ class TrlPolicy(ModelForwards):
         texts: list[Any] = trainer._tokenizer.batch_decode(ids, skip_special_tokens=True)
         if not isinstance(prompts[0], str):
             texts = [[{"role": "assistant", "content": text}] for text in texts]
-        with self._no_logs_of_reward_functions():
+        with self._no_logs_of_reward_functions(), self._named_failures():
             per_function = GRPOTrainer._calculate_rewards(trainer, inputs, prompts, texts, ids)
         # As `reward`: the weighted sum of what is finite; none where nothing is.
         finite = torch.where(per_function.isfinite(), per_function, torch.nan)
         total = (finite * trainer.reward_weights.to(finite.device)).nansum(dim=1)
         return torch.where(per_function.isfinite().any(dim=1), total, torch.nan)
+
+    @contextmanager
+    def _named_failures(self) -> Iterator[None]:
+        """What a reward function raises inside names it."""
+        trainer, functions = self.trainer, self.trainer.reward_funcs
+        named = zip(functions, trainer.reward_func_names, strict=True)
+        trainer.reward_funcs = [f if isinstance(f, nn.Module) else _naming(f, name) for f, name in named]
+        try:
+            yield
+        finally:
+            trainer.reward_funcs = functions
 
     @contextmanager
     def _no_logs_of_reward_functions(self) -> Iterator[None]:
@@ -253,3 +373,24 @@ class TrlPolicy(ModelForwards):
         finally:
             for name in names:
                 delattr(self.trainer, name)
+
+
+def _naming(function: Any, name: str) -> Any:
+    """This reward function, whose name is in whatever it raises."""
+
+    def failure(error: Exception) -> RuntimeError:
+        return RuntimeError(f"Reward function {name!r} raised {type(error).__name__}: {error}.")
+
+    async def call_async(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return await function(*args, **kwargs)
+        except Exception as error:
+            raise failure(error) from error
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            raise failure(error) from error
+
+    return call_async if is_async_callable(function) else call

@@ -179,6 +179,7 @@ class Counts:
     tokens: Counter[str] = field(default_factory=Counter)  # by kind, as a run logs them
     decoding: dict[tuple[str, str], Decoding] = field(default_factory=dict)  # by phase and kind of pass
     batches: dict[str, Batch] = field(default_factory=dict)  # by kind of pass with gradient
+    rewarded: Counter[str] = field(default_factory=Counter)  # completions that rewards are computed of, by phase
 
     def __add__(self, other: "Counts") -> "Counts":
         """Of both cycles, one after the other."""
@@ -194,6 +195,7 @@ class Counts:
             self.tokens + other.tokens,
             decoding,
             batches,
+            self.rewarded + other.rewarded,
         )
 
 
@@ -247,7 +249,8 @@ def count_cycle(config: GCPOConfig, script: Script, abilities: Abilities, is_grp
         step, substep = divmod(number * every, accumulation)
         seed = config.seed + 1_000_003 * (step + 1) + 1_009 * substep  # as TrlPolicy has it
         one = _Rollout(config, script, abilities, is_grpo, number, seed)
-        counts += Counts(0, 0, one.policy.passes, one.policy.tokens, one.policy.decoding, one.batches)
+        rewarded = Counter(rewards=len(one.completions), collider_rewards=one.policy.rewarded)
+        counts += Counts(0, 0, one.policy.passes, one.policy.tokens, one.policy.decoding, one.batches, rewarded)
     return counts
 
 
@@ -293,7 +296,7 @@ class _Rollout:
                 self._read(Pass("scoring", what, "score", 0), self.prompt_ids, chunk)
         contexts = None
         if self.is_causal:
-            rollout = Rollout(prompts, self.prompt_ids, self.completions)
+            rollout = Rollout(prompts, self.prompt_ids, self.completions, inputs=[{} for _ in prompts])
             zeros = torch.zeros(len(prompts), 1)
             if keeps:
                 rollout.states = RolloutStates(zeros)

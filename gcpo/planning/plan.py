@@ -4,10 +4,12 @@ floating-point operations and memory from the model's config, seconds from a dev
 
 Padding counts in operations and seconds, and not as tokens: that of TRL's micro-batches and of packed rows, and rows
 that have ended while others are still generated. Left out: padding of the causal step's own forwards and of prompts
-that are generated from, the optimizer's own step, rewards, communication between devices, and launch overheads.
+that are generated from, the optimizer's own step, communication between devices, and launch overheads. Rewards cost
+what they are said to cost.
 """
 
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from gcpo.config import GCPOConfig
@@ -15,6 +17,10 @@ from gcpo.forward.counting import Pass
 from gcpo.planning.architecture import Architecture
 from gcpo.planning.counts import Counts
 
+# A step's phases in order; as in `gcpo/seconds/PHASE`, but for the rewards of colliders, which a run counts as rewards.
+_ORDER = ("rollout", "rewards", "colliders", "collider_rewards", "scoring", "contexts", "loss")
+# What rewards that are computed while colliders are decoded do not add to a step.
+HIDDEN = "hidden behind colliders"
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Multiples of a forward: the backward costs two, gradient checkpointing repeats the forward. The output layer computes
 # its logits again in the backward whether or not the rest is checkpointed, unless the loss is made from hidden states.
@@ -54,11 +60,11 @@ DEVICES = {
 class Cost:
     """Of the passes of one kind, per optimizer step: the mean over a cycle."""
 
-    phase: str  # as in `gcpo/seconds/PHASE`
+    phase: str  # one of `_ORDER`
     what: str
     tokens: float  # of all devices
     flops: float  # of all devices
-    seconds: float | None  # of the devices together; None where nothing is known of them
+    seconds: float | None  # of the devices together; None where nothing is known of them; below 0 what is hidden
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,7 @@ class StepPlan:
     memory: Memory
     tokens: dict[str, float]  # as a run logs them, by kind: the mean over a cycle of `steps`
     steps: int
+    rewarded: float  # completions per step that the reward functions run on, colliders included
 
     def total(self, name: str, phase: str | None = None) -> float:
         """Sum of `tokens`, `flops` or `seconds` over a phase, or the step."""
@@ -100,6 +107,7 @@ def plan_step(
     dtype: str = "float32",
     num_processes: int = 1,
     compact_head: bool = True,
+    reward_seconds: float = 0.0,
 ) -> StepPlan:
     """
     Plan the steps of a cycle.
@@ -112,6 +120,7 @@ def plan_step(
         dtype: type of the weights, one of `BYTES`.
         num_processes: devices that share the rows evenly, each with a copy of the model.
         compact_head: whether the output layer skips what is not scored, as TRL's does except on a CPU.
+        reward_seconds: what the reward functions take for one completion. Every device's process rewards its own.
     """
     passes = counts.passes if compact_head else _with_whole_head(counts.passes)
     costs: dict[tuple[str, str], Cost] = {}
@@ -127,9 +136,26 @@ def plan_step(
                 moved = decode_bytes(kind, counts, architecture, config, dtype, num_processes)
                 seconds = max(seconds, moved / (device.bandwidth * 1e9 * device.mbu))
             costs[kind] = replace(cost, seconds=seconds)
+        rewards = list(_rewards(config, counts, costs, reward_seconds / num_processes))
+        costs |= {(cost.phase, cost.what): cost for cost in rewards}
     memory = estimate_memory(config, architecture, counts, dtype, num_processes, compact_head)
     tokens = {kind: number / counts.steps for kind, number in counts.tokens.items()}
-    return StepPlan(list(costs.values()), memory, tokens, counts.steps)
+    in_order = sorted(costs.values(), key=lambda cost: _ORDER.index(cost.phase))
+    return StepPlan(in_order, memory, tokens, counts.steps, counts.rewarded.total() / counts.steps)
+
+
+def _rewards(config: GCPOConfig, counts: Counts, costs: dict[tuple[str, str], Cost], each: float) -> Iterator[Cost]:
+    """
+    What rewards cost that take `each` so many seconds. With `overlap_rewards` those of candidates are computed while
+    colliders are decoded, so that of the two only the longer one is waited for.
+    """
+    seconds = {phase: each * number / counts.steps for phase, number in counts.rewarded.items() if each * number}
+    for phase, own in seconds.items():
+        yield Cost(phase, "colliders" if phase == "collider_rewards" else "candidates", 0.0, 0.0, own)
+    beside = sum(cost.seconds or 0.0 for cost in costs.values() if cost.phase == "colliders")
+    hidden = min(seconds.get("rewards", 0.0), beside) if config.overlap_rewards else 0.0
+    if hidden:
+        yield Cost("rewards", HIDDEN, 0.0, 0.0, -hidden)
 
 
 def _with_whole_head(passes: Counter[Pass]) -> Counter[Pass]:

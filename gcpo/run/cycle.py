@@ -21,7 +21,7 @@ ROLLOUT = (
 # Options of GCPO that change how a rollout is computed, or its loss, and not what it holds.
 OTHERS = (
     "proj_floor kl_clip context_batch_size share_prefix share_prompt fused_loss padding_free pack_tokens reuse_rollout "
-    "log_collider_reward"
+    "log_collider_reward overlap_rewards"
 ).split()
 
 

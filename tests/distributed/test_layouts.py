@@ -38,6 +38,12 @@ RUNS: dict[str, tuple[bool, int, dict[str, Any]]] = {
 SAMPLED: dict[str, dict[str, Any]] = {
     "sampled estimator": {"estimator": "sampled", "kl_fraction": 0.5, "causal_policy_context": "context"},
     "parallel contexts": {"context_attention": "parallel", "kl_fraction": 0.5, "num_kl_contexts": 1},
+    "greedy, on text": {"context_attention": "parallel", "collider_attention": "full", "collider_choice": "greedy"},
+    "by reward": {"collider_choice": "reward", "kl_target": "context", "weight_scale": "unit"},
+}
+# Rewards beside colliders: as the run of the same name without.
+OVERLAPPED = {
+    f"{name}, overlapped": {**SAMPLED[name], "overlap_rewards": True} for name in ("parallel contexts", "by reward")
 }
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 
@@ -62,7 +68,9 @@ class Layout:
 
 def settings(name: str, processes: int, policies: dict[bool, str], folder: Path) -> dict[str, Any]:
     tied, micro, extra = (
-        RUNS[name] if name in RUNS else (True, 2, {"fixed": False, "learning_rate": 0.05, **SAMPLED[name]})
+        RUNS[name]
+        if name in RUNS
+        else (True, 2, {"fixed": False, "learning_rate": 0.05, **(SAMPLED | OVERLAPPED)[name]})
     )
     (folder / name).mkdir(parents=True)
     return {
@@ -82,10 +90,11 @@ def accelerate(config: str) -> list[str]:
 
 
 def run_all(config: str, policies: dict[bool, str], folder: Path) -> Layout:
-    runs = [settings(name, 2, policies, folder) | {"use_cpu": config == "ddp"} for name in [*RUNS, *SAMPLED]]
+    names = [*RUNS, *SAMPLED, *(OVERLAPPED if config == "ddp" else ())]
+    runs = [settings(name, 2, policies, folder) | {"use_cpu": config == "ddp"} for name in names]
     launch(accelerate(config), "run_layouts.py", json.dumps(runs))
     layout = Layout(folder)
-    for name in [*RUNS, *SAMPLED]:
+    for name in names:
         layout.add(name)
     return layout
 
@@ -161,6 +170,18 @@ def test_data_parallel(ddp: Layout, alone: Layout) -> None:
     assert second == [1] * 4 and max(first) > 1
 
 
+@pytest.mark.slow
+def test_overlap_changes_no_number_on_two_processes(ddp: Layout) -> None:
+    for name in OVERLAPPED:
+        plain = name.removesuffix(", overlapped")
+        for key, x in ddp.models[plain].items():
+            assert torch.equal(ddp.models[name][key], x), (name, key)
+        for ours, want in zip(ddp.metrics[name]["train"], ddp.metrics[plain]["train"], strict=True):
+            times = [key for key in ours if key.startswith("gcpo/seconds/")]
+            for key in ours.keys() - {*times} - {"step_time"}:
+                assert ours[key] == want[key], (name, key)
+
+
 @pytest.mark.hazard(3, 4, 5, 25)
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -209,6 +230,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
         ["same options, got by rank `kappa`: 0.5, 0.0; `num_colliders`: 3, 4."],
     ),
     ({"by_rank": {"gradient_accumulation_steps": [2, 1]}}, ["`gradient_accumulation_steps`: 2, 1", "same options"]),
+    ({"overlap_rewards": True}, ["`overlap_rewards` must be False: FSDP gathers weights from all processes"]),
     ({"fused_loss": True, "entropy_coef": 0.1}, ["`fused_loss` must be False or None: `entropy_coef=0.1` needs"]),
 ]
 

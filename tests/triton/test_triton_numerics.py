@@ -28,6 +28,7 @@ def log_proj_kernel(
     L,
     log_floor,
     HAS_WEIGHTS: tl.constexpr,
+    FLOOR_AT_QUERY: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
@@ -37,7 +38,19 @@ def log_proj_kernel(
     query = tl.load(query_ptr + t, mask=inside, other=0.0)
     contexts = L.to(tl.int64)
     value, clamped = _log_proj(
-        ctx_ptr, t, inside, query, contexts, 1, weights_ptr, 1, contexts, log_floor, HAS_WEIGHTS, BLOCK_L
+        ctx_ptr,
+        t,
+        inside,
+        query,
+        contexts,
+        1,
+        weights_ptr,
+        1,
+        contexts,
+        log_floor,
+        HAS_WEIGHTS,
+        FLOOR_AT_QUERY,
+        BLOCK_L,
     )
     tl.store(out_ptr + t, value, mask=inside)
     tl.store(clamped_ptr + t, clamped.to(tl.float32), mask=inside)
@@ -49,6 +62,7 @@ def project(
     weights: torch.Tensor | None = None,
     floor: float = 1e-6,
     at_a_time: int = 1,
+    at_query: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log p' of (N,) tokens and whether it was clamped, by the kernels' device function."""
     n, l = contexts.shape
@@ -64,6 +78,7 @@ def project(
         l,
         log(floor),
         weights is not None,
+        at_query,
         triton.next_power_of_2(n),
         at_a_time,
     )
@@ -97,29 +112,65 @@ def test_k3_and_expm1() -> None:
     assert ours_expm1[3].isnan()
 
 
+@pytest.mark.parametrize("at_query", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("floor", [1e-6, 1e-30, 0.5])
 @pytest.mark.parametrize(("count", "at_a_time"), [(3, 1), (4, 2), (4, 4), (8, 4)])
-def test_projection(count: int, at_a_time: int, floor: float, weighted: bool) -> None:
+def test_projection(count: int, at_a_time: int, floor: float, weighted: bool, at_query: bool) -> None:
     """All combinations of extreme scores: the reference in float64, and NaN where a score that counts is NaN."""
     scores = torch.tensor([0.0, -1e-3, -1.0, -20.0, -60.0, -1e4, -inf, nan])
     query, first, second = (x.flatten() for x in torch.meshgrid(scores, scores, scores, indexing="ij"))
     columns = [first, second, first.flip(0), second.flip(0)]
     contexts = torch.stack([columns[l % 4].roll(l // 4) for l in range(count)], dim=1)
     weights = torch.tensor([0.3, 0.9, 0.0, 0.1])[torch.arange(count) % 4] if weighted else None
-    ours, clamped = project(query, contexts, weights, floor, at_a_time)
+    ours, clamped = project(query, contexts, weights, floor, at_a_time, at_query)
     wide = None if weights is None else weights.double()
-    truth, truly = reference.projection(query.double(), contexts.double(), wide, floor)
-    single, _ = reference.projection(query, contexts, weights, floor)
+    oracle = reference.projection_floored_at_query if at_query else reference.projection
+    truth, truly = oracle(query.double(), contexts.double(), wide, floor)
+    single, _ = oracle(query, contexts, weights, floor)
     assert torch.equal(ours.isnan(), truth.isnan())
     seen = ~truth.isnan()
-    assert (ours[seen] >= log(floor) - 1e-5).all()
+    low = query.clamp(min=-1e30, max=log(floor)) if at_query else torch.full_like(query, log(floor))
+    assert (ours >= low - 1e-5)[seen].all()
     assert (ours[seen] <= 0).all()
     # Where terms cancel p' is only as good as its terms: there the float32 reference is the yardstick.
     error = (ours.double() - truth)[seen].abs()
     allowed = 2 * (single.double() - truth)[seen].abs() + 1e-6 * truth[seen].abs().clamp(min=1)
     assert (error <= allowed).all()
-    assert (clamped == truly)[seen].float().mean() > 0.98  # p' = 1 up to rounding is on either side
+    # A p' that is a bound of its own up to a rounding of its terms is on either side of it.
+    terms = torch.cat([query[:, None], contexts], dim=1).double().exp()
+    shares = torch.full((count,), 1.0 / count).double() if wide is None else wide
+    mean = torch.where(shares != 0, shares * terms[:, 1:], 0.0).sum(dim=1)
+    bounds = torch.stack([low.double().exp(), torch.ones(len(low), dtype=torch.float64)])
+    rounding = 8 * torch.finfo(torch.float32).eps * (terms[:, 1] + mean + terms[:, 0])
+    apart = ((terms[:, 1] - mean + terms[:, 0] - bounds).abs() > rounding).all(dim=0)
+    assert torch.equal(clamped[seen & apart], truly[seen & apart])
+    assert (seen & apart).sum() > 200
+    if not at_query:
+        assert (clamped == truly)[seen].float().mean() > 0.98
+    assert clamped[seen & apart].any()
+    assert not clamped[seen & apart].all()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("count", "at_a_time"), [(1, 1), (3, 1), (5, 1), (6, 2), (7, 1), (12, 4)])
+def test_contexts_that_agree_leave_the_query(count: int, at_a_time: int, weighted: bool) -> None:
+    """With the floor at the query, to the last bit where no context is likelier; never clamped, unlike at proj_floor."""
+    query = torch.linspace(-60.0, -14.0, 64)  # below log 1e-6
+    weights = torch.full((count,), 1.0 / count) if weighted else None
+    for shift in (0.0, -3.0, -200.0, 13.0):
+        contexts = (query + shift)[:, None].expand(-1, count)
+        ours, clamped = project(query, contexts, weights, at_a_time=at_a_time, at_query=True)
+        assert not clamped.any()
+        torch.testing.assert_close(ours, query, rtol=0.0 if shift <= 0 else 1e-6, atol=0.0)
+        ours, clamped = project(query, contexts, weights, at_a_time=at_a_time)
+        assert clamped.all()
+    far, clamped = project(query, torch.zeros(64, count), weights, at_a_time=at_a_time, at_query=True)
+    assert not clamped.any()
+    torch.testing.assert_close(far, query, rtol=1e-6, atol=0.0)
+    impossible, clamped = project(torch.full((2,), -inf), torch.full((2, count), -inf), weights, at_query=True)
+    assert not clamped.any()
+    assert torch.isfinite(impossible).all()
 
 
 def test_context_of_weight_zero_serves_as_a() -> None:

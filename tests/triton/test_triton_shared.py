@@ -16,6 +16,7 @@ import test_layout
 import test_linear_gradients
 import test_losses
 import test_numerics
+import test_projection_floor
 import test_properties
 import test_transforms
 
@@ -39,6 +40,11 @@ LEFT_OUT = {
         "projection_keeps_relative_precision": NOT_TRITON,
         "one_context_is_the_query": NOT_TRITON,
         "k3_is_not_negative": NOT_TRITON,
+    },
+    test_projection_floor: {
+        "a_rare_token_that_all_agree_on_in_float64": FLOAT64,
+        "gradients_in_float64": FLOAT64,
+        "other_tokens_have_the_target_they_had": NOT_TRITON,
     },
     test_properties: {
         "permuting_a_group_permutes_upsilon": FLOAT64,
