@@ -178,7 +178,11 @@ def test_diagnose_and_report(trained: dict[str, Any], inside: None, capsys: pyte
     (diagnose,), (report,) = commands(QUICKSTART, "diagnose"), commands(QUICKSTART, "report")
     assert cli.main(["diagnose", *diagnose]) == 1
     out = capsys.readouterr().out
-    assert re.findall(r"! ([\w -]+):", out) == ["completions cut off", "colliders say little"]
+    named = re.findall(r"! ([\w -]+):", out)
+    may_be = ["second KL without signal"]  # a mean over 20 logs, of something whose expectation is 0
+    assert [name for name in named if name not in may_be] == ["completions cut off", "colliders say little"]
+    if named[:1] == may_be:
+        assert "over 20 logs: the 95% interval is not above 0" in out and "E[p'] = pi(y | q)" in out
     assert cli.main(["report", *report]) == 0
     page = Path(report[0], "report.html").read_text(encoding="utf-8")
     assert "share_of_letters" in page and "Say something about the number" in page

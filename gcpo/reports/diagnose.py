@@ -127,8 +127,8 @@ def _no_pull(run: Run, limits: Limits) -> Finding | None:
     if found.mean > found.half:
         return None
     number = (
-        f"log p' - log pi(y | q) of a completion and its advantage correlate with {found} over {found.count} logs (95% "
-        "interval), which is not above 0"
+        f"log p' - log pi(y | q) of a completion and its advantage correlate with {found} over {found.count} logs: "
+        "the 95% interval is not above 0"
     )
     above = run.mean("gcpo/colliders/first_above")
     if above is not None:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from gcpo.causal.account import SECONDS
 from gcpo.run.records import Run
 
-COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink")
+COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive")
 BASELINE = "tab:gray"  # of GRPO, as in the plots of `gcpo study`
 # How many times its median a metric must reach for its axis to be logarithmic.
 _SPIKE = 10

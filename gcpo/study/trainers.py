@@ -76,6 +76,7 @@ class RepeatingTrainer(StudyGCPOTrainer):
     def causal_terms(
         self, rollout: Rollout, length: int, query_logp: torch.Tensor | None, z: torch.Tensor | None
     ) -> CausalTerms:
+        assert self._causal is not None
         self.candidates = rollout.completion_ids
         self.upsilon: list[torch.Tensor] = []
         self.seconds: list[float] = []
