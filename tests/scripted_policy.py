@@ -95,7 +95,9 @@ class ScriptedPolicy:
     def size(self):
         return self.world.size
 
-    def generate(self, prompts, seed, *, limit, temperature):
+    can_decode = False
+
+    def generate(self, prompts, seed, *, limit, temperature, greedy=None):
         self.asked += prompts
         start = self.rank * len(prompts)
         return [self.colliders[min(start + k, len(self.colliders) - 1)] for k in range(len(prompts))]
