@@ -1,5 +1,6 @@
 """Completions decoded after keys and values, and rows at temperature 0: the numbers that written-out rows give."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -256,6 +257,10 @@ def test_greedy_rows_are_those_of_generate(kind, settings, folder, tmp_path):
         else:
             assert one == other
     assert "generate" not in vars(policy.unwrapped)
+    if kind == "trainer":  # where a model object has a `generate` of its own, it is used, and stays
+        model.generate = own = partial(model.generate)
+        assert policy.generate(prompts, 3, limit=STEPS, temperature=0.8, greedy=flags) == got
+        assert model.generate is own
 
 
 class OneTemperature(TrlPolicy):
