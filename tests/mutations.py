@@ -36,6 +36,7 @@ class Mutation:
 EQUATION = "tests/test_reference.py"
 TRL = "tests/test_trl_loss.py"
 FAULTS = "tests/test_trainer_faults.py"
+TARGETS, SCALES = "tests/test_kl_targets.py", "tests/test_weight_scale.py"
 BUDGET = "tests/triton/test_triton_budget.py"
 PATHS = "tests/triton/test_triton_linear_paths.py"
 MUTATIONS = (
@@ -342,8 +343,8 @@ MUTATIONS = (
     Mutation(
         "undefined weights reach the loss",
         "gcpo/causal/estimators.py",
-        "torch.where(defined, upsilon, 1.0)",
-        "upsilon",
+        "torch.where(torch.isfinite(weights), weights, 1.0)",
+        "weights",
         FAULTS,
     ),
     Mutation(
@@ -353,6 +354,9 @@ MUTATIONS = (
         "kappa_weights=None",
         "tests/test_causal_step.py",
     ),
+    Mutation("weights of mean 1 turn round", "gcpo/causal/estimators.py", "/ alpha > _LEAST_MEAN", "!= 0", SCALES),
+    Mutation("an ensemble of all alike", "gcpo/causal/loss.py", "weights.log()", "0.0", f"{TARGETS} -k in_expectation"),
+    Mutation("B beside the pull", "gcpo/trainer.py", "counted, advantages", 'counted, output["advantages"]', TARGETS),
     Mutation(
         "accumulation not divided out",
         "gcpo/kl_terms.py",

@@ -154,6 +154,15 @@ def test_the_pull_of_a_sequence(target):
         assert pull[k].item() == pytest.approx(d.mean().item(), rel=1e-5, abs=1e-6) and d.abs().max() > 1e-3
 
 
+def test_an_unlikely_token_on_which_all_agree_is_no_pull():
+    """The term does not lift it either, with a `kl_clip`; without one p' is at least its floor."""
+    query = torch.full((2, LENGTH), -20.0)
+    terms = KLTerms(query[..., None].expand(2, LENGTH, 3), torch.full((2, 3), 1 / 3), torch.tensor([True, True]), 1.0)
+    ones = torch.ones(2, LENGTH)
+    assert mean_pull(terms, CausalOptions(kl_clip=3.0), query, ones).tolist() == [0.0, 0.0]
+    assert mean_pull(terms, CausalOptions(), query, ones).tolist() == pytest.approx([20 + np.log(1e-6)] * 2)
+
+
 def test_a_correlation_from_sums():
     rng = np.random.default_rng(0)
     x, noise = rng.normal(-1.3, 0.2, 40), rng.normal(0, 1, 40)

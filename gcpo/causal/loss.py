@@ -6,8 +6,7 @@ import torch
 
 from gcpo.causal.options import CausalOptions
 from gcpo.causal.port import KLTerms
-from gcpo_kernels import gcpo_loss
-from gcpo_kernels.maths import project
+from gcpo_kernels import causal_reference_logprob, gcpo_loss
 
 
 def causal_kl_loss(
@@ -106,7 +105,7 @@ def mean_pull(
 
     Args:
         terms: those of the causal step.
-        options: `proj_floor` is used.
+        options: `proj_floor` and `kl_clip` are used, for the clamp of p'.
         policy_logp: log pi_old(y | q), whatever the term pulls to.
         mask: tokens that count.
 
@@ -117,8 +116,13 @@ def mean_pull(
     pull = torch.full(kept.shape, torch.nan, device=policy_logp.device)
     policy_logp, mask = policy_logp.detach()[kept].float(), mask[kept] != 0
     query_logp = policy_logp if terms.query_logp is None else terms.query_logp[kept].float()
-    weights = terms.context_weights.expand(len(kept), -1)[kept].unsqueeze(1)
-    log_target, _ = project(query_logp, terms.context_logp[kept].float(), weights, options.proj_floor)
+    log_target = causal_reference_logprob(
+        query_logp,
+        terms.context_logp[kept].float(),
+        context_weights=terms.context_weights.expand(len(kept), -1)[kept],
+        proj_floor=options.proj_floor,
+        floor_at_query=options.kl_clip is not None,
+    )
     difference = torch.where(mask, log_target - policy_logp, 0.0)
     pull[kept] = difference.sum(dim=1) / mask.sum(dim=1)
     return pull
