@@ -229,8 +229,7 @@ PROMPTS = [[7, 8, 9, 10, 20, 21, 22], [7, 8, 9, 30], [7, 8, 9, 10, 40], [50]]
 COMPLETIONS = [[60, EOS], [61, 62, 63, 64, EOS], [65], [66, 67, EOS]]
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_scores_of_a_family(name: str, tmp_path: Path) -> None:
+def tiny_model(name: str) -> Any:
     kind, changed = OTHERS[name]
     torch.manual_seed(0)
     special = {"pad_token_id": 0, "eos_token_id": EOS, "bos_token_id": None}
@@ -240,7 +239,13 @@ def test_scores_of_a_family(name: str, tmp_path: Path) -> None:
     head = model.get_output_embeddings()
     if head.bias is not None:
         torch.nn.init.normal_(head.bias)
-    assert (head.bias is not None) == (name == "phi")
+    return model
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_scores_of_a_family(name: str, tmp_path: Path) -> None:
+    model = tiny_model(name)
+    assert (model.get_output_embeddings().bias is not None) == (name == "phi")
     if name == "gpt2":
         torch.nn.init.normal_(model.transformer.wpe.weight)
         assert model.transformer.drop.p > 0  # which no score but that of training may have

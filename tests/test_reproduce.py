@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 from test_hygiene import code_in
 
-from bench import report, step_overhead
+from bench import fidelity_colliders, report, step_overhead
 from gcpo import cli
+from gcpo.commands.flags import TrainParser
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
@@ -97,7 +98,13 @@ def stops_after_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
     def parse_args(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
         raise Parsed(real(self, args, namespace))
 
+    read = TrainParser.parse_args_and_config
+
+    def parse_args_and_config(self: TrainParser, *args: Any, **kwargs: Any) -> Any:
+        raise Parsed(argparse.Namespace(groups=read(self, *args, **kwargs)))
+
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    monkeypatch.setattr(TrainParser, "parse_args_and_config", parse_args_and_config)
 
 
 def flags_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace | None:
@@ -156,6 +163,7 @@ def test_commands_are_accepted(words: list[str], stops_after_parsing: None, monk
     "line",
     [
         "gcpo study ablation --quik",
+        "gcpo plan --model_name_or_path 1.5b --lenghts full",
         "python -m bench.step_overhead --only 'GCPO, default'",
         "python -m bench.gpu_programme",
         "make demo ARGS='--sede 1'",
@@ -170,7 +178,7 @@ def test_wrong_commands_are_found(line: str, stops_after_parsing: None, monkeypa
 def test_commands_are_those_that_made_the_files(stops_after_parsing: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A result file holds the command that made it, or its settings."""
     shown = commands()
-    for name in ("kernels.json", "fidelity_smollm2.json"):
+    for name in ("kernels.json", "fidelity_smollm2.json", "fidelity_colliders_smollm2.json"):
         assert shlex.split(load(name)["command"]) in shown, name
     made = {}
     for words in shown:
@@ -334,6 +342,51 @@ def test_fidelity_of_the_causal_reference() -> None:
             "tokens": tokens(content, name),
         }
     assert wrong_cells(table, values) == []
+
+
+def test_what_colliders_say() -> None:
+    """All lengths and choices for the projection, and what else is shown of the default length."""
+    content = load("fidelity_colliders_smollm2.json")
+    rows = {fidelity_colliders.label(row): row for row in content["colliders"]}
+    table = table_with(OPTIONS, "squared weight", "largest token")
+    shown = [rows[row[""]] for row in table]
+    plain = [label for label, row in rows.items() if row["target"] == "projection"]
+    assert len(plain) == 15 and set(plain) < {row[""] for row in table}
+    assert {row["target"] for row in shown} == {"projection", "context", "ensemble"}
+    values = {}
+    for row, own in zip(table, shown, strict=True):
+        fields = {heading: own[field] for heading, (field, _) in fidelity_colliders.COLUMNS.items()}
+        percent = {heading for heading, (_, form) in fidelity_colliders.COLUMNS.items() if form.endswith("%")}
+        values[row[""]] = {heading: value * (100 if heading in percent else 1) for heading, value in fields.items()}
+    assert wrong_cells(table, values) == []
+
+
+def test_what_a_plan_says_of_colliders(tmp_path: Path) -> None:
+    def seconds(*flags: str) -> dict[str, float]:
+        common = ("--model_name_or_path", "1.5b", "--gpu", "h100", "--num_generations", "8")
+        out = tmp_path / "plan.json"
+        assert cli.main(["plan", *common, *flags, "--output", str(out)]) == 0
+        content = json.loads(out.read_text())
+        found = {name: sum(cost["seconds"] for cost in content[name]["costs"]) for name in ("grpo", "gcpo")}
+        return found | {"collider": content["lengths"]["collider"]}
+
+    table = table_with(OPTIONS, "lengths drawn")
+    drawn, longer = ("--lengths", "lognormal"), ("--collider_max_completion_length", "256")
+    values = {}
+    savings = ("--kappa", "0", "--estimator", "none", "--fused_loss", "true", "--padding_free", "true")
+    (same,) = re.findall(r"`padding_free`, it is ([\d.]+) in both rows", OPTIONS)
+    for row in table:
+        size = ("--max_completion_length", row[""].split()[0].replace(",", ""))
+        found = {
+            "seconds to GRPO": seconds(*size),
+            "lengths drawn": seconds(*size, *drawn),
+            "256-token colliders": seconds(*size, *longer),
+            "the same, lengths drawn": seconds(*size, *drawn, *longer),
+        }
+        values[row[""]] = {name: one["gcpo"] / one["grpo"] for name, one in found.items()}
+        values[row[""]]["tokens of a collider"] = found["lengths drawn"]["collider"]
+        assert shows(same, found["lengths drawn"]["gcpo"] / seconds(*size, *drawn, *savings)["gcpo"])
+    assert len(values) == 2 and wrong_cells(table, values) == []
 
 
 def tokens(content: dict[str, Any], variant: str) -> float:

@@ -165,7 +165,8 @@ def planned_lengths(args: PlanArguments, config: GCPOConfig) -> Lengths:
 
     before, _, rest = _without_question(config.context_prompt_template).partition("{candidates}")
     between, _, after = rest.partition("{collider}")
-    fusion = _without_question(config.fusion_prompt_template).replace("{candidates}", "")
+    shown, _, asked = _without_question(config.fusion_prompt_template).partition("{candidates}")
+    fusion = tokens(args.fusion_template_tokens, shown + asked)
     parts = [len(part.strip()) for part in (before, between, after)]
     whole = tokens(args.context_template_tokens, "x" * sum(parts))
     shares = [
@@ -176,7 +177,8 @@ def planned_lengths(args: PlanArguments, config: GCPOConfig) -> Lengths:
         prompt=args.prompt_tokens,
         completion=args.completion_tokens or config.max_completion_length or 1,
         collider=args.collider_tokens or config.collider_limit(config.max_completion_length),
-        fusion_template=tokens(args.fusion_template_tokens, fusion),
+        fusion_template=fusion,
+        fusion_turn=round(fusion * len(asked.strip()) / max(len((shown + asked).strip()), 1)),
         context_template=(shares[1], shares[2] - shares[1], shares[3] - shares[2]),
         candidate_frame=tokens(args.candidate_template_tokens, candidate),
     )

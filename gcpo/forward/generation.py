@@ -182,7 +182,7 @@ def continued_from(
 
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         nonlocal is_first
-        ids, own = kwargs["input_ids"], kwargs.get("attention_mask")
+        ids, own = args[0] if args else kwargs["input_ids"], kwargs.get("attention_mask")
         used = cache if is_first else kwargs["past_key_values"]
         is_first = False
         if own is None and not is_whole:  # without padding among the prompts, `generate` passes no mask

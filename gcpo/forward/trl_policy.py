@@ -174,11 +174,15 @@ class TrlPolicy(ModelForwards):
             yield
             return
         model = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped)  # as TRL does
-        model.generate = partial(model.generate, logits_processor=LogitsProcessorList([GreedyRows(greedy)]))
+        own, generate = "generate" in vars(model), model.generate
+        model.generate = partial(generate, logits_processor=LogitsProcessorList([GreedyRows(greedy)]))
         try:
             yield
         finally:
-            del model.generate
+            if own:  # of the model object, not of its class: someone else's
+                model.generate = generate
+            else:
+                del model.generate
 
     def sample_states(self, prompts: list[Ids], seed: int, rows: int) -> tuple[list[Ids], torch.Tensor]:
         # An engine makes batches of its own.

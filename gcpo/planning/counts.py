@@ -40,6 +40,7 @@ class Lengths:
     completion: int  # a candidate, end token included
     collider: int
     fusion_template: int = 0  # what a fusion prompt adds to q, beside the candidates and what frames them
+    fusion_turn: int = 0  # what asks for a collider after the candidates' keys and values
     context_template: tuple[int, int, int] = (0, 0, 0)  # of a context: before, between and after its parts
     candidate_frame: int = 0  # what stands around one candidate, separator included
     sample: int | None = None  # an output sampled under a context (estimator="sampled"). None: as a candidate
@@ -54,6 +55,7 @@ class Lengths:
         one, other = next(plain), next(plain)
         # With a token in each: texts that nothing stands between are tokenized together.
         fusion = len(builder.fusion(prompt, [[one]] * n)) - n
+        turn = len(builder.fusion_turn(prompt)) if builder.options.prefers_parallel_colliders else 0
         frame = (fusion - len(builder.fusion(prompt, [[one]])) + 1) // max(n - 1, 1)
 
         def context(candidate: int, collider: int) -> Ids:
@@ -66,7 +68,12 @@ class Lengths:
         between = collider_at - q - before - (n - 1) * (frame + 1)
         template = (before, between, len(whole) - collider_at - 1)
         return cls(
-            q, fusion_template=fusion - q - n * frame, context_template=template, candidate_frame=frame, **lengths
+            q,
+            fusion_template=fusion - q - n * frame,
+            fusion_turn=turn,
+            context_template=template,
+            candidate_frame=frame,
+            **lengths,
         )
 
 
@@ -128,6 +135,9 @@ class PlannedScript:
 
     def fusion(self, prompt: Any, candidates: list[Any]) -> Any:
         return Span((*prompt.runs, *Span.of(("fusion",), self.lengths.fusion_template).runs, *self._show(candidates)))
+
+    def fusion_turn(self, prompt: Any) -> Any:
+        return Span.of(("fusion turn",), self.lengths.fusion_turn)
 
     def context(self, prompt: Any, candidates: list[Any], collider: Any) -> Any:
         before, between, after = (

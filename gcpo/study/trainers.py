@@ -82,6 +82,8 @@ class RepeatingTrainer(StudyGCPOTrainer):
         self.seconds: list[float] = []
         for repeat in range(self.repeats):
             seed = self._policy.step_seed + 1_000_003 * repeat  # the draws of the step that many steps later
+            assert self._causal is not None
+            rollout.drawing = None  # each time pays for its own colliders
             began = time.perf_counter()
             terms = self._causal.terms(rollout, length, query_logp, z, seed=seed)
             self.seconds.append(time.perf_counter() - began)
