@@ -69,6 +69,7 @@ _CHANGES: list[dict[str, Any]] = [
     {"share_prefix": False},
     {"reuse_rollout": False},
     {"pack_tokens": 1},
+    {"collider_attention": "full"},
     {"context_attention": "full"},
     {"context_attention": "full", "num_kl_contexts": None, "kl_fraction": 1.0},
     {"num_kl_contexts": None},

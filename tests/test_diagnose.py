@@ -58,6 +58,22 @@ def test_a_healthy_log_has_no_signature() -> None:
     ("changes", "at", "config", "name", "number", "advice"),
     [
         ({"gcpo/upsilon/near_zero": 0.7}, None, {}, "Upsilon near 0", "70%", "representation"),
+        (
+            {"gcpo/groups_without_colliders": 0.75},
+            None,
+            {},
+            "groups without colliders",
+            "75% of the groups",
+            "candidate_context_tokens",
+        ),
+        (
+            {"gcpo/seconds/collider_rewards": 2.0, "step_time": 3.4},
+            None,
+            {},
+            "overhead above plan",
+            "a step takes 17.00 times",  # 3.4 s to the 0.2 s without colliders, their rewards, contexts and scores
+            "collider_choice='greedy'",
+        ),
         ({"gcpo/upsilon/near_zero": 1.0}, None, {"alpha": 0.05}, "Upsilon near 0", "100%", "`alpha` is 0.05"),
         (
             {"gcpo/projection/norm_ratio": 0.0},

@@ -41,6 +41,7 @@ class Limits:
 
 Check = Callable[[Run, Limits], Finding | None]
 
+_OWN_PHASES = ("colliders", "collider_rewards", "contexts")  # that GRPO does not have
 _MIN_STEPS = 8  # below, a trend, a spike or a mean is noise
 _KL_DEFAULTS = {"collider_choice": "sample", "kl_target": "projection"}
 
@@ -71,16 +72,17 @@ def answer_about_loss(run: Run) -> str:
 
 def overhead(step: Step) -> float | None:
     """
-    A step's time over GRPO's part of it: without colliders, contexts, and the share of scoring that went to colliders.
+    A step's time over GRPO's part of it: without colliders, their rewards, contexts, and the share of scoring that went
+    to colliders.
     None where the phases were not logged or the step did nothing causal.
     """
     total = step.get("step_time")
-    seconds = {name: step.get(f"gcpo/seconds/{name}") or 0.0 for name in ("colliders", "contexts", "scoring")}
+    seconds = {name: step.get(f"gcpo/seconds/{name}") or 0.0 for name in (*_OWN_PHASES, "scoring")}
     if not total or not seconds["colliders"] + seconds["contexts"]:
         return None
     query, colliders = (step.get(f"gcpo/tokens/scored_{kind}") or 0.0 for kind in ("query", "colliders"))
     scoring = seconds["scoring"] * colliders / (query + colliders) if query + colliders else 0.0
-    own = total - seconds["colliders"] - seconds["contexts"] - scoring
+    own = total - sum(seconds[name] for name in _OWN_PHASES) - scoring
     return total / own if own > 0 else None
 
 
@@ -219,6 +221,14 @@ def _length_collapse(run: Run, limits: Limits) -> Finding | None:
 
 def _colliders(run: Run, limits: Limits) -> Finding | None:
     masked, ended = run.recent_mean("gcpo/colliders/masked"), run.recent_mean("gcpo/colliders/ended")
+    without = run.recent_mean("gcpo/groups_without_colliders") or 0.0
+    if without > limits.colliders and (masked or 0.0) <= limits.colliders:
+        number = f"{without:.0%} of the groups have prompts that do not fit with theirs (limit {limits.colliders:.0%})"
+        change = (
+            "The model has too few positions: lower `candidate_context_tokens`, `num_generations` or "
+            "`collider_max_completion_length`, or leave out the longest prompts."
+        )
+        return Finding("groups without colliders", number, change)
     if masked is not None and masked > limits.colliders:
         number = f"{masked:.0%} of the colliders are left out (limit {limits.colliders:.0%})"
     elif ended is not None and 1 - ended > limits.colliders:
@@ -236,8 +246,13 @@ def _overhead(run: Run, limits: Limits) -> Finding | None:
     ratios = overheads(Run(run.name, log=run.log[1:] or run.log))  # the first step warms up
     if not ratios or statistics.median(ratios) <= limits.overhead:
         return None
-    phases = {name: run.mean(f"gcpo/seconds/{name}") or 0.0 for name in ("colliders", "contexts")}
-    if phases["colliders"] >= phases["contexts"]:
+    phases = {name: run.mean(f"gcpo/seconds/{name}") or 0.0 for name in _OWN_PHASES}
+    if phases["collider_rewards"] == max(phases.values()):
+        change = (
+            "Most of it is spent on rewards of colliders: use `collider_choice='greedy'`, which needs none, and "
+            "`log_collider_reward=False`."
+        )
+    elif phases["colliders"] >= phases["contexts"]:
         change = "Most of it is spent on colliders: lower `num_colliders` or `collider_max_completion_length`."
     elif run.config.get("estimator") == "sampled":
         change = "Most of it is spent under contexts, on fresh samples: use `estimator='loo'` or `'scored'`."
