@@ -1,5 +1,6 @@
 """Completions decoded after keys and values, and rows at temperature 0: the numbers that written-out rows give."""
 
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -143,12 +144,14 @@ WANTED = {"two groups": [0, 0, 1, 0, 1], "one group": [0, 0], "one row": [1]}
 @pytest.mark.parametrize("kind", KINDS)
 def test_completions_are_those_of_rows_written_out(kind, wanted, shown, folder, tmp_path):
     policy, wanted = policy_of(KINDS[kind][0], folder, tmp_path, **KINDS[kind][1]), WANTED[wanted]
-    rows = rows_of(policy, wanted, shown)
+    rows, watching = rows_of(policy, wanted, shown), getattr(policy, "watching_generation", nullcontext)
     pieces = {
         id(piece): (piece, [[part.clone() for part in layer] for layer in piece]) for r in rows for piece in r.past
     }
     state = torch.get_rng_state()
-    got, logits, _ = watched(policy, lambda: policy.decode(rows, 17, limit=STEPS, temperature=None))
+    with watching() as states:
+        got, logits, _ = watched(policy, lambda: policy.decode(rows, 17, limit=STEPS, temperature=None))
+    assert not states
     assert torch.equal(torch.get_rng_state(), state)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     expected, expected_logits = naive(model, wanted, shown, 17)

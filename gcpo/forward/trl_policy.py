@@ -36,6 +36,9 @@ class TrlPolicy(ModelForwards):
     """
 
     allows_nan = True  # a step whose gradients are not finite is left out (gcpo.run.guard)
+    _states: list[RolloutStates] | None = None  # where generation is watched: what each call left
+    _continues = False  # while a generation begins after keys and values
+    _recorder: HiddenRecorder | None = None  # where scoring passes are watched
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
@@ -45,9 +48,6 @@ class TrlPolicy(ModelForwards):
         self.pad_to_multiple_of = self.trainer.pad_to_multiple_of
         self.num_generations = self.trainer.num_generations
         self.look_at(self.trainer.model)
-        self._states: list[RolloutStates] | None = None  # where generation is watched: what each call left
-        self._continues = False  # while a generation begins after keys and values
-        self._recorder: HiddenRecorder | None = None  # where scoring passes are watched
         if self.options.is_causal and learns_positions(self.trainer.model):
             warnings.warn(
                 f"{self.name} learns an embedding for each position, and TRL's forwards do not tell it where a prompt "
@@ -148,8 +148,12 @@ class TrlPolicy(ModelForwards):
     def _generate(
         self, prompts: list[Ids], limit: int, temperature: float | None, greedy: Sequence[bool] | None = None
     ) -> list[Ids]:
-        with self._sampling(limit, temperature), self._decoding_greedily(greedy):
-            return self.trainer._generate_single_turn(prompts, None, {}, 1)[0]
+        watched, self._states = self._states, None  # what colliders leave is of no use
+        try:
+            with self._sampling(limit, temperature), self._decoding_greedily(greedy):
+                return self.trainer._generate_single_turn(prompts, None, {}, 1)[0]
+        finally:
+            self._states = watched
 
     def _decode_after(
         self,
