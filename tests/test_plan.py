@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import plan_cases
 import pytest
 import torch
 from plan_cases import draw_options, run_and_count, wrong
@@ -502,6 +503,22 @@ def test_rewards_cost_what_they_are_said_to(processes: int) -> None:
         assert both == pytest.approx(longer) and (each * 32 > decoded) == (each > decoded / 100)
         saved = apart.total("seconds") - beside.total("seconds") + beside.total("seconds", "collider_rewards")
         assert saved == pytest.approx(each * 32 + decoded - longer)
+
+
+@pytest.mark.parametrize("logged", [False, True])
+def test_rewarded_completions_are_those_of_a_run(
+    logged: bool, loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, reward = [], plan_cases.count_low
+
+    def counted(completions: list[Any], **kwargs: Any) -> list[float]:
+        seen.append(len(completions))
+        return reward(completions, **kwargs)
+
+    monkeypatch.setattr(plan_cases, "count_low", counted)
+    _, counts = run_and_count(*loaded, tmp_path, {"log_collider_reward": logged})
+    assert counts.rewarded["rewards"] == seen[0] and counts.rewarded.total() == sum(seen)
+    assert (counts.rewarded["collider_rewards"] > 0) == (len(seen) > 1) == logged
 
 
 def test_command_says_how_many_completions_are_rewarded(capsys: pytest.CaptureFixture[str]) -> None:
