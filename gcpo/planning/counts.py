@@ -40,10 +40,10 @@ class Lengths:
     completion: int  # a candidate, end token included
     collider: int
     fusion_template: int = 0  # what a fusion prompt adds to q, beside the candidates and what frames them
-    fusion_turn: int = 0  # what asks for a collider after the candidates' keys and values
     context_template: tuple[int, int, int] = (0, 0, 0)  # of a context: before, between and after its parts
     candidate_frame: int = 0  # what stands around one candidate, separator included
     sample: int | None = None  # an output sampled under a context (estimator="sampled"). None: as a candidate
+    fusion_turn: int = 0  # what asks for a collider after the candidates' keys and values
 
     @classmethod
     def measured(
