@@ -8,7 +8,7 @@ from tiny_policy import SHORT_TEMPLATES, TEMPLATE, TURNS, make_plain_text_tokeni
 
 from gcpo import GCPOConfig
 from gcpo.causal.contexts import PromptBuilder, check_length, longest_prompt
-from gcpo.causal.options import CONTEXT_PROMPT_TEMPLATE, FUSION_PROMPT_TEMPLATE
+from gcpo.causal.options import CONTEXT_PROMPT_TEMPLATE, FUSION_PROMPTS
 
 
 @pytest.fixture
@@ -206,7 +206,7 @@ def test_tokens_are_those_of_the_whole_text(kind, template, tmp_path):
 
     for question in ("1+1?", "\n What is it? ", "the sum", " ", "tu" if kind == "unigram" else "\u00e9 \u00fc"):
         prompt = question if template is None else [{"role": "user", "content": question}]
-        fusion, expected = builder.fusion(prompt, candidates), whole(FUSION_PROMPT_TEMPLATE, question)
+        fusion, expected = builder.fusion(prompt, candidates), whole(FUSION_PROMPTS["integrate"], question)
         assert tokenizer.decode(fusion) == tokenizer.decode(expected)
         assert fusion == expected
         context = builder.context(prompt, candidates, within(tokenizer, collider))
