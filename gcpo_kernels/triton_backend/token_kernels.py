@@ -64,7 +64,7 @@ def _log_proj(
     # The difference first: with one context it is exactly 0, and p' exactly the query's probability.
     difference = a - mean
     if FLOOR_AT_QUERY:
-        difference = tl.where(tl.abs(difference) <= AGREEMENT * a, 0.0, difference)
+        difference = tl.where(tl.abs(difference) <= a * AGREEMENT, 0.0, difference)
     total = difference * _exp(top - largest) + _exp(query - largest)
     raw = tl.where(total <= 0.0, -float("inf"), largest + tl.log(total))
     if FLOOR_AT_QUERY:
