@@ -26,10 +26,10 @@ def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# With a floor at the query's probability: what log p' is where that is 0, and how far a sum of rounded weights of
-# contexts may be from 1 and still count as 1.
+# With a floor at the query's probability: what log p' is where that is 0, and how much of exp(a) may be left of
+# exp(a) - mean_l exp(b_l) where contexts agree. A rounded mean of equal numbers need not be that number.
 LOWEST_LOG = -1e30
-SUM_TO_ONE = 1e-6
+AGREEMENT = 1e-6
 
 
 def project(
@@ -48,8 +48,8 @@ def project(
     its relative precision however improbable the token is. A context of weight 0 does not matter, NaN included, except
     that context 0 always serves as a.
 
-    With `floor_at_query`, contexts that agree leave exactly exp(c), which is not clamped; and where exp(c) is 0, log p'
-    is at least LOWEST_LOG, so that it stays finite.
+    With `floor_at_query`, a first and a mean context that agree (AGREEMENT) leave exactly exp(c), which is not clamped;
+    and where exp(c) is 0, log p' is at least LOWEST_LOG, so that it stays finite.
     """
     first = context_logp[..., 0]
     if context_weights is None:
@@ -60,25 +60,20 @@ def project(
     inside = context_logp.masked_fill(~counted, -torch.inf)
     top = torch.maximum(torch.maximum(first, query_logp), inside.amax(dim=-1))
     top = top.masked_fill(top == -torch.inf, 0.0)  # every probability is 0: so is the sum
-    relative = torch.exp(inside - top.unsqueeze(-1))
     a = torch.exp(first - top)
+    mean = torch.where(counted, weights * torch.exp(inside - top.unsqueeze(-1)), 0.0).sum(dim=-1)
     # The difference first: with one context it is exactly 0, and p' exactly the query's probability.
-    difference = a - torch.where(counted, weights * relative, 0.0).sum(dim=-1)
+    difference = a - mean
     if floor_at_query:
-        # A rounded mean of equal numbers need not be that number.
-        agree = (~counted | (relative == a.unsqueeze(-1))).all(dim=-1)
-        if context_weights is not None:
-            agree = agree & ((weights.sum(dim=-1) - 1.0).abs() <= SUM_TO_ONE)
-        difference = torch.where(agree, 0.0, difference)
+        difference = torch.where(difference.abs() <= AGREEMENT * a, 0.0, difference)
     total = difference + torch.exp(query_logp - top)
     # `total <= 0` is false for NaN, which therefore comes out as NaN.
     log_proj = torch.where(total <= 0, -torch.inf, top + torch.log(total))
     low = torch.log(torch.tensor(proj_floor, dtype=torch.float64)).item()
     if floor_at_query:
-        log_low = query_logp.clamp(max=low)
-        # Before the logarithm, whose rounding would put a p' that is the floor on either side of it.
-        clamped = (total < torch.exp(log_low - top)) | (log_proj > 0.0)
-        return torch.maximum(log_proj, log_low.clamp(min=LOWEST_LOG)).clamp(max=0.0), clamped
+        # By the difference: the rounding of a logarithm would put a p' that is the query's on either side of it.
+        clamped = torch.where(query_logp < low, difference < 0.0, log_proj < low) | (log_proj > 0.0)
+        return torch.maximum(log_proj, query_logp.clamp(min=LOWEST_LOG, max=low)).clamp(max=0.0), clamped
     clamped = (log_proj < low) | (log_proj > 0.0)
     return log_proj.clamp(min=low, max=0.0), clamped
 

@@ -76,9 +76,9 @@ def projection_floored_at_query(
     c, a, b = ((x - top).exp() for x in scores)
     share = torch.full_like(b, 1.0 / b.shape[-1]) if context_weights is None else counts
     difference = a[..., 0] - torch.where(counts != 0, share * b, 0.0).sum(dim=-1)
-    # Convention: contexts that agree leave exactly c, although their weights may sum to 1 but for a rounding.
-    agree = ((b == a) | (counts == 0)).all(dim=-1) & ((share.sum(dim=-1) - 1.0).abs() <= 1e-6)
-    p, top = torch.where(agree, 0.0, difference) + c[..., 0], top[..., 0]
+    # Convention: what is left of a where contexts agree but for a rounding is nothing.
+    p = torch.where(difference.abs() <= 1e-6 * a[..., 0], 0.0, difference) + c[..., 0]
+    top = top[..., 0]
     log_low = query_logp.clamp(max=math.log(proj_floor))
     low = (log_low - top).exp()
     # Convention: log p' is finite where the query's probability is 0.

@@ -177,7 +177,10 @@ def _token_loss() -> list[Specimen]:
 
 
 def _other_losses() -> list[Specimen]:
-    """Every kind of policy term in the common layout, with the weights of the causal term and the corrected KL."""
+    """
+    In the common layout: every kind of policy term with the weights of the causal term and the corrected KL, and the
+    clipped one with a kl_clip.
+    """
     found = []
     kernel = token_loss.token_loss_kernel
     ones, divisible = _common_layout(kernel, ("stride_ctx_t",))
@@ -191,6 +194,9 @@ def _other_losses() -> list[Specimen]:
             label = f"token_loss ({'sequence' if by_sequence else 'token'}, {block_t}, {kind}, weighted, corrected)"
             warps = token_loss.warps(block_t, crowded=True)
             found.append(Specimen(label, kernel, constexprs, {"mask_ptr": "*u8"}, warps, ones, divisible))
+        clip = {**constexprs, **_CLIPPED, "HAS_DELTA": True, "HAS_KL_CLIP": True}
+        label = f"token_loss ({'sequence' if by_sequence else 'token'}, {block_t}, kl_clip)"
+        found.append(Specimen(label, kernel, clip, {"mask_ptr": "*u8"}, warps, ones, divisible))
     return found
 
 

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from gcpo_kernels import maths
-from gcpo_kernels.triton_backend.common import CISPO, CLIPPED, token_objective
+from gcpo_kernels.triton_backend.common import CISPO, CLIPPED, at_least, token_objective
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # What the pass leaves for each block of tokens; with a kl_clip kl_clipped and kl_causal_clipped too; with weights of
@@ -12,7 +12,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 N_SUMS = tl.constexpr(7)  # count, loss, kl, kl_causal, proj_clamped, clip_low, clip_high
 MOST_BLOCKS = tl.constexpr(64)  # programs per sequence
 LOWEST_LOG = tl.constexpr(maths.LOWEST_LOG)
-SUM_TO_ONE = tl.constexpr(maths.SUM_TO_ONE)
+AGREEMENT = tl.constexpr(maths.AGREEMENT)
 
 
 @triton.jit
@@ -45,9 +45,6 @@ def _log_proj(
     top = tl.full(query.shape, -1.0e30, tl.float32)  # finite: where every probability is 0, nothing becomes NaN
     a = tl.zeros(query.shape, tl.float32)  # this and the mean relative to the maximum
     mean = tl.zeros(query.shape, tl.float32)
-    if FLOOR_AT_QUERY:
-        others = tl.zeros(query.shape, tl.float32)  # contexts that differ from a
-        total_weight = tl.zeros([1], tl.float32)
     for l0 in range(0, L, BLOCK_L):
         l = l0 + tl.arange(0, BLOCK_L)  # [BLOCK_L]
         b = tl.load(first + l[None, :] * stride_ctx_l, mask=inside[:, None], other=0.0).to(tl.float32)
@@ -60,35 +57,23 @@ def _log_proj(
         new_top = tl.maximum(top, tl.max(b, axis=1))
         scale = _exp(top - new_top)
         e = _exp(b - new_top[:, None])  # [BLOCK_T, BLOCK_L]
-        a = a * scale + tl.sum(tl.where(is_a, e, 0.0), axis=1)  # whole after the first block
+        a = a * scale + tl.sum(tl.where(is_a, e, 0.0), axis=1)
         mean = mean * scale + tl.sum(weight * e, axis=1)
-        if FLOOR_AT_QUERY:
-            differs = e != a[:, None]
-            if HAS_WEIGHTS:
-                differs = differs & (weight != 0.0)
-                total_weight += tl.sum(weight, axis=1)
-            others += tl.sum(differs.to(tl.float32), axis=1)
         top = new_top
     largest = tl.maximum(top, query)
     # The difference first: with one context it is exactly 0, and p' exactly the query's probability.
     difference = a - mean
     if FLOOR_AT_QUERY:
-        # A rounded mean of equal numbers need not be that number.
-        agree = others == 0.0
-        if HAS_WEIGHTS:
-            agree = agree & (tl.abs(total_weight - 1.0) <= SUM_TO_ONE)
-        difference = tl.where(agree, 0.0, difference)
+        difference = tl.where(tl.abs(difference) <= a * AGREEMENT, 0.0, difference)
     total = difference * _exp(top - largest) + _exp(query - largest)
     raw = tl.where(total <= 0.0, -float("inf"), largest + tl.log(total))
     if FLOOR_AT_QUERY:
-        log_low = tl.where(query < log_floor, query, log_floor)
-        # Before the logarithm, whose rounding would put a p' that is the floor on either side of it.
-        clamped = (total < _exp(log_low - largest)) | (raw > 0.0)
-        log_low = tl.where(log_low < LOWEST_LOG, LOWEST_LOG, log_low)
-        return tl.where(raw < log_low, log_low, tl.where(raw > 0.0, 0.0, raw)), clamped
+        # By the difference: the rounding of a logarithm would put a p' that is the query's on either side of it.
+        clamped = tl.where(query < log_floor, difference < 0.0, raw < log_floor) | (raw > 0.0)
+        log_floor = tl.where(query < log_floor, at_least(query, LOWEST_LOG), log_floor)
     else:
         clamped = (raw < log_floor) | (raw > 0.0)
-        return tl.where(raw < log_floor, log_floor, tl.where(raw > 0.0, 0.0, raw)), clamped
+    return tl.where(raw < log_floor, log_floor, tl.where(raw > 0.0, 0.0, raw)), clamped
 
 
 @triton.jit

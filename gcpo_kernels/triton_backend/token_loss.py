@@ -69,7 +69,8 @@ def blocking(b: int, t: int, by_sequence: bool) -> tuple[int, int]:
 def warps(block_t: int, crowded: bool = False) -> int:
     """
     Four tokens a thread: 128 bits of float32 at a time. Two of long rows where `crowded`: with weights of the causal
-    term or a corrected KL, a thread has not enough registers for four beside a ratio per sequence.
+    term, a corrected KL or, in rows that are read in whole words, a kl_clip, a thread has not enough registers for four
+    beside a ratio per sequence.
     """
     return 16 if crowded and block_t == 1024 else min(max(block_t // 128, 1), 8)
 
@@ -146,6 +147,7 @@ def _launch(logp: torch.Tensor, x: TokenInputs, options: LossOptions) -> TokenRe
     rows = (x.old_logp, x.ref_logp, x.query_logp, x.causal_logp, x.importance_sampling_ratio)
     strides = [_rows_strides(y, (b, t)) for y in (logp, mask, x.advantages, *rows)]
     corrected = options.bias_correction_kl and x.ref_logp is not None
+    clipped = options.kl_clip is not None and contexts is not None and _aligned(t)
     anything = logp  # stands in for pointers that a flag keeps from being read
     token_loss_kernel[(b * blocks,)](
         logp,
@@ -194,7 +196,7 @@ def _launch(logp: torch.Tensor, x: TokenInputs, options: LossOptions) -> TokenRe
         L_INNERMOST=l_innermost,
         BLOCK_T=block_t,
         BLOCK_L=block_l,
-        num_warps=warps(block_t, corrected or x.kappa_weights is not None),
+        num_warps=warps(block_t, corrected or clipped or x.kappa_weights is not None),
     )
     return result
 
