@@ -67,9 +67,9 @@ def gcpo_loss(
             + beta k3(ref_logp - logp) + kappa u k3(log p' - causal_logp)
 
     where p' = exp(context_logp[..., 0]) - mean_l exp(context_logp[..., l]) + exp(query_logp), clamped to
-    [proj_floor, 1] (see `kl_clip`), is the causal reference (eqs. 12, 13). With kappa = 0 this is GRPO's loss. w, v and u are weights
-    that are 1 unless given. Three values of `loss_type` put another policy term in place of the first line, as TRL
-    defines them:
+    [proj_floor, 1] (see `kl_clip`), is the causal reference (eqs. 12, 13). With kappa = 0 this is GRPO's loss. w, v and
+    u are weights that are 1 unless given. Three values of `loss_type` put another policy term in place of the first
+    line, as TRL defines them:
 
         "cispo": -min(R, epsilon_high) A logp w v, whose first factor is a constant
         "sapo":  -4 / tau sigmoid(tau (R - 1)) A w v

@@ -76,8 +76,8 @@ class PromptBuilder:
         values, side by side, in place of a text that shows them (`collider_attention="parallel"`).
 
         Raises:
-            NoFusionTurn: the template says nothing behind `{candidates}`, or the chat template does not let a user speak
-                after an answer.
+            NoFusionTurn: a `ValueError`; the template says nothing behind `{candidates}`, or the chat template does
+                not let a user speak after an answer.
         """
         shown = self.options.fusion_prompt_template.format(question="", candidates=_MARKERS["candidates"])
         words = shown.rpartition(_MARKERS["candidates"])[2]

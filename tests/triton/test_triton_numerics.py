@@ -155,7 +155,7 @@ def test_projection(count: int, at_a_time: int, floor: float, weighted: bool, at
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("count", "at_a_time"), [(1, 1), (3, 1), (5, 1), (6, 2), (7, 1), (12, 4)])
 def test_contexts_that_agree_leave_the_query(count: int, at_a_time: int, weighted: bool) -> None:
-    """With the floor at the query, to the last bit where no context is likelier; never clamped, unlike at proj_floor."""
+    """With the floor at the query, exactly where no context is likelier; never clamped, unlike at proj_floor."""
     query = torch.linspace(-60.0, -14.0, 64)  # below log 1e-6
     weights = torch.full((count,), 1.0 / count) if weighted else None
     for shift in (0.0, -3.0, -200.0, 13.0):
