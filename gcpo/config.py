@@ -139,6 +139,8 @@ class GCPOConfig(CausalOptions, GRPOConfig):
                 )
             self.padding_free = self.share_prompt
             self.share_prompt = None
+        if not isinstance(self.overlap_rewards, bool):
+            raise TypeError(f"`overlap_rewards` must be True or False, got {self.overlap_rewards!r}.")
         for name in ("fused_loss", "padding_free"):
             if not isinstance(getattr(self, name), bool | None):
                 raise TypeError(f"`{name}` must be True, False or None, got {getattr(self, name)!r}.")

@@ -150,6 +150,9 @@ class KLTermsTrainer(AccountedGRPOTrainer):
         policy_logp = next(logp for logp in known if logp is not None)
         pull = mean_pull(terms, self.args, policy_logp, self._loss_mask(inputs))
         advantages = inputs["plain_advantages"].to(pull.dtype)
+        if advantages.dim() > 1:  # of tokens: a sequence's is their mean, as its pull is
+            tokens = self._loss_mask(inputs) != 0
+            advantages = torch.where(tokens, advantages, 0.0).sum(dim=1) / tokens.sum(dim=1)
         kept = pull.isfinite() & advantages.isfinite()
         d, a = pull[kept], advantages[kept]
         return torch.stack([kept.sum().to(d.dtype), *(x.sum() for x in (d, a, d * d, a * a, d * a))])
@@ -214,4 +217,5 @@ def _correlation(rows: list[list[float]]) -> float:
     spreads = [square / count - (total / count) ** 2 for total, square in ((x, xx), (y, yy))]
     if any(spread <= 1e-6 * square / count for spread, square in zip(spreads, (xx, yy), strict=True)):
         return math.nan
-    return (xy / count - x * y / count**2) / math.sqrt(spreads[0] * spreads[1])
+    found = (xy / count - x * y / count**2) / math.sqrt(spreads[0] * spreads[1])
+    return min(max(found, -1.0), 1.0)  # beyond by rounding alone

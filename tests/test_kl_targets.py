@@ -220,6 +220,23 @@ def test_the_correlation_that_is_logged(target, steps, policy, tmp_path):
         assert (own_gradients[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
 
 
+def test_advantages_of_tokens_count_by_their_mean(policy, tmp_path):
+    """A subclass may give a token an advantage of its own, as TRL's loss allows."""
+    trainer = make_trainer(policy, tmp_path, kappa=0.5, kl_fraction=1.0)
+    output, _ = first_batch(trainer)
+    trainer.current_gradient_accumulation_steps = 1
+    mask, plain = output["completion_mask"], output["plain_advantages"]
+    steps = torch.arange(mask.size(1)).float()
+    steps = (steps - (mask * steps).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True)) * mask
+    anything = torch.where(mask == 0, 9.0, 0.0)  # behind a completion's end
+    found = []
+    for advantages in (plain, plain[:, None] + steps + anything):
+        trainer._compute_loss(trainer.model, {**output, "plain_advantages": advantages})
+        trainer.log({})
+        found.append(trainer.state.log_history[-1]["gcpo/kl_causal_correlation"])
+    assert found[1] == pytest.approx(found[0], abs=1e-5) and abs(found[0]) < 1
+
+
 @pytest.mark.parametrize("target", KL_TARGETS)
 def test_the_loss_is_that_of_the_target(target, policy, tmp_path):
     """Against the objective with the term written out."""

@@ -10,6 +10,7 @@ import torch
 from tiny_policy import count_low, options, parameters, prompts, save_policy, worst_difference
 
 from gcpo import GCPOConfig, GCPOTrainer
+from gcpo.causal.account import StepAccount
 from gcpo.causal.sampling import own_random_stream
 from gcpo.forward.trl_policy import TrlPolicy
 from gcpo.run.overlap import against_overlap, beside
@@ -87,6 +88,27 @@ def test_seconds_are_counted_once(policy, tmp_path):
         assert row["gcpo/seconds/rewards"] >= 0.3 > row["gcpo/seconds/colliders"]
         phases = sum(value for name, value in row.items() if name.startswith("gcpo/seconds/"))
         assert phases <= row["step_time"] * 1.01
+
+
+def test_an_account_is_of_the_thread_that_trains():
+    """Whoever made it: a trainer that was built, or evaluated, in one thread may train in another."""
+    account, found = StepAccount(), []
+
+    def train():
+        with account.phase("loss"):
+            other = threading.Thread(target=beside_it, name="beside it")
+            other.start()
+            other.join()
+        found.append(account.flush()[0])
+
+    def beside_it():
+        with account.phase("colliders"):
+            time.sleep(0.05)
+
+    trains = threading.Thread(target=train, name="trains")
+    trains.start()
+    trains.join()
+    assert found[0]["loss"] >= 0.05 and found[0]["colliders"] == 0
 
 
 @pytest.mark.parametrize("fails", ["rewards", "colliders", "both"])

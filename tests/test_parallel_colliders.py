@@ -3,9 +3,19 @@
 import pytest
 import torch
 from spaced_tokenizers import KINDS, LLAMA2, make_spaced_tokenizer
-from tiny_policy import SHORT_TEMPLATES, make_plain_text_tokenizer, make_tokenizer
+from tiny_policy import (
+    SHORT_TEMPLATES,
+    count_low,
+    make_plain_text_tokenizer,
+    make_tokenizer,
+    options,
+    parameters,
+    prompts,
+    save_policy,
+    worst_difference,
+)
 
-from gcpo import CausalOptions
+from gcpo import CausalOptions, GCPOConfig, GCPOTrainer
 from gcpo.causal.contexts import PromptBuilder
 from gcpo.causal.parallel import GroupReading, collider_rows
 from gcpo.causal.port import Continuation, Group, Reading
@@ -76,6 +86,38 @@ def test_what_cannot_go_on_says_so():
         build(tokenizer).fusion_turn(CHAT)
     with pytest.raises(ValueError, match="shows the assistant's earlier answers"):
         build(make_spaced_tokenizer("never", LLAMA2)).fusion_turn(CHAT)
+
+
+ONE_TURN = "{% if messages | length > 1 %}{{ raise_exception('One turn only.') }}{% endif %}"
+SHOWS_USERS = "{% for m in messages if m.role == 'user' %}<|user|>{{ m.content }}<eos>{% endfor %}<|assistant|>"
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "changed"),
+    [
+        (None, {"fusion_prompt_template": "{question}|{candidates}"}),
+        (ONE_TURN + SHOWS_USERS, {}),
+        (SHOWS_USERS, {}),
+    ],
+    ids=["nothing behind the candidates", "one turn", "hides answers"],
+)
+def test_what_cannot_go_on_follows_text_by_default(chat_template, changed, tmp_path):
+    policy, tokenizer = save_policy(tmp_path / "policy"), make_tokenizer()
+    tokenizer.chat_template = chat_template or tokenizer.chat_template
+
+    def trained(collider_attention):
+        settings = {**SHORT_TEMPLATES, **changed, "collider_attention": collider_attention}
+        args = GCPOConfig(**options(tmp_path / str(collider_attention), **settings))
+        data = prompts(conversational=True)
+        trainer = GCPOTrainer(policy, count_low, args, train_dataset=data, processing_class=tokenizer)
+        trainer.train()
+        return trainer
+
+    by_default, on_text = trained(None), trained("full")
+    assert by_default.state.log_history[0]["gcpo/tokens/generated_colliders"] > 0
+    assert worst_difference(parameters(by_default.model), parameters(on_text.model)) == 0
+    with pytest.raises(ValueError, match="`collider_attention='parallel'`"):
+        trained("parallel")
 
 
 def reading(tokens, mark):

@@ -57,6 +57,7 @@ def test_random_options(first: int, loaded: tuple[Any, Any], tmp_path: Path) -> 
         {"padding_free": True, "per_device_train_batch_size": 8},
         {"fused_loss": False, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "beta": 0.1},
         {"kappa": 0.0, "estimator": "none", "num_iterations": 2},
+        {"fusion_prompt_template": "{question}|{candidates}"},
     ],
     ids=str,
 )
@@ -69,7 +70,7 @@ def test_lengths_alone_give_what_a_run_logs(changed: dict[str, Any], loaded: tup
     changed = {"max_completion_length": size, "collider_max_completion_length": size, **changed}
     logged, counts = run_and_count(*loaded, tmp_path, {"generation_kwargs": full, **changed}, num_prompts=8)
     assert not wrong(logged, counts)
-    config = GCPOConfig(**options(tmp_path, num_colliders=3, **SHORT_TEMPLATES, **changed))
+    config = GCPOConfig(**options(tmp_path, num_colliders=3, **{**SHORT_TEMPLATES, **changed}))
     builder, prompt = PromptBuilder(loaded[1], config), prompts()[0]["prompt"]
     ids = loaded[1](prompt)["input_ids"]
     lengths = Lengths.measured(builder, prompt, ids, config.num_generations, completion=size, collider=size)

@@ -27,18 +27,20 @@ class StepAccount:
     Seconds and tokens per phase since the last `flush`, of this process.
 
     Phases nest: time spent in an inner one is not counted for the outer one. What another thread does meanwhile is
-    counted by none, because the thread that the account belongs to spends that time on something else.
+    counted by none, because the thread that entered the outermost one spends that time on something else.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.tokens: dict[str, torch.Tensor | int] = defaultdict(int)
         self._inner = [0.0]
-        self._thread = threading.get_ident()
+        self._thread: int | None = None  # which is in a phase
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        if threading.get_ident() != self._thread:
+        if len(self._inner) == 1:
+            self._thread = threading.get_ident()
+        elif threading.get_ident() != self._thread:
             yield
             return
         _synchronize()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gcpo.causal.answers import checked_outputs
-from gcpo.causal.contexts import PromptBuilder
+from gcpo.causal.contexts import NoFusionTurn, PromptBuilder
 from gcpo.causal.options import CausalOptions
 from gcpo.causal.parallel import GroupReading, collider_rows, known_readings, read_groups
 from gcpo.causal.port import Continuation, Group, Ids, Policy, Rollout, share
@@ -117,9 +117,12 @@ class Drawing:
             return False
         if options.collider_attention == "parallel":
             return True
-        # By default where all groups leave room for it.
+        # By default where all groups can be asked so, and leave room for it.
         positions = self.policy.max_positions
-        longest = max(map(self._parallel_length, self.groups))
+        try:
+            longest = max(map(self._parallel_length, self.groups))
+        except NoFusionTurn:
+            return False
         return positions is None or longest + self.limit <= positions
 
     def _parallel_length(self, group: Group) -> int:

@@ -24,6 +24,10 @@ _MARKERS = {"question": QUESTION, **{name: f"\ue000{name}\ue001" for name in ("c
 _MARKER_PATTERN = re.compile("(" + "|".join(_MARKERS.values()) + ")")
 
 
+class NoFusionTurn(ValueError):
+    """No turn can ask for an integrated answer behind candidates that stand side by side: they need a text."""
+
+
 class PromptBuilder:
     """
     Builds fusion and context prompts for one tokenizer.
@@ -72,13 +76,13 @@ class PromptBuilder:
         values, side by side, in place of a text that shows them (`collider_attention="parallel"`).
 
         Raises:
-            ValueError: the template says nothing behind `{candidates}`, or the chat template does not let a user speak
-                after an answer.
+            NoFusionTurn: a `ValueError`; the template says nothing behind `{candidates}`, or the chat template does
+                not let a user speak after an answer.
         """
         shown = self.options.fusion_prompt_template.format(question="", candidates=_MARKERS["candidates"])
         words = shown.rpartition(_MARKERS["candidates"])[2]
         if not words.strip():
-            raise ValueError(
+            raise NoFusionTurn(
                 "`fusion_prompt_template` must say something behind `{candidates}` with "
                 "`collider_attention='parallel'`, which asks for an integrated answer after the candidates, got "
                 f"{self.options.fusion_prompt_template!r}. Change it, or use `collider_attention='full'`."
@@ -92,13 +96,13 @@ class PromptBuilder:
         try:
             some, other = (self._chat_ids(key, len(prompt), answer) for answer in ("a", "b"))
         except Exception as error:  # templates and tokenizers refuse a conversation with errors of their own
-            raise ValueError(
+            raise NoFusionTurn(
                 "`collider_attention='parallel'` needs a chat template that lets a user speak after an answer; this "
                 f"one says of roles {[message['role'] for message in messages]}: {error} Use "
                 "`collider_attention='full'`."
             ) from error
         if some == other:
-            raise ValueError(
+            raise NoFusionTurn(
                 "`collider_attention='parallel'` needs a chat template that shows the assistant's earlier answers, "
                 "and this one leaves them out. Use `collider_attention='full'`."
             )

@@ -86,8 +86,9 @@ class CausalOptions:
             What colliders are decoded after: `"full"`, the text of a fusion prompt; `"parallel"`, the keys and values
             that the candidates were generated with, each of which saw the query and itself alone, and what the fusion
             prompt says behind the candidates: a few dozen tokens to read instead of the whole prompt. Needs what
-            `context_attention="parallel"` needs, and generation by transformers in this process. `None`: `"parallel"`
-            where contexts are and that holds, `"full"` otherwise.
+            `context_attention="parallel"` needs, and generation by transformers in this process, words behind
+            `{candidates}` in the template, and a chat template that lets a user speak after an answer. `None`:
+            `"parallel"` where contexts are and that holds, `"full"` otherwise.
         candidate_context_tokens (`int`, *optional*, defaults to `64`):
             How many tokens of each candidate a prompt (or a parallel context) shows, counted from its end, where the
             answer stands. `None`: all of them, as in the paper.

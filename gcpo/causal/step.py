@@ -239,7 +239,9 @@ class CausalStep:
         # Candidates are shown as ids, so that contexts of one group differ by them alone.
         i = max(range(len(shown)), key=lambda k: behind[k] - shown[k])
         others = group.candidates[:i] + group.candidates[i + 1 :]
-        return len(self.builder.context(group.prompt, others, max(group.colliders, key=len))) + behind[i]
+        # Outputs are sampled under all contexts, those of colliders that are left out too.
+        colliders = group.colliders if sampled else group.colliders[: sum(group.has_content)]
+        return len(self.builder.context(group.prompt, others, max(colliders, key=len))) + behind[i]
 
     def _read_groups(
         self, rollout: Rollout, groups: list[Group], rows: list[Row], draw: ContextDraw | None

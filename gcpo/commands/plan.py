@@ -178,7 +178,8 @@ def planned_lengths(args: PlanArguments, config: GCPOConfig) -> Lengths:
         completion=args.completion_tokens or config.max_completion_length or 1,
         collider=args.collider_tokens or config.collider_limit(config.max_completion_length),
         fusion_template=fusion,
-        fusion_turn=round(fusion * len(asked.strip()) / max(len((shown + asked).strip()), 1)),
+        # A template that says nothing behind the candidates cannot be a turn: colliders then follow text.
+        fusion_turn=round(fusion * len(asked.strip()) / len((shown + asked).strip())) if asked.strip() else None,
         context_template=(shares[1], shares[2] - shares[1], shares[3] - shares[2]),
         candidate_frame=tokens(args.candidate_template_tokens, candidate),
     )

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from gcpo.causal.contexts import PromptBuilder
+from gcpo.causal.contexts import NoFusionTurn, PromptBuilder
 from gcpo.causal.port import Ids, Prompt, Rollout, RolloutStates
 from gcpo.causal.step import CausalStep
 from gcpo.config import GCPOConfig
@@ -43,7 +43,7 @@ class Lengths:
     context_template: tuple[int, int, int] = (0, 0, 0)  # of a context: before, between and after its parts
     candidate_frame: int = 0  # what stands around one candidate, separator included
     sample: int | None = None  # an output sampled under a context (estimator="sampled"). None: as a candidate
-    fusion_turn: int = 0  # what asks for a collider after the candidates' keys and values
+    fusion_turn: int | None = 0  # what asks for a collider after the candidates' keys and values. None: nothing can
 
     @classmethod
     def measured(
@@ -55,7 +55,10 @@ class Lengths:
         one, other = next(plain), next(plain)
         # With a token in each: texts that nothing stands between are tokenized together.
         fusion = len(builder.fusion(prompt, [[one]] * n)) - n
-        turn = len(builder.fusion_turn(prompt)) if builder.options.prefers_parallel_colliders else 0
+        try:
+            turn = len(builder.fusion_turn(prompt)) if builder.options.prefers_parallel_colliders else 0
+        except NoFusionTurn:
+            turn = None
         frame = (fusion - len(builder.fusion(prompt, [[one]])) + 1) // max(n - 1, 1)
 
         def context(candidate: int, collider: int) -> Ids:
@@ -137,6 +140,8 @@ class PlannedScript:
         return Span((*prompt.runs, *Span.of(("fusion",), self.lengths.fusion_template).runs, *self._show(candidates)))
 
     def fusion_turn(self, prompt: Any) -> Any:
+        if self.lengths.fusion_turn is None:
+            raise NoFusionTurn("`collider_attention='parallel'` needs a turn that asks for an answer after candidates.")
         return Span.of(("fusion turn",), self.lengths.fusion_turn)
 
     def context(self, prompt: Any, candidates: list[Any], collider: Any) -> Any:
