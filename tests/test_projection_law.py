@@ -254,8 +254,8 @@ def test_the_difference_of_representations_has_the_same_law(choice: str) -> None
 @pytest.mark.parametrize("choice", ["sample", "greedy"])
 def test_the_variance(choice: str) -> None:
     """
-    With s the variance of a context's score over colliders: s (1 - 1 / L) where c_0 is drawn like the others, which more
-    colliders do not make small; s (L - 1) / L^2 where it is the same every time.
+    With s the variance of a context's score over colliders: s (1 - 1 / L) where c_0 is drawn like the others, which
+    more colliders do not make small; s (L - 1) / L^2 where it is the same every time.
     """
     spread = torch.tensor(PROBABILITIES, dtype=torch.float64) @ (UNDER - AVERAGE).square()
     variance = torch.zeros(4, dtype=torch.float64)
