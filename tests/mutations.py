@@ -34,6 +34,7 @@ class Mutation:
 
 
 EQUATION = "tests/test_reference.py"
+FLOOR = "tests/test_projection_floor.py"
 TRL = "tests/test_trl_loss.py"
 FAULTS = "tests/test_trainer_faults.py"
 TARGETS, SCALES = "tests/test_kl_targets.py", "tests/test_weight_scale.py"
@@ -179,6 +180,27 @@ MUTATIONS = (
         "new_full((), 1.0 * context_logp",
         EQUATION,
     ),
+    Mutation(
+        "with a kl_clip the floor of p' stays proj_floor",
+        MATHS,
+        "at_query = options.kl_clip is not None",
+        "at_query = False",
+        EQUATION,
+    ),
+    Mutation(
+        "a p' that is the query's counts as clamped by rounding",
+        MATHS,
+        "torch.where(query_logp < low, difference < 0.0, log_proj < low)",
+        "(log_proj < query_logp.clamp(max=low))",
+        FLOOR,
+    ),
+    Mutation(
+        "contexts that agree leave a rounding",
+        MATHS,
+        "torch.where(difference.abs() <= AGREEMENT * a, 0.0, difference)",
+        "difference",
+        FLOOR,
+    ),
     Mutation("p' not kept below 1", MATHS, "log_proj.clamp(min=low, max=0.0)", "log_proj.clamp(min=low)", EQUATION),
     Mutation("sequence ratio over padding too", MATHS, "/ count).expand_as", "/ ratio.shape[1]).expand_as", EQUATION),
     Mutation(
@@ -247,6 +269,13 @@ MUTATIONS = (
         TRITON + "token_kernels.py",
         "is_a = (l == 0)",
         "is_a = (l == L - 1)",
+        BUDGET,
+    ),
+    Mutation(
+        "Triton: with a kl_clip the floor of p' stays proj_floor",
+        TRITON + "token_kernels.py",
+        "log_floor = tl.where(query < log_floor, at_least(query, LOWEST_LOG), log_floor)",
+        "log_floor = log_floor",
         BUDGET,
     ),
     Mutation(

@@ -90,6 +90,18 @@ def test_a_linear_loss(kl_clip: float | None) -> None:
         assert bias.grad.abs().max() / KAPPA < 1e-5
 
 
+@FORMS
+def test_what_contexts_agree_on_does_not_matter(weights: str | None) -> None:
+    """A token of probability 0.9 under every context: the rounding of their mean is several times the query's 1e-8."""
+    logp = torch.tensor([[RARE, log(1e-7)]])
+    for contexts in range(1, 33):
+        given = torch.full((1, 2, contexts), log(0.9))
+        form = weights_of(weights, contexts, torch.float32)
+        gradient, clamped = pull(logp, context_logp=given, context_weights=form, kl_clip=25.0)
+        assert clamped == 0.0
+        assert gradient.abs().max() < 1e-5
+
+
 def test_the_smaller_of_both_is_the_floor() -> None:
     """A token that c_0 finds unlikelier than the others do: p' is negative. Above proj_floor nothing changes."""
     logp = torch.tensor([[log(1e-8), log(1e-4)]])
