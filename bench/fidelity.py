@@ -317,7 +317,7 @@ def main() -> None:
     if args.samples < 2 or args.num_colliders < 2:
         parser.error(f"--samples and --num_colliders must be at least 2, got {args.samples}, {args.num_colliders}")
     lengths = sorted({length for length in args.collider_lengths if 1 <= length <= args.collider_tokens})
-    if not lengths:
+    if args.table == "colliders" and not lengths:
         parser.error(f"--collider_lengths must have one from 1 to {args.collider_tokens}, got {args.collider_lengths}")
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()

@@ -147,11 +147,8 @@ def test_prompts_without_a_user_message_train(folder: Path, tmp_path: Path) -> N
     """Among others, as GRPOTrainer trains with them: a system message alone, and content that is missing."""
     messages = [[{"role": "system", "content": "1+1="}], [{"role": "user", "content": None}]]
     dataset = datasets.Dataset.from_dict({"prompt": messages})
-    args = GCPOConfig(
-        **options(
-            tmp_path, **{"max_steps": 1, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, **SHORT}
-        )
-    )
+    one_batch = {"max_steps": 1, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    args = GCPOConfig(**options(tmp_path, **{**one_batch, **SHORT, "collider_attention": "full"}))
     trainer = GCPOTrainer(save_family("llama", folder), count_low, args, dataset)
     seen = []
     generate = trainer._generate_single_turn
