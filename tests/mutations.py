@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "mutations.md"
 BEGIN, END = "<!-- begin: make mutations -->", "<!-- end -->"
 MATHS, GROUP, TORCH = "gcpo_kernels/maths.py", "gcpo_kernels/group.py", "gcpo_kernels/torch_backend.py"
-TRITON = "gcpo_kernels/triton_backend/"
+TRITON, TOKENS = "gcpo_kernels/triton_backend/", "token_kernels.py"
 
 
 @dataclass(frozen=True)
@@ -181,26 +181,12 @@ MUTATIONS = (
         EQUATION,
     ),
     Mutation(
-        "with a kl_clip the floor of p' stays proj_floor",
-        MATHS,
-        "at_query = options.kl_clip is not None",
-        "at_query = False",
-        EQUATION,
+        "floor of p' not at the query", MATHS, "at_query = options.kl_clip is not", "at_query = options is", EQUATION
     ),
     Mutation(
-        "a p' that is the query's counts as clamped by rounding",
-        MATHS,
-        "torch.where(query_logp < low, difference < 0.0, log_proj < low)",
-        "(log_proj < query_logp.clamp(max=low))",
-        FLOOR,
+        "a rounding below the query is clamped", MATHS, "difference < 0.0, log", "log_proj < query_logp, log", FLOOR
     ),
-    Mutation(
-        "contexts that agree leave a rounding",
-        MATHS,
-        "torch.where(difference.abs() <= AGREEMENT * a, 0.0, difference)",
-        "difference",
-        FLOOR,
-    ),
+    Mutation("contexts that agree leave a rounding", MATHS, "<= AGREEMENT * a,", "< 0.0 * a,", FLOOR),
     Mutation("p' not kept below 1", MATHS, "log_proj.clamp(min=low, max=0.0)", "log_proj.clamp(min=low)", EQUATION),
     Mutation("sequence ratio over padding too", MATHS, "/ count).expand_as", "/ ratio.shape[1]).expand_as", EQUATION),
     Mutation(
@@ -271,13 +257,7 @@ MUTATIONS = (
         "is_a = (l == L - 1)",
         BUDGET,
     ),
-    Mutation(
-        "Triton: with a kl_clip the floor of p' stays proj_floor",
-        TRITON + "token_kernels.py",
-        "log_floor = tl.where(query < log_floor, at_least(query, LOWEST_LOG), log_floor)",
-        "log_floor = log_floor",
-        BUDGET,
-    ),
+    Mutation("Triton: floor not at the query", TRITON + TOKENS, "at_least(query, LOWEST_LOG)", "log_floor", BUDGET),
     Mutation(
         "Triton: sum in place of the mean log-ratio",
         TRITON + "token_kernels.py",
