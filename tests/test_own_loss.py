@@ -283,7 +283,7 @@ def test_fewer_tokens_than_micro_batches(loss_type: str, layout: str, folder: An
     mask[:3, 0] = 1
     output = off_policy({**output, "completion_mask": mask, "num_items_in_batch": mask.sum()})
     want, ours = losses(policy, tmp_path, output, [TRL, OWN], **settings)
-    assert_alike(ours, want)
+    assert_alike(ours, want, 3e-5)  # of three tokens, whose roundings nothing averages out
 
 
 @pytest.mark.parametrize("layout", ["tree"], indirect=True)
