@@ -183,7 +183,7 @@ def test_context_longer_than_the_model_is_refused_before_training(policy, tmp_pa
     almost = save_policy(tmp_path / "almost", max_positions=48)
     template = "{question}{candidates}{collider}" + "x" * 20
     args = GCPOConfig(**options(tmp_path, **SHORT_TEMPLATES | {"context_prompt_template": template}, num_colliders=3),
-                      collider_max_completion_length=6)  # fmt: skip
+                      collider_max_completion_length=6, collider_attention="full")  # fmt: skip
     trainer = GCPOTrainer(almost, count_low, args, train_dataset=prompts().to_iterable_dataset())
     with pytest.warns(UserWarning, match=r"more than the model's 48 positions.*`candidate_context_tokens`"):
         trainer.train()
