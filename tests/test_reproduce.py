@@ -184,10 +184,11 @@ def test_commands_are_those_that_made_the_files(stops_after_parsing: None, monke
     for words in shown:
         if words[:3] == ["python", "-m", "bench.step_overhead"] and "--out" in words:
             flags = vars(flags_of(words, monkeypatch))
-            made[flags.pop("out").name] = flags
-    assert set(made) == {path.name for path in RESULTS.glob("step_overhead_*.json")}
-    for name, flags in made.items():
-        assert load(name)["settings"] == flags | {"threads": 2}, name
+            made[ROOT / flags.pop("out")] = flags
+    assert set(made) == set(RESULTS.parent.glob("*/step_overhead_*.json"))
+    for path, flags in made.items():
+        threads = 2 if path.parent == RESULTS else 16
+        assert json.loads(path.read_text())["settings"] == flags | {"threads": threads}, path
     studies = list(STUDIES.glob("*.json"))
     assert studies
     assert [path.name for path in studies if shlex.split(json.loads(path.read_text())["command"]) not in shown] == []
