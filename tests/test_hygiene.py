@@ -300,6 +300,15 @@ def test_paths_named_in_texts_exist() -> None:
     assert not wrong
 
 
+def test_no_page_has_a_heading_twice() -> None:
+    """As happens where a text is put before a mark that stands more than once."""
+    wrong = []
+    for path in documents():
+        headings = re.findall(r"^#+ .+$", FENCE.sub("", read(path)), re.MULTILINE)
+        wrong += [(path.name, heading) for heading in set(headings) if headings.count(heading) > 1]
+    assert not wrong
+
+
 def test_make_targets_named_in_texts_exist() -> None:
     targets = set(re.findall(r"^([\w-]+):(?!=)", read(ROOT / "Makefile"), re.MULTILINE))
     assert "test" in targets
