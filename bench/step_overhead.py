@@ -5,8 +5,9 @@ with the learning rate at 0, so that every run of a seed rolls out the same cand
     python -m bench.step_overhead --model smollm2
     python -m bench.step_overhead --model 1.5b --dtype bfloat16 --completion_tokens 512     # random weights, a GPU
 
-All runs are kept alive and take turns, a step each, in an order that rotates: a machine that slows down meets all
-alike.
+All runs are kept alive and take turns, a step each. Within as many rounds as there are rows (twice as many, where
+their number is odd), each row takes every place once, and comes after every other row equally often: neither a machine
+that slows down nor what a step leaves behind in memory always meets the same row.
 
 "GRPO" is TRL's as it stands: rollout and loss read a prompt once per completion, and the loss reads padding. GCPO's
 rollout reads a prompt once for all (`share_prefix`), and its loss is made from hidden states (`fused_loss`) of packed
@@ -148,10 +149,17 @@ def measure(args: argparse.Namespace, variants: dict[str, Variant | None]) -> It
     names = list(runs)
     for number in range(args.steps):
         print(f"round {number + 1} of {args.steps}", flush=True)
-        start = number % len(names)
-        for name in names[start:] + names[:start]:
-            steps[name].append(runs[name].step(number + 1))
+        for k in turns(len(names), number):
+            steps[names[k]].append(runs[names[k]].step(number + 1))
         yield steps
+
+
+def turns(count: int, number: int) -> list[int]:
+    """The order of `count` rows in a round, from 0: a Williams design (Williams, 1949)."""
+    # 0, 1, count - 1, 2, count - 2, ...: the steps from one to the next are all different.
+    zigzag = [(k + 1) // 2 if k % 2 else (count - k // 2) % count for k in range(count)]
+    order = [(k + number) % count for k in zigzag]
+    return order[::-1] if count % 2 and number // count % 2 else order
 
 
 def summarize(steps: Steps, memory: dict[str, dict[str, int]]) -> dict[str, dict[str, Any]]:

@@ -1,9 +1,11 @@
 """The step-overhead benchmark runs, compares like with like, and writes what it prints."""
 
+import itertools
 import json
 import math
 import statistics
 import subprocess
+from collections import Counter
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -103,6 +105,16 @@ def test_rollouts_read_prompts_as_the_benchmark_says(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 14])
+def test_no_row_has_a_place_or_a_predecessor_of_its_own(count):
+    rounds = [step_overhead.turns(count, number) for number in range(count * (2 if count % 2 else 1))]
+    each = 2 if count % 2 else 1
+    places = Counter((row, place) for order in rounds for place, row in enumerate(order))
+    assert set(places.values()) == {each} and len(places) == count**2
+    follows = Counter(pair for order in rounds for pair in itertools.pairwise(order))
+    assert set(follows.values()) <= {each} and len(follows) == count * (count - 1)
+
+
 def test_drawn_lengths_are_those_of_every_row_and_of_the_plan(tmp_path):
     """Candidates end where they are drawn to end, in TRL's rollout and in ours; colliders keep their length."""
     out = tmp_path / "overhead.json"
