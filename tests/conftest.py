@@ -1,6 +1,14 @@
 """Fixtures shared by all tests, and the skipping of tests whose device is absent."""
 
+import os
+
 import pytest
+
+# Before torch is imported; processes that tests start take it over. pytest-xdist's workers share the cores, where
+# threads of one that wait for each other keep the others waiting: with two each, tests of the trainer take over five
+# times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import small_tiles as small
 import torch
 
