@@ -77,15 +77,17 @@ def test_lengths_alone_give_what_a_run_logs(changed: dict[str, Any], loaded: tup
     abilities = abilities_of(config, Architecture.from_config(loaded[0].config))
     planned = count_cycle(config, PlannedScript(config, lengths), abilities).tokens
     kinds = list(TOKENS)
-    # Contexts of a run begin alike by chance, which saves tokens and never costs any, and differs from one processor to
-    # another: at most a sixth is allowed for. Which rows of a batch that saves tokens is chance too.
-    saved_by_chance = {"scored_contexts"} if changed.get("pack_tokens") else set()
+    # Contexts of a run begin alike by chance, which saves tokens, and changes which of them share a row of the loss. It
+    # differs from one processor to another: what `wrong` compares exactly is compared roughly here.
+    by_chance = {"scored_contexts"} if changed.get("pack_tokens") else set()
     if changed.get("causal_policy_context") == "context":
-        saved_by_chance.add("trained")
+        by_chance.add("trained")
         kinds.remove("trained_padding")
     for kind in kinds:
-        assert logged[kind] <= planned[kind], kind
-        assert logged[kind] >= planned[kind] * (5 / 6 if kind in saved_by_chance else 1), kind
+        if kind in by_chance:
+            assert planned[kind] == pytest.approx(logged[kind], rel=1 / 3), kind
+        else:
+            assert planned[kind] == logged[kind], kind
 
 
 @pytest.mark.parametrize("attention", ["full", "parallel"])
