@@ -6,8 +6,8 @@ with the learning rate at 0, so that every run of a seed rolls out the same cand
     python -m bench.step_overhead --model 1.5b --dtype bfloat16 --completion_tokens 512     # random weights, a GPU
 
 All runs are kept alive and take turns, a step each. Within as many rounds as there are rows (twice as many, where
-their number is odd), each row takes every place once, and comes after every other row equally often: neither a machine
-that slows down nor what a step leaves behind in memory always meets the same row.
+their number is odd), each row takes every place, and comes after every other row, equally often: neither a machine that
+slows down nor what a step leaves behind in memory always meets the same row.
 
 "GRPO" is TRL's as it stands: rollout and loss read a prompt once per completion, and the loss reads padding. GCPO's
 rollout reads a prompt once for all (`share_prefix`), and its loss is made from hidden states (`fused_loss`) of packed

@@ -104,7 +104,6 @@ def test_rollouts_read_prompts_as_the_benchmark_says(tmp_path):
     assert list(read) == [step_overhead.SAME_SAVINGS, *only[1:]] and all(rows == [1] for rows in read.values())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 14])
 def test_no_row_has_a_place_or_a_predecessor_of_its_own(count):
     rounds = [step_overhead.turns(count, number) for number in range(count * (2 if count % 2 else 1))]
@@ -115,6 +114,7 @@ def test_no_row_has_a_place_or_a_predecessor_of_its_own(count):
     assert set(follows.values()) <= {each} and len(follows) == count * (count - 1)
 
 
+@pytest.mark.slow
 def test_drawn_lengths_are_those_of_every_row_and_of_the_plan(tmp_path):
     """Candidates end where they are drawn to end, in TRL's rollout and in ours; colliders keep their length."""
     out = tmp_path / "overhead.json"
