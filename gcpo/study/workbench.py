@@ -1,52 +1,31 @@
 """What studies share: a starting model, its prompts, and runs from it, each done once and kept."""
 
-import hashlib
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 import trl
-from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, TrainerCallback
 from trl import GRPOConfig
 
 from gcpo import GCPOConfig, __version__
-from gcpo.demo.settings import Scale
-from gcpo.demo.tiny import TINY_TEMPLATES, save_tiny, tiny_model, tiny_tokenizer, warm_start
-from gcpo.evaluation.rewards import load_rewards
-from gcpo.evaluation.sources import TASK_PREFIX, is_task, load_named
-from gcpo.evaluation.tasks import train_and_held_out
 from gcpo.reports.diagnose import overheads
 from gcpo.run.checkpoints import last_complete_checkpoint
 from gcpo.run.quiet import quiet
 from gcpo.run.records import read_run
 from gcpo.run.redaction import redacted
+from gcpo.study.beds import digest, make_bed
 from gcpo.study.definitions import Arm
-from gcpo.study.rewards import open_ended_reward
+from gcpo.study.scale import StudyScale
 from gcpo.study.trainers import QueryGCPOTrainer, ScaledGRPOTrainer, StudyGCPOTrainer
 
 # One result per line of settings; another layout of the files must not be taken for it.
 _LAYOUT = 1
-
-
-@dataclass(frozen=True)
-class StudyScale(Scale):
-    """
-    How much a study trains and measures, with every seed of `seeds`.
-
-    `model` and `dataset` are those of the demo where they are None; `options` go to every trainer.
-    """
-
-    seeds: tuple[int, ...] = ()
-    model: str | None = None
-    dataset: str | None = None
-    reward: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 class Workbench:
@@ -63,52 +42,19 @@ class Workbench:
         self.scale = scale
         self.folder = folder
         self.tick = tick
-        self.demo = scale.model is None
-        self.train, self.held_out, self.reward = self._load_prompts()
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # The start
-    # -----------------------------------------------------------------------------------------------------------------
-
-    def _load_prompts(self) -> tuple[Dataset, Dataset, Callable[..., list[float]]]:
-        scale = self.scale
-        name = scale.dataset or f"{TASK_PREFIX}spell_backward"
-        sizes = scale.num_train, scale.num_held_out
-        rewards = load_rewards([scale.reward] if scale.reward else None, name, None)
-        if not rewards:
-            raise ValueError("`--reward_funcs` is missing.")
-        if is_task(name):
-            config: dict[str, Any] = {}
-            if self.demo and scale.dataset is None:
-                config = {"min_word_len": 3, "max_word_len": 6}
-            train, held_out = train_and_held_out(name.removeprefix(TASK_PREFIX), *sizes, 0, **config)
-            return train, held_out, rewards[0]
-        splits = load_named(name)
-        rows = splits["train"] if "train" in splits else next(iter(splits.values()))
-        held_out = splits.get("test", rows.select(range(max(0, len(rows) - scale.num_held_out), len(rows))))
-        if "test" not in splits:
-            rows = rows.select(range(len(rows) - len(held_out)))
-        return rows, held_out.select(range(min(scale.num_held_out, len(held_out)))), rewards[0]
+        self.bed = make_bed(scale)
+        self._start: str | None = None
 
     @property
     def start(self) -> str:
         """The model that every run starts from: a folder, or a name on the hub."""
-        if self.scale.model is not None:
-            return self.scale.model
-        made_from = {key: getattr(self.scale, key) for key in ("num_train", "num_held_out", "warm_target")}
-        folder = self.folder / f"start-{_digest({**made_from, 'dataset': self.scale.dataset})}"
-        if not (folder / "tokenizer_config.json").exists():
-            tokenizer = tiny_tokenizer([prompt[-1]["content"] for prompt in self.train["prompt"]])
-            model = tiny_model(tokenizer)
-            with quiet():
-                warm_start(model, tokenizer, self.train, target=self.scale.warm_target, progress=False)
-            save_tiny(model, tokenizer, folder)
-        return str(folder)
+        if self._start is None:
+            self._start = self.bed.start(self.folder)
+        return self._start
 
     def load(self) -> Any:
         """The starting model, in the type it trains in."""
-        dtype = self.scale.options.get("model_init_kwargs", {}).get("dtype", "float32" if self.demo else "auto")
-        return AutoModelForCausalLM.from_pretrained(self.start, dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(self.start, dtype=self.bed.dtype)
 
     # -----------------------------------------------------------------------------------------------------------------
     # A run
@@ -151,7 +97,7 @@ class Workbench:
 
     def fingerprint(self, seed: int) -> str:
         """Of all that a run depends on beside its arm."""
-        return _digest(self._settings(Arm(""), seed))
+        return digest(self._settings(Arm(""), seed))
 
     def done(self, arm: Arm, seed: int) -> bool:
         """Whether `run` has nothing left to do."""
@@ -162,7 +108,7 @@ class Workbench:
         options = self._options(arm, seed, folder)
         reward = self._reward_of(arm)
         common: dict[str, Any] = {
-            "train_dataset": self.train,
+            "train_dataset": self.bed.train,
             "processing_class": AutoTokenizer.from_pretrained(self.start),
         }
         if arm.method == "grpo":
@@ -186,20 +132,18 @@ class Workbench:
     def measure(self, model: Any, arm: Arm, seed: int) -> dict[str, Any]:
         """Score a model on the held-out prompts, sampled at temperature 1 whatever the arm trained with."""
         reward = self._reward_of(arm)
-        result = self.scale.measure(model, self.start, self.held_out, reward, seed, progress=False)
+        result = self.scale.measure(model, self.start, self.bed.held_out, reward, seed, progress=False)
         return {key: getattr(result, key) for key in ("pass_at_1", "mean_score", "num_passed", "prompt_scores")}
 
     def _reward_of(self, arm: Arm) -> Callable[..., list[float]]:
-        return open_ended_reward if arm.open_ended and self.demo else self.reward
+        return self.bed.open_ended if arm.open_ended else self.bed.reward
 
     def _options(self, arm: Arm, seed: int, folder: Path) -> dict[str, Any]:
         scale = self.scale
         options = scale.trainer_options(folder, seed) | scale.causal_options() | {"disable_tqdm": True}
         if not torch.accelerator.is_available():
             options.update(use_cpu=True, bf16=False)
-        if self.demo:
-            options.update(use_cpu=True, bf16=False, gradient_checkpointing=False, **TINY_TEMPLATES)
-        return {**options, **scale.options, **arm.options}
+        return {**options, **self.bed.options, **scale.options, **arm.options}
 
     def _settings(self, arm: Arm, seed: int) -> dict[str, Any]:
         scale = {key: value for key, value in asdict(self.scale).items() if key != "seeds"}
@@ -211,7 +155,7 @@ class Workbench:
         return {"scale": scale, "arm": settings, "seed": seed, "versions": versions}
 
     def _run_folder(self, arm: Arm, seed: int) -> Path:
-        return self.folder / "runs" / f"{arm.method}-seed{seed}-{_digest(self._settings(arm, seed))}"
+        return self.folder / "runs" / f"{arm.method}-seed{seed}-{digest(self._settings(arm, seed))}"
 
 
 def summarize(folder: Path) -> dict[str, float]:
@@ -249,7 +193,3 @@ class _Tick(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.tick()
-
-
-def _digest(settings: Any) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
