@@ -143,11 +143,7 @@ class KLTermsTrainer(AccountedGRPOTrainer):
         """
         if "plain_advantages" not in inputs:  # a rollout that another version's checkpoint held
             return per_token_logps.new_zeros(6, dtype=torch.float32)
-        # Without scores of its own the rollout serves one update alone, at which the policy is what generated.
-        known = [inputs.get("old_per_token_logps"), per_token_logps]
-        if self.args.kl_target == "projection":  # of another target they are not the policy's
-            known.insert(0, inputs.get("query_logps"))
-        policy_logp = next(logp for logp in known if logp is not None)
+        policy_logp = self._generating_logps(inputs, per_token_logps)
         pull = mean_pull(terms, self.args, policy_logp, self._loss_mask(inputs))
         advantages = inputs["plain_advantages"].to(pull.dtype)
         if advantages.dim() > 1:  # of tokens: a sequence's is their mean, as its pull is
@@ -156,6 +152,14 @@ class KLTermsTrainer(AccountedGRPOTrainer):
         kept = pull.isfinite() & advantages.isfinite()
         d, a = pull[kept], advantages[kept]
         return torch.stack([kept.sum().to(d.dtype), *(x.sum() for x in (d, a, d * d, a * a, d * a))])
+
+    def _generating_logps(self, inputs: dict[str, Any], per_token_logps: torch.Tensor) -> torch.Tensor:
+        """log pi_old(y | q) of a micro-batch, (B, T), whatever the second KL term pulls to."""
+        # Without scores of its own the rollout serves one update alone, at which the policy is what generated.
+        known = [inputs.get("old_per_token_logps"), per_token_logps]
+        if self.args.kl_target == "projection":  # of another target they are not the policy's
+            known.insert(0, inputs.get("query_logps"))
+        return next(logp for logp in known if logp is not None)
 
     def _logps_under_contexts(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor | None:
         """log pi_theta under x_i with a gradient of its own, where the second KL has the paper's form."""

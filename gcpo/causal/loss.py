@@ -113,7 +113,22 @@ def mean_pull(
         (B,) without gradient; NaN for rows that are not counted or have no token.
     """
     kept = terms.counted & (mask != 0).any(dim=1)
-    pull = torch.full(kept.shape, torch.nan, device=policy_logp.device)
+    pull = token_pull(terms, options, policy_logp, mask)
+    return torch.where(kept, pull.sum(dim=1) / (mask != 0).sum(dim=1), torch.nan)
+
+
+def token_pull(
+    terms: KLTerms,
+    options: CausalOptions,
+    policy_logp: torch.Tensor,  # (B, T)
+    mask: torch.Tensor,  # (B, T)
+) -> torch.Tensor:
+    """
+    d = log p' - log pi_old(y | q) of every token, (B, T) float32 without gradient; 0 for masked tokens and for those of
+    rows that are not counted. Takes what `mean_pull` takes.
+    """
+    kept = terms.counted & (mask != 0).any(dim=1)
+    pull = torch.zeros(policy_logp.shape, device=policy_logp.device)
     policy_logp, mask = policy_logp.detach()[kept].float(), mask[kept] != 0
     query_logp = policy_logp if terms.query_logp is None else terms.query_logp[kept].float()
     log_target = causal_reference_logprob(
@@ -123,8 +138,7 @@ def mean_pull(
         proj_floor=options.proj_floor,
         floor_at_query=options.kl_clip is not None,
     )
-    difference = torch.where(mask, log_target - policy_logp, 0.0)
-    pull[kept] = difference.sum(dim=1) / mask.sum(dim=1)
+    pull[kept] = torch.where(mask, log_target - policy_logp, 0.0)
     return pull
 
 

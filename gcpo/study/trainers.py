@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from gcpo import GCPOTrainer
 from gcpo.causal import CausalTerms, Rollout
 from gcpo.run.meter import AccountedGRPOTrainer
+from gcpo.study.diagnostics import DiagnosedGCPOTrainer
 
 
 class _Distinct:
@@ -44,7 +44,7 @@ class ScaledGRPOTrainer(_Distinct, AccountedGRPOTrainer):
         return output
 
 
-class StudyGCPOTrainer(_Distinct, GCPOTrainer):
+class StudyGCPOTrainer(_Distinct, DiagnosedGCPOTrainer):
     """GCPO as studies train it."""
 
 

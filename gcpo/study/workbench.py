@@ -21,11 +21,12 @@ from gcpo.run.records import read_run
 from gcpo.run.redaction import redacted
 from gcpo.study.beds import digest, make_bed
 from gcpo.study.definitions import Arm
+from gcpo.study.diagnostics import diagnosed
 from gcpo.study.scale import StudyScale
 from gcpo.study.trainers import QueryGCPOTrainer, ScaledGRPOTrainer, StudyGCPOTrainer
 
 # One result per line of settings; another layout of the files must not be taken for it.
-_LAYOUT = 1
+_LAYOUT = 2
 
 
 class Workbench:
@@ -161,17 +162,21 @@ class Workbench:
 def summarize(folder: Path) -> dict[str, float]:
     """
     What tables show of a run: means over the steps of its log's second half; of the reward, over its last ten steps;
-    of the time of a step and its ratio to GRPO's part, medians.
+    of the time of a step and its ratio to GRPO's part, medians; and over all steps, what `diagnosed` finds.
     """
     run = read_run(folder)
     means = {
         "upsilon_mean": "gcpo/upsilon/mean",
         "upsilon_std": "gcpo/upsilon/std",
+        "unit_std": "gcpo/upsilon/unit_std",
         "ended_mean": "gcpo/upsilon/ended_mean",
         "truncated_mean": "gcpo/upsilon/truncated_mean",
         "norm_ratio": "gcpo/projection/norm_ratio",
         "kl_causal": "gcpo/kl_causal",
+        "kl_causal_correlation": "gcpo/kl_causal_correlation",
+        "causal_clipped": "gcpo/kl_causal_clipped",
         "proj_clamped": "gcpo/proj_clamped",
+        "collider_reward": "gcpo/colliders/reward",
         "kl": "kl",
         "grad_norm": "grad_norm",
         "zero_variance": "frac_reward_zero_std",
@@ -184,7 +189,7 @@ def summarize(folder: Path) -> dict[str, float]:
     found["step_seconds"] = statistics.median(run.values("step_time"))
     if ratios := overheads(run):
         found["overhead"] = statistics.median(ratios)
-    return found
+    return found | diagnosed(run)
 
 
 class _Tick(TrainerCallback):
