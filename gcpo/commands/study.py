@@ -17,12 +17,10 @@ import yaml
 
 from gcpo.run.inputs import argument_errors, check_model
 from gcpo.run.table import show
-from gcpo.study.definitions import NAMES
+from gcpo.study.definitions import NAMES, STUDIES
 from gcpo.study.perform import perform, write
-from gcpo.study.workbench import StudyScale, Workbench
-
-DEMO = StudyScale(steps=32, seeds=(0, 1, 2, 3), num_held_out=256)
-QUICK = StudyScale(steps=20, seeds=(0, 1, 2), warm_target=0.25)
+from gcpo.study.scale import BEDS, PRESETS, SEED_LISTS, StudyScale
+from gcpo.study.workbench import Workbench
 
 
 def run(flags: list[str]) -> int:
@@ -35,11 +33,14 @@ def run(flags: list[str]) -> int:
             raise ValueError(
                 "`--reward_funcs` is missing: with a model of yours, `transfer` needs an open-ended reward."
             )
+        check_arms(args.arms, names)
+        if args.workers < 1:
+            raise ValueError(f"`--workers` must be at least 1, got {args.workers}.")
         args.output_dir.mkdir(parents=True, exist_ok=True)
         bench = Workbench(scale, args.work_dir)
         for name in names:
             began = time.perf_counter()
-            done = perform(name, bench, args.quick)
+            done = perform(name, bench, args.quick, args.arms, args.workers)
             show(done.title, done.cells, done.note)
             write(done, name, bench, args.output_dir, shlex.join(["gcpo", "study", *flags]))
             print(f"{args.output_dir / name}.csv, .md, .png, .json   {time.perf_counter() - began:.0f} s\n")
@@ -52,38 +53,44 @@ def parser() -> argparse.ArgumentParser:
         prog="gcpo study",
         description="Trains several arms from one model, with the same seeds, and tabulates held-out scores and paired "
         "differences with 95%% intervals over seeds. Runs that were done are not done again: the same command goes on "
-        "where it was stopped, and studies share runs. Without --model_name_or_path, the demo's model.",
+        "where it was stopped, and studies share runs. Without --model_name_or_path, a small model of ours: --bed.",
     )
     add = parser.add_argument
     add("study", nargs="+", choices=[*NAMES, "all"], metavar="STUDY", help=f"{', '.join(NAMES)}, or all")
+    add("--bed", choices=BEDS, default="tiny", help="task and starting model: the demo's, or one that integrates")
+    add("--arms", nargs="+", metavar="ARM", help="compare these alone, by the names of the table (default: all)")
+    add("--workers", type=int, default=1, help="processes that share the runs and the CPU's cores (default: 1)")
     add("--quick", action="store_true", help="smaller runs and three seeds: minutes, and wide intervals")
     add("--output_dir", type=Path, default=Path("runs/studies"), help="for tables and plots")
     add("--work_dir", type=Path, default=Path("runs/studies"), help="for the starting model and the runs")
     add("--config", type=Path, help="YAML file of trainer options (GCPOConfig), which every arm gets")
     # The rest are fields of StudyScale.
-    add("--seeds", type=int, nargs="+", help=f"seeds (default: {len(DEMO.seeds)} of them, --quick: {len(QUICK.seeds)})")
-    add("--steps", type=int, help=f"training steps of a run (default: {DEMO.steps}, --quick: {QUICK.steps})")
+    lists = ", ".join(f"{name} ({' '.join(map(str, seeds))})" for name, seeds in SEED_LISTS.items())
+    add("--seeds", nargs="+", help=f"numbers, or the name of a list: {lists} (default: the bed's)")
+    add("--steps", type=int, help="training steps of a run (default, of this and what follows: the bed's)")
     add("--model_name_or_path", dest="model", help="train this model instead of the demo's")
     add("--dataset_name", dest="dataset", help="reasoning_gym:NAME, a path, or a name on the hub (default: the demo's)")
     add("--reward_funcs", dest="reward", help="as in `gcpo train`, one; the task's own for reasoning_gym:NAME")
-    add("--prompts_per_step", type=int, help=f"prompts of a step (default: {DEMO.prompts_per_step})")
-    add("--num_generations", type=int, help=f"candidates per prompt (default: {DEMO.num_generations})")
-    add("--completion_tokens", type=int, help=f"most tokens of a completion (default: {DEMO.completion_tokens})")
-    add("--held_out", dest="num_held_out", type=int, help=f"prompts to measure on (default: {DEMO.num_held_out})")
+    add("--prompts_per_step", type=int, help="prompts of a step")
+    add("--num_generations", type=int, help="candidates per prompt")
+    add("--completion_tokens", type=int, help="most tokens of a completion")
+    add("--held_out", dest="num_held_out", type=int, help="prompts to measure on")
     return parser
 
 
 def make_scale(args: argparse.Namespace) -> StudyScale:
     """How much to do, from the flags."""
     flags = {item.name: getattr(args, item.name, None) for item in fields(StudyScale)}
-    given: dict[str, Any] = {
-        name: tuple(value) if name == "seeds" else value for name, value in flags.items() if value is not None
-    }
+    given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
+    if "seeds" in given:
+        given["seeds"] = parse_seeds(given["seeds"])
     for name, value in given.items():
         if isinstance(value, int) and value < 1:
             raise ValueError(f"`--{'held_out' if name == 'num_held_out' else name}` must be at least 1, got {value}.")
-    scale = replace(QUICK if args.quick else DEMO, **given)
+    scale = replace(PRESETS[args.bed, args.quick], **given)
     if scale.model is not None:
+        if scale.bed != "tiny":
+            raise ValueError("`--bed` has a model of its own: no `--model_name_or_path`.")
         check_model(scale.model)
         if scale.dataset is None:
             raise ValueError("`--dataset_name` is missing: with a model of yours, a study needs its prompts.")
@@ -93,3 +100,21 @@ def make_scale(args: argparse.Namespace) -> StudyScale:
             raise ValueError(f"`--config` must be a YAML file of options, got {type(options).__name__}.")
         scale = replace(scale, options=options)
     return scale
+
+
+def parse_seeds(given: list[str]) -> tuple[int, ...]:
+    """Seeds from numbers, or the name of a list of them."""
+    if len(given) == 1 and given[0] in SEED_LISTS:
+        return SEED_LISTS[given[0]]
+    wanted = f"`--seeds` must be different numbers, 0 or above, or one of {', '.join(SEED_LISTS)}, got"
+    if not all(text.isdecimal() for text in given) or len({int(text) for text in given}) < len(given):
+        raise ValueError(f"{wanted} {' '.join(given)!r}.")
+    return tuple(map(int, given))
+
+
+def check_arms(given: list[str] | None, studies: list[str]) -> None:
+    """Refuse arms that a study does not have, before anything is trained."""
+    if given is not None and "samples" in studies:
+        raise ValueError("`--arms` must not be given for `samples`, which has no arms.")
+    for name in studies if given is not None else []:
+        STUDIES[name].only(given)

@@ -18,7 +18,7 @@ from gcpo.evaluation.sources import TASK_PREFIX, is_task, load_named
 from gcpo.evaluation.tasks import train_and_held_out
 from gcpo.run.quiet import quiet
 from gcpo.study import sums
-from gcpo.study.rewards import open_ended_reward, rising_reward
+from gcpo.study.rewards import open_ended_reward
 from gcpo.study.scale import BEDS, StudyScale
 
 Reward = Callable[..., list[float]]
@@ -46,7 +46,8 @@ class Bed:
     start: Callable[[Path], str] = str
 
 
-ON_CPU = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+# Small models train on a CPU wherever they are. What their colliders are worth is always asked.
+_SMALL = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "log_collider_reward": True}
 
 
 def make_bed(scale: StudyScale) -> Bed:
@@ -71,9 +72,9 @@ def _integrating(scale: StudyScale) -> Bed:
         rows.select(range(scale.num_train)),
         rows.select(range(scale.num_train, len(rows))),
         sums.reward,
-        rising_reward,
+        sums.rising_reward,
         "float32",
-        {**ON_CPU, **sums.OPTIONS},
+        {**_SMALL, **sums.OPTIONS},
         lambda folder: sums.start(folder / "start-integrating"),
     )
 
@@ -95,7 +96,7 @@ def _tiny(scale: StudyScale) -> Bed:
         return str(folder)
 
     reward = _reward(scale, name)
-    return Bed(train, held_out, reward, open_ended_reward, "float32", {**ON_CPU, **TINY_TEMPLATES}, start)
+    return Bed(train, held_out, reward, open_ended_reward, "float32", {**_SMALL, **TINY_TEMPLATES}, start)
 
 
 def _given(scale: StudyScale) -> Bed:

@@ -1,7 +1,7 @@
 """The studies: which runs each compares, with what, and what its table shows beside the score."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -18,6 +18,9 @@ class Arm:
         scaled_by: for GRPO: the arm whose mean Upsilon, step by step and of the same seed, multiplies its advantages.
         open_ended: scored by a programmable reward instead of the task's verifier.
         against: the arm, by name, that a difference is paired with.
+        as_long_as: for GRPO: it draws as many more candidates as make its step as long as that arm's, which the
+            workbench finds out (`Workbench.resolved`).
+        num_seeds: most of a study's seeds that it runs with, the first ones. None: all of them.
     """
 
     name: str
@@ -27,6 +30,8 @@ class Arm:
     scaled_by: "Arm | None" = None
     open_ended: bool = False
     against: str | None = None
+    as_long_as: "Arm | None" = None
+    num_seeds: int | None = None
 
     def settings(self) -> dict[str, Any]:
         """What decides how its runs come out: two arms that agree in it share them."""
@@ -39,6 +44,10 @@ class Arm:
             "open_ended": self.open_ended,
         }
 
+    def seeds_of(self, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        """Those of a study's seeds that it runs with."""
+        return seeds[: self.num_seeds]
+
 
 @dataclass(frozen=True)
 class Study:
@@ -50,12 +59,30 @@ class Study:
         arms: in the order of the table. An arm comes after the one that it is scaled by.
         score: `"pass_at_1"` or `"mean_score"`.
         columns: metrics of the runs to show (see `gcpo.study.workbench.summarize`), with their headings.
+        asks_of_colliders: whether it says first if colliders are better than candidates.
     """
 
     question: str
     arms: tuple[Arm, ...]
     score: str = "pass_at_1"
     columns: Mapping[str, str] = field(default_factory=dict)
+    asks_of_colliders: bool = False
+
+    def only(self, names: Sequence[str] | None) -> "Study":
+        """
+        The study with some of its arms, and those that they are paired with. None: itself.
+
+        Raises:
+            ValueError: it has no arm of that name.
+        """
+        if names is None:
+            return self
+        known = {arm.name: arm for arm in self.arms}
+        for name in names:
+            if name not in known:
+                raise ValueError(f"`--arms` must be of {', '.join(map(repr, known))}, got {name!r}.")
+        wanted = {*names, *(known[name].against for name in names)}
+        return replace(self, arms=tuple(arm for arm in self.arms if arm.name in wanted))
 
 
 GRPO = Arm("GRPO", method="grpo")
@@ -92,12 +119,65 @@ def _cut_off_arms() -> tuple[Arm, ...]:
     return tuple(arms)
 
 
+# Contexts and colliders as texts, and every candidate scored under every context: the paper's, without the savings.
+FULL = {"context_attention": "full", "collider_attention": "full", "num_kl_contexts": None, "kl_fraction": 1.0}
+CLIPPED = {**FULL, "kl_clip": 1.0}
+
+
+def _trial_arms() -> tuple[Arm, ...]:
+    def gcpo(name: str, **options: Any) -> Arm:
+        return Arm(name, options=options, against="GRPO", num_seeds=4)
+
+    return (
+        GRPO,
+        GCPO,
+        Arm("GRPO, as many seconds", method="grpo", as_long_as=GCPO, against="GRPO"),
+        gcpo("paper's reading", estimator="scored", baseline="mean", num_colliders=8, **FULL),
+        gcpo("no weights", estimator="none"),
+        gcpo("no second KL", **NO_KL),
+        Arm("GRPO x mean Upsilon", method="grpo", scaled_by=GCPO, against="GRPO", num_seeds=4),
+        gcpo("weights of mean 1", weight_scale="unit"),
+        gcpo("weights of mean 1, no second KL", weight_scale="unit", **NO_KL),
+        gcpo("c_0 greedy", collider_choice="greedy"),
+        gcpo("c_0 by reward", collider_choice="reward"),
+        gcpo("full contexts", **FULL),
+        gcpo("full colliders", collider_attention="full"),
+        gcpo("full, c_0 greedy", collider_choice="greedy", **CLIPPED),
+        gcpo("full, c_0 by reward", collider_choice="reward", **CLIPPED),
+        gcpo("full, towards the ensemble", kl_target="ensemble", **CLIPPED),
+        gcpo("full, towards a context", kl_target="context", **CLIPPED),
+        gcpo("full, towards that of the best c_0", kl_target="context", collider_choice="reward", **CLIPPED),
+        gcpo(
+            "the same, kappa 0.5, weights of mean 1",
+            kl_target="context",
+            collider_choice="reward",
+            kappa=0.5,
+            weight_scale="unit",
+            **CLIPPED,
+        ),
+    )
+
+
 def _transfer_arms() -> tuple[Arm, ...]:
     grpo, gcpo = Arm("GRPO", method="grpo", open_ended=True), Arm("GCPO", against="GRPO", open_ended=True)
     return grpo, gcpo, _scaled(gcpo, "GRPO x mean Upsilon", open_ended=True)
 
 
 STUDIES: dict[str, Study] = {
+    "trial": Study(
+        "Where could GCPO beat GRPO, and does it?",
+        _trial_arms(),
+        asks_of_colliders=True,
+        columns={
+            "upsilon_reward_correlation": "Upsilon and reward",
+            "push_reward_correlation": "second KL and reward",
+            "push_size": "second KL beside advantages",
+            "collider_gain": "colliders - candidates",
+            "proj_clamped": "clamped",
+            "upsilon_mean": "mean Upsilon",
+            "step_seconds": "s/step",
+        },
+    ),
     "ablation": Study(
         "What do the two parts add, beyond a larger step?",
         (
@@ -167,5 +247,5 @@ STUDIES: dict[str, Study] = {
         columns={**WEIGHT_COLUMNS, "distinct": "distinct candidates", "kl_causal": "causal KL"},
     ),
 }
-# The tenth measures estimators on one rollout and trains nothing: gcpo/study/budget.py.
+# The last one measures estimators on one rollout and trains nothing: gcpo/study/budget.py.
 NAMES = (*STUDIES, "samples")

@@ -2,17 +2,23 @@
 
 import csv
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import multiprocessing
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gcpo.run.machine import environment
 from gcpo.run.progress import progress_bar
+from gcpo.run.quiet import quiet
 from gcpo.run.redaction import redacted
 from gcpo.run.table import markdown
 from gcpo.study import budget, tables
-from gcpo.study.definitions import STUDIES
+from gcpo.study.definitions import STUDIES, Arm, Study
+from gcpo.study.scale import StudyScale
 from gcpo.study.workbench import Workbench
 
 
@@ -26,19 +32,28 @@ class Done:
         cells: its table as text, headings first.
         note: what the table says, and what its numbers are.
         results: of each arm and seed, as JSON takes it.
-        plot: writes its plot to a file.
+        plots: each writes a plot to a file, by what its name has behind the study's.
     """
 
     title: str
     cells: list[list[str]]
     note: str
     results: Any
-    plot: Callable[[Path], None]
+    plots: dict[str, Callable[[Path], None]]
 
 
-def perform(name: str, bench: Workbench, quick: bool) -> Done:
-    """Do what is left of a study. `quick` concerns `samples`, whose grid is not part of the workbench's scale."""
-    return _perform_samples(bench, quick) if name == "samples" else _perform_arms(name, bench)
+def perform(name: str, bench: Workbench, quick: bool, arms: Sequence[str] | None = None, workers: int = 1) -> Done:
+    """
+    Do what is left of a study.
+
+    Args:
+        quick: concerns `samples`, whose grid is not part of the workbench's scale.
+        arms: names of those to compare, with those that they are paired with. None: all of them.
+        workers: processes that share the runs.
+    """
+    if name == "samples":
+        return _perform_samples(bench, quick)
+    return _perform_arms(name, STUDIES[name].only(arms), bench, workers)
 
 
 def _perform_samples(bench: Workbench, quick: bool) -> Done:
@@ -50,44 +65,99 @@ def _perform_samples(bench: Workbench, quick: bool) -> Done:
         f"Elbows: {'; '.join(elbows)}." if elbows else "No curve has an elbow."
     )
     title = "samples: what does a steadier Upsilon cost?"
-    return Done(title, cells, note, measured, lambda path: tables.plot_budgets(path, measured, grid, elbows))
+    return Done(title, cells, note, measured, {"": lambda path: tables.plot_budgets(path, measured, grid, elbows)})
 
 
-def _perform_arms(name: str, bench: Workbench) -> Done:
-    study, scale = STUDIES[name], bench.scale
+def _perform_arms(name: str, study: Study, bench: Workbench, workers: int) -> Done:
+    scale = bench.scale
     title = f"{name}: {study.question}"
-    results: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in study.arms}
-    left = sum(not bench.done(arm, seed) for arm in study.arms for seed in scale.seeds)
-    with progress_bar(left * scale.steps, name, "step", leave=False) as bar:
+    notes = [_prepare(name, study, bench)]
+    study = replace(study, arms=tuple(map(bench.resolved, study.arms)))
+    # Seed by seed: what was interrupted leaves whole pairs.
+    runs = [(arm, seed) for seed in scale.seeds for arm in study.arms if seed in arm.seeds_of(scale.seeds)]
+    left = [(arm, seed) for arm, seed in runs if not bench.done(arm, seed)]
+    with progress_bar(len(left) * scale.steps, name, "step", leave=False) as bar:
+        if workers > 1:
+            _share(left, bench, workers, lambda: bar.update(scale.steps))
         bench.tick = bar.update
-        bar.set_description(f"{name}: starting model")
-        before = bench.before()
-        # Seed by seed: what was interrupted leaves whole pairs.
-        for seed in scale.seeds:
-            for arm in study.arms:
-                bar.set_description(f"{name}: {arm.name}, seed {seed}")
-                results[arm.name].append(bench.run(arm, seed))
+        results: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in study.arms}
+        for arm, seed in runs:
+            bar.set_description(f"{name}: {arm.name}, seed {seed}")
+            results[arm.name].append(bench.run(arm, seed))
     rows = tables.make_rows(study, results)
-    start = before["open_ended" if name == "transfer" else study.score]
-    note = (
-        f"{tables.conclude(rows)} Before training: {start:.3f}. ± are 95% intervals over {len(scale.seeds)} seeds "
-        f"(Student's t) of {scale.steps} steps each, all from one model; other columns are means."
-    )
+    before = bench.before()["open_ended" if name == "transfer" else study.score]
+    counts = sorted({row.score.count for row in rows})
+    notes += [
+        tables.conclude(rows),
+        f"Before training: {before:.3f}.",
+        f"± are 95% intervals over {' or '.join(map(str, counts))} seeds (Student's t) of {scale.steps} steps each, "
+        "all from one model; columns without ± are means.",
+    ]
     # Per-prompt results stay with the runs.
     kept = ("folder", "pass_at_1", "mean_score", "metrics")
     shown = {arm: [{key: result[key] for key in kept} for result in found] for arm, found in results.items()}
     cells = tables.as_cells(study, rows)
-    return Done(title, cells, note, shown, lambda path: tables.plot(path, study, rows, title))
+    plots = {"": lambda path: tables.plot(path, study, rows, title)}
+    if tables.correlations(study, rows):
+        plots["-correlations"] = lambda path: tables.plot_correlations(path, study, rows, title)
+    return Done(title, cells, " ".join(filter(None, notes)), shown, plots)
+
+
+def _prepare(name: str, study: Study, bench: Workbench) -> str:
+    """Make the starting model, and say, before anything is compared, whether its colliders are worth anything."""
+    with quiet():
+        _ = bench.start
+    if not study.asks_of_colliders:
+        return ""
+    texts = []
+    for how, gain in bench.collider_gains().items():
+        better = "better" if gain.mean > 0 else "worse"
+        verdict = better if gain.excludes_zero else "not to be told from"
+        texts.append(f"colliders drawn {how} are {verdict} {'than ' if gain.excludes_zero else ''}candidates ")
+        texts[-1] += f"({gain.mean:+.3f} ± {gain.half_text})"
+    text = f"At the start, {' and '.join(texts)}, over {gain.count} batches of prompts."
+    print(f"{name}: {text}", flush=True)
+    return text
+
+
+def _share(runs: list[tuple[Arm, int]], bench: Workbench, workers: int, tick: Callable[[], None]) -> None:
+    """Do runs in processes of their own. Those that are scaled by another run come after it."""
+    threads = max(1, torch.get_num_threads() // workers)
+    first = [run for run in runs if run[0].scaled_by is None]
+    then = [run for run in runs if run[0].scaled_by is not None]
+    # Fresh processes: forked ones would share the locks of libraries that have threads.
+    with multiprocessing.get_context("spawn").Pool(workers, _begin, (bench.scale, bench.folder, threads)) as pool:
+        for part in (first, then):
+            for _ in pool.imap_unordered(_do, part):
+                tick()
+
+
+_bench: Workbench | None = None  # of a process that does runs
+
+
+def _begin(scale: StudyScale, folder: Path, threads: int) -> None:
+    global _bench
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever waits for this process ends it
+    torch.set_num_threads(threads)
+    _bench = Workbench(scale, folder)
+
+
+def _do(run: tuple[Arm, int]) -> None:
+    assert _bench is not None
+    _bench.run(*run)
 
 
 def write(done: Done, name: str, bench: Workbench, folder: Path, command: str) -> None:
     """Write NAME.csv, NAME.png, NAME.md, which shows the plot beside the table, and NAME.json."""
     command, place = redacted(command), environment()
-    done.plot(folder / f"{name}.png")
+    for suffix, plot in done.plots.items():
+        plot(folder / f"{name}{suffix}.png")
     with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(done.cells)
     note = f"{done.note}\n\n`{command}`, torch {place['torch']}, {place['threads']} CPU threads."
-    lines = [f"# {done.title}", "", *markdown(done.cells), "", note, "", f"![{name}]({name}.png)", ""]
+    lines = [f"# {done.title}", "", *markdown(done.cells), "", note, ""]
+    for suffix in done.plots:
+        lines += [f"![{name}{suffix}]({name}{suffix}.png)", ""]
     (folder / f"{name}.md").write_text("\n".join(lines), encoding="utf-8")
     scale = redacted(asdict(bench.scale))
     summary = {"command": command, "scale": scale, "environment": place, "results": done.results}

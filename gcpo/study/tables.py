@@ -10,6 +10,8 @@ from gcpo.reports.intervals import Interval, elbow, interval
 from gcpo.study.budget import Budget
 from gcpo.study.definitions import Study
 
+# Metrics that are shown with their interval, each a comparison with 0.
+WITH_INTERVALS = ("upsilon_reward_correlation", "push_reward_correlation", "collider_gain")
 SCORES = {"pass_at_1": "pass@1", "mean_score": "score"}
 
 
@@ -40,7 +42,7 @@ def make_rows(study: Study, results: dict[str, list[dict[str, Any]]]) -> list[Ro
         scores = [result[study.score] for result in results[arm.name]]
         row = Row(arm.name, interval(scores))
         if arm.against is not None:
-            others = [result[study.score] for result in results[arm.against]]
+            others = [result[study.score] for result in results[arm.against]][: len(scores)]  # the same seeds
             row.difference = interval([a - b for a, b in zip(scores, others, strict=True)])
             row.against = arm.against
         for key, heading in study.columns.items():
@@ -53,12 +55,21 @@ def make_rows(study: Study, results: dict[str, list[dict[str, Any]]]) -> list[Ro
 
 def as_cells(study: Study, rows: list[Row]) -> list[list[str]]:
     """The table as text, headings first."""
-    headings = list(study.columns.values())
+    varied = len({row.score.count for row in rows}) > 1
+    headings = [*(["seeds"] if varied else []), *study.columns.values()]
     cells = [["arm", f"{SCORES[study.score]}, held out", "difference", "from", *headings]]
     for row in rows:
         gap = row.difference
         difference = "" if gap is None else f"{gap.mean:+.3f} ± {gap.half_text}"
-        metrics = [f"{row.metrics[heading].mean:.3g}" if heading in row.metrics else "" for heading in headings]
+        metrics = [str(row.score.count)] if varied else []
+        for key, heading in study.columns.items():
+            value = row.metrics.get(heading)
+            if value is None:
+                metrics.append("")
+            elif key in WITH_INTERVALS:
+                metrics.append(f"{value.mean:+.3f} ± {value.half_text}")
+            else:
+                metrics.append(f"{value.mean:.3g}")
         cells.append([row.name, str(row.score), difference, row.against, *metrics])
     return cells
 
@@ -68,7 +79,8 @@ def conclude(rows: list[Row]) -> str:
     tested = [(row, row.difference) for row in rows if row.difference is not None]
     apart = [f"{row.name} from {row.against} ({gap.mean:+.3f})" for row, gap in tested if gap.excludes_zero]
     if not apart:
-        return f"None of the {len(tested)} differences can be told from 0 with {rows[0].score.count} seeds."
+        counts = " or ".join(map(str, sorted({row.score.count for row, _ in tested})))
+        return f"None of the {len(tested)} differences can be told from 0 with {counts} seeds."
     return (
         f"{len(apart)} of {len(tested)} differences have an interval that leaves out 0: {'; '.join(apart)}. "
         f"By chance alone one in twenty would."
@@ -111,7 +123,37 @@ def plot(path: Path, study: Study, rows: list[Row], title: str) -> None:
     right.set_xlabel("difference from its pair")
     for axis in (left, right):
         axis.grid(alpha=0.3)
-    figure.suptitle(f"{title}\n95% intervals over {rows[0].score.count} seeds", fontsize="medium")
+    counts = " or ".join(map(str, sorted({row.score.count for row in rows})))
+    figure.suptitle(f"{title}\n95% intervals over {counts} seeds", fontsize="medium")
+    figure.savefig(path, dpi=120)
+
+
+def correlations(study: Study, rows: list[Row]) -> dict[str, list[tuple[str, Interval]]]:
+    """Of each correlation with the reward that a study shows, by its heading: the arms that have it."""
+    found: dict[str, list[tuple[str, Interval]]] = {}
+    for key, heading in study.columns.items():
+        arms = [(row.name, row.metrics[heading]) for row in rows if heading in row.metrics]
+        if key.endswith("_reward_correlation") and arms:
+            found[heading] = arms
+    return found
+
+
+def plot_correlations(path: Path, study: Study, rows: list[Row], title: str) -> None:
+    """Of each arm, the correlations with the reward within groups, with their intervals."""
+    shown = correlations(study, rows)
+    names = [row.name for row in rows if any(row.name == name for arms in shown.values() for name, _ in arms)]
+    figure = Figure(figsize=(11, 0.45 * len(names) + 2.2), layout="constrained")
+    for axis, (heading, arms) in zip(
+        figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown.items(), strict=True
+    ):
+        for name, value in arms:
+            axis.errorbar(value.mean, names.index(name), xerr=value.half, fmt="o", color="tab:blue", capsize=3)
+        axis.axvline(0.0, color="black", linewidth=0.8)
+        axis.set_yticks(range(len(names)), names)
+        axis.set_xlabel(f"correlation within groups: {heading}")
+        axis.grid(alpha=0.3)
+    axis.invert_yaxis()
+    figure.suptitle(f"{title}\nWhat the weights and the second KL favour; 95% intervals over seeds", fontsize="medium")
     figure.savefig(path, dpi=120)
 
 

@@ -1,9 +1,10 @@
 """What studies share: a starting model, its prompts, and runs from it, each done once and kept."""
 
+import itertools
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from trl import GRPOConfig
 
 from gcpo import GCPOConfig, __version__
 from gcpo.reports.diagnose import overheads
+from gcpo.reports.intervals import Interval, interval
 from gcpo.run.checkpoints import last_complete_checkpoint
 from gcpo.run.quiet import quiet
 from gcpo.run.records import read_run
@@ -22,9 +24,13 @@ from gcpo.run.redaction import redacted
 from gcpo.study.beds import digest, make_bed
 from gcpo.study.definitions import Arm
 from gcpo.study.diagnostics import diagnosed
-from gcpo.study.scale import StudyScale
+from gcpo.study.scale import SEED_LISTS, StudyScale
 from gcpo.study.trainers import QueryGCPOTrainer, ScaledGRPOTrainer, StudyGCPOTrainer
 
+# What is found out before arms are compared, with a seed that no table reports.
+TUNING_SEED = SEED_LISTS["tuning"][0]
+COLLIDER_BATCHES = 24
+TIMED_ROUNDS, TIMED_STEPS = 2, 6
 # One result per line of settings; another layout of the files must not be taken for it.
 _LAYOUT = 2
 
@@ -79,9 +85,7 @@ class Workbench:
             result = {**self.measure(trainer.model, arm, seed), "folder": str(folder)}
         result["metrics"] = summarize(folder)
         result["settings"] = redacted(self._settings(arm, seed))
-        partial = result_file.with_suffix(".part")
-        partial.write_text(json.dumps(result, indent=1) + "\n")
-        partial.replace(result_file)  # whole, or not there
+        write_whole(result_file, result)
         return result
 
     def before(self) -> dict[str, float]:
@@ -92,8 +96,60 @@ class Workbench:
                 model = self.load()
                 found = self.measure(model, Arm("before"), 0)
                 found["open_ended"] = self.measure(model, Arm("before", open_ended=True), 0)["mean_score"]
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps({key: found[key] for key in ("pass_at_1", "mean_score", "open_ended")}) + "\n")
+            write_whole(file, {key: found[key] for key in ("pass_at_1", "mean_score", "open_ended")})
+        return json.loads(file.read_text())
+
+    def collider_gains(self) -> dict[str, Interval]:
+        """
+        The mean reward of colliders less that of the candidates that they were shown, before anything is trained, with
+        an interval over batches of prompts: as the options of the bed have them drawn, and after a text that shows the
+        candidates.
+        """
+        file = self.folder / "runs" / f"colliders-{self.fingerprint(TUNING_SEED)}.json"
+        if not file.exists():
+            found = {}
+            for name, options in (("by default", {}), ("after a text", {"collider_attention": "full"})):
+                arm = Arm(name, options={"log_collider_reward": True, **options})
+                with quiet():
+                    trainer = self.trainer(arm, TUNING_SEED, file.parent / "colliders")
+                    trainer.model.train()
+                    batches = itertools.islice(iter(trainer.get_train_dataloader()), COLLIDER_BATCHES)
+                    for batch in batches:
+                        trainer._generate_and_score_completions(batch)
+                logged = trainer._metrics["train"]
+                pairs = zip(logged["gcpo/colliders/reward"], logged["reward"], strict=True)
+                found[name] = [colliders - candidates for colliders, candidates in pairs]
+            write_whole(file, found)
+        return {name: interval(values) for name, values in json.loads(file.read_text()).items()}
+
+    def resolved(self, arm: Arm) -> Arm:
+        """The arm, with the number of candidates that makes its step as long as another's, where it asks for that."""
+        if arm.as_long_as is None:
+            return arm
+        seconds, n = self._seconds_per_step(arm.as_long_as), self.scale.num_generations
+        per_candidate = (seconds["twice"] - seconds["grpo"]) / n
+        more = (seconds["other"] - seconds["grpo"]) / per_candidate if per_candidate > 0 else 0.0
+        count = min(max(round(n + more), n), 4 * n)
+        options = {"num_generations": count, "per_device_train_batch_size": count * self.scale.prompts_per_step}
+        return replace(arm, name=f"{arm.name} (n = {count})", options={**arm.options, **options}, as_long_as=None)
+
+    def _seconds_per_step(self, other: Arm) -> dict[str, float]:
+        """Median seconds of a step: of GRPO, of GRPO with twice the candidates, and of an arm; measured in turn."""
+        name = digest([self._settings(other, TUNING_SEED), torch.get_num_threads()])
+        file = self.folder / "runs" / f"seconds-{name}.json"
+        if not file.exists():
+            n = 2 * self.scale.num_generations
+            twice = {"num_generations": n, "per_device_train_batch_size": n * self.scale.prompts_per_step}
+            arms = {"grpo": Arm("", "grpo"), "twice": Arm("", "grpo", options=twice), "other": other}
+            times: dict[str, list[float]] = {name: [] for name in arms}
+            for _ in range(TIMED_ROUNDS):
+                for name, arm in arms.items():
+                    with quiet():
+                        trainer = self.trainer(arm, TUNING_SEED, file.parent / "seconds", steps=TIMED_STEPS)
+                        trainer.train()
+                    # The first step also allocates.
+                    times[name] += [row["step_time"] for row in trainer.state.log_history if "step_time" in row][1:]
+            write_whole(file, {name: statistics.median(values) for name, values in times.items()})
         return json.loads(file.read_text())
 
     def fingerprint(self, seed: int) -> str:
@@ -104,9 +160,24 @@ class Workbench:
         """Whether `run` has nothing left to do."""
         return (self._run_folder(arm, seed) / "result.json").exists()
 
-    def trainer(self, arm: Arm, seed: int, folder: Path, gcpo_class: type[StudyGCPOTrainer] | None = None) -> Any:
-        """The trainer of an arm, ready to train; where its method is GCPO of `gcpo_class`. None: as the arm says."""
+    def trainer(
+        self,
+        arm: Arm,
+        seed: int,
+        folder: Path,
+        gcpo_class: type[StudyGCPOTrainer] | None = None,
+        steps: int | None = None,
+    ) -> Any:
+        """
+        The trainer of an arm, ready to train.
+
+        Args:
+            gcpo_class: its class where its method is GCPO. None: as the arm says.
+            steps: in place of the scale's.
+        """
         options = self._options(arm, seed, folder)
+        if steps is not None:
+            options["max_steps"] = steps
         reward = self._reward_of(arm)
         common: dict[str, Any] = {
             "train_dataset": self.bed.train,
@@ -198,3 +269,11 @@ class _Tick(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.tick()
+
+
+def write_whole(file: Path, content: Any) -> None:
+    """Write JSON such that the file is there whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".part")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(file)
