@@ -66,7 +66,9 @@ def make_bed(scale: StudyScale) -> Bed:
 
 def _integrating(scale: StudyScale) -> Bed:
     if scale.dataset is not None or scale.reward is not None:
-        raise ValueError("`--bed integrating` has prompts and a reward of its own: no `--dataset_name`.")
+        raise ValueError(
+            "`--bed integrating` has prompts and a reward of its own: no `--dataset_name`, no `--reward_funcs`."
+        )
     rows = sums.dataset(scale.num_train + scale.num_held_out, seed=0)
     return Bed(
         rows.select(range(scale.num_train)),
