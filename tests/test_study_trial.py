@@ -56,9 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """A starting model that is made in a blink, and a reward that it can get."""
-    start = sums.start
     monkeypatch.setattr(sums, "RECIPE", TINY)
-    monkeypatch.setattr(sums, "start", lambda folder: start(folder, TINY))
     monkeypatch.setattr(sums, "reward", share_of_even_digits)
 
 
@@ -390,6 +388,19 @@ def test_workers_do_each_run_once_and_scaled_ones_after_the_others(
     assert then == [("scaled", 0), ("scaled", 1)]
     assert len(ticks) == 5
     assert pools[0].workers == 2 and pools[0].given == (bench.scale, bench.folder, 1)
+
+
+def test_runs_from_another_starting_model_are_not_taken_for_those_from_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its folder was removed, as the message says that refuses it, and the runs beside it were not."""
+    places = set()
+    for recipe in (TINY, replace(TINY, seed=7), replace(TINY, layout=TINY.layout + 1)):
+        monkeypatch.setattr(sums, "RECIPE", recipe)
+        bench = Workbench(SMALL, tmp_path)
+        assert bench._run_folder(GRPO, 0) == Workbench(SMALL, tmp_path)._run_folder(GRPO, 0)
+        places |= {bench._run_folder(GRPO, 0), bench.fingerprint(0)}
+    assert len(places) == 6
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -226,7 +226,8 @@ class Workbench:
         settings = arm.settings()
         settings["options"] = {key: value for key, value in arm.options.items() if value != base[key]}
         versions = {"gcpo": __version__, "torch": torch.__version__, "trl": trl.__version__, "layout": _LAYOUT}
-        return {"scale": scale, "arm": settings, "seed": seed, "versions": versions}
+        start = {} if self.bed.made_from is None else {"start": self.bed.made_from}
+        return {"scale": scale, "arm": settings, "seed": seed, "versions": versions, **start}
 
     def _run_folder(self, arm: Arm, seed: int) -> Path:
         return self.folder / "runs" / f"{arm.method}-seed{seed}-{digest(self._settings(arm, seed))}"
