@@ -116,6 +116,18 @@ def test_a_study_of_one_arm_has_nothing_to_conclude() -> None:
     assert tables.as_cells(study, rows)[1][:3] == ["GRPO", "0.500 ± ?", ""]
 
 
+def test_an_arm_with_fewer_seeds_is_paired_with_those_seeds() -> None:
+    study = Study("?", (GRPO, replace(GCPO, num_seeds=2)))
+    scores = {"GRPO": [0.0, 0.25, 1.0, 0.75], "GCPO": [0.5, 0.5]}
+    results = {name: [{"pass_at_1": score, "metrics": {}} for score in found] for name, found in scores.items()}
+    grpo, gcpo = tables.make_rows(study, results)
+    assert gcpo.difference == interval([0.5, 0.25]) and gcpo.against == "GRPO"
+    assert (grpo.score.count, gcpo.score.count) == (4, 2) and grpo.difference is None
+    cells = tables.as_cells(study, [grpo, gcpo])
+    assert [row[4] for row in cells] == ["seeds", "4", "2"]
+    assert "with 2 seeds" in tables.conclude([grpo, gcpo])
+
+
 def test_seeds_that_tune_are_not_those_that_are_reported() -> None:
     assert not set(SEED_LISTS["tuning"]) & set(SEED_LISTS["reported"])
     assert TUNING_SEED in SEED_LISTS["tuning"]
@@ -429,8 +441,13 @@ def test_runs_from_another_starting_model_are_not_taken_for_those_from_this_one(
     ],
 )
 def test_what_is_not_there_is_refused_before_anything_is_made(
-    flags: list[str], wanted: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    flags: list[str],
+    wanted: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(command, "perform", None)  # is not called
     assert main(["study", *flags, "--output_dir", str(tmp_path), "--work_dir", str(tmp_path)]) == 2
     assert wanted in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
