@@ -17,6 +17,7 @@ from gcpo.commands import study as command
 from gcpo.reports.intervals import elbow, interval
 from gcpo.run.records import read_run
 from gcpo.study import budget, perform, tables, workbench
+from gcpo.study.beds import Bed
 from gcpo.study.definitions import GCPO, GRPO, NAMES, STUDIES, Arm
 from gcpo.study.rewards import open_ended_reward
 from gcpo.study.workbench import Workbench
@@ -87,7 +88,7 @@ def test_the_open_ended_reward() -> None:
 
 
 def test_every_study_pairs_with_an_arm_of_its_own() -> None:
-    assert len(NAMES) == 10
+    assert len(NAMES) == 11
     for name, study in STUDIES.items():
         arms = [arm.name for arm in study.arms]
         assert len(set(arms)) == len(arms), name
@@ -127,7 +128,7 @@ def test_the_baseline_study_pulls_to_what_its_arms_say(folder: Path) -> None:
 def test_a_study_interrupted_and_gone_on_with(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "QUICK", SMALL)
+    monkeypatch.setitem(command.PRESETS, ("tiny", True), SMALL)
     argv = ["study", "ablation", "--quick", "--output_dir", str(folder), "--work_dir", str(folder)]
     run, ran = Workbench.run, []
 
@@ -190,7 +191,7 @@ def test_the_study_of_estimator_budgets(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     grid = [budget.Budget("loo", 4, 1), budget.Budget("loo", 4, 2), budget.Budget("sampled", 4, 2, 1)]
-    monkeypatch.setattr(command, "QUICK", SMALL)
+    monkeypatch.setitem(command.PRESETS, ("tiny", True), SMALL)
     monkeypatch.setattr(budget, "budgets", lambda quick: grid)
     assert main(["study", "samples", "--quick", "--output_dir", str(folder), "--work_dir", str(folder)]) == 0
     measured = json.loads((folder / "samples.json").read_text())["results"]
@@ -217,7 +218,8 @@ def test_wrong_flags(flags: list[str], wanted: str, capsys: pytest.CaptureFixtur
 
 def test_no_secret_of_an_option_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scale = replace(SMALL, options={"model_init_kwargs": {"token": "s3cret", "dtype": "float32"}})
-    monkeypatch.setattr(workbench.Workbench, "_load_prompts", lambda self: (None, None, None))
+    bed = Bed(None, None, open_ended_reward, open_ended_reward, "float32")
+    monkeypatch.setattr(workbench, "make_bed", lambda scale: bed)
     monkeypatch.setattr(
         workbench.Workbench, "trainer", lambda *given: SimpleNamespace(train=lambda **given: None, model=None)
     )

@@ -41,7 +41,7 @@ def share_of_vowels(completions: list[Any], **_: Any) -> list[float]:
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
     bench = Workbench(SMALL, tmp_path_factory.mktemp("studies"))
-    bench.reward = share_of_vowels
+    bench.bed.reward = share_of_vowels
     return bench
 
 

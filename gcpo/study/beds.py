@@ -6,7 +6,7 @@ demo's, `integrating` has a model that was taught to integrate (`gcpo.study.sums
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Bed:
         dtype: that the model trains in.
         options: of every trainer.
         start: makes the starting model in a folder where it is not there yet, and names it as `from_pretrained` wants.
+        made_from: what decides that model beside the scale: runs from another one are not taken for those from it.
     """
 
     train: Dataset
@@ -44,6 +45,7 @@ class Bed:
     dtype: str
     options: dict[str, Any] = field(default_factory=dict)
     start: Callable[[Path], str] = str
+    made_from: dict[str, Any] | None = None
 
 
 # Small models train on a CPU wherever they are. What their colliders are worth is always asked.
@@ -66,7 +68,10 @@ def make_bed(scale: StudyScale) -> Bed:
 
 def _integrating(scale: StudyScale) -> Bed:
     if scale.dataset is not None or scale.reward is not None:
-        raise ValueError("`--bed integrating` has prompts and a reward of its own: no `--dataset_name`.")
+        raise ValueError(
+            "`--bed integrating` has prompts and a reward of its own: no `--dataset_name`, no `--reward_funcs`."
+        )
+    recipe = sums.RECIPE
     rows = sums.dataset(scale.num_train + scale.num_held_out, seed=0)
     return Bed(
         rows.select(range(scale.num_train)),
@@ -75,7 +80,8 @@ def _integrating(scale: StudyScale) -> Bed:
         sums.rising_reward,
         "float32",
         {**_SMALL, **sums.OPTIONS},
-        lambda folder: sums.start(folder / "start-integrating"),
+        lambda folder: sums.start(folder / "start-integrating", recipe),
+        asdict(recipe),
     )
 
 

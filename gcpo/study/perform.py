@@ -75,9 +75,9 @@ def _perform_arms(name: str, study: Study, bench: Workbench, workers: int) -> Do
     study = replace(study, arms=tuple(map(bench.resolved, study.arms)))
     # Seed by seed: what was interrupted leaves whole pairs.
     runs = [(arm, seed) for seed in scale.seeds for arm in study.arms if seed in arm.seeds_of(scale.seeds)]
-    left = [(arm, seed) for arm, seed in runs if not bench.done(arm, seed)]
+    left = bench.left(runs)
     with progress_bar(len(left) * scale.steps, name, "step", leave=False) as bar:
-        if workers > 1:
+        if workers > 1 and left:
             _share(left, bench, workers, lambda: bar.update(scale.steps))
         bench.tick = bar.update
         results: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in study.arms}

@@ -75,8 +75,13 @@ def as_cells(study: Study, rows: list[Row]) -> list[list[str]]:
 
 
 def conclude(rows: list[Row]) -> str:
-    """Which differences an interval over seeds tells from 0, and how many were tested: one in twenty is chance."""
+    """
+    Which differences an interval over seeds tells from 0, and how many were tested: one in twenty is chance. Empty
+    where there are none.
+    """
     tested = [(row, row.difference) for row in rows if row.difference is not None]
+    if not tested:
+        return ""
     apart = [f"{row.name} from {row.against} ({gap.mean:+.3f})" for row, gap in tested if gap.excludes_zero]
     if not apart:
         counts = " or ".join(map(str, sorted({row.score.count for row, _ in tested})))

@@ -114,7 +114,8 @@ class Workbench:
                     trainer = self.trainer(arm, TUNING_SEED, file.parent / "colliders")
                     trainer.model.train()
                     batches = itertools.islice(iter(trainer.get_train_dataloader()), COLLIDER_BATCHES)
-                    for batch in batches:
+                    for number, batch in enumerate(batches):
+                        trainer.state.global_step = number  # the colliders of each batch are draws of their own
                         trainer._generate_and_score_completions(batch)
                 logged = trainer._metrics["train"]
                 pairs = zip(logged["gcpo/colliders/reward"], logged["reward"], strict=True)
@@ -156,9 +157,10 @@ class Workbench:
         """Of all that a run depends on beside its arm."""
         return digest(self._settings(Arm(""), seed))
 
-    def done(self, arm: Arm, seed: int) -> bool:
-        """Whether `run` has nothing left to do."""
-        return (self._run_folder(arm, seed) / "result.json").exists()
+    def left(self, runs: list[tuple[Arm, int]]) -> list[tuple[Arm, int]]:
+        """Of some runs, an arm and a seed each, those that are not done; once where arms mean the same."""
+        by_folder = {self._run_folder(arm, seed): (arm, seed) for arm, seed in runs}
+        return [run for folder, run in by_folder.items() if not (folder / "result.json").exists()]
 
     def trainer(
         self,
@@ -224,7 +226,8 @@ class Workbench:
         settings = arm.settings()
         settings["options"] = {key: value for key, value in arm.options.items() if value != base[key]}
         versions = {"gcpo": __version__, "torch": torch.__version__, "trl": trl.__version__, "layout": _LAYOUT}
-        return {"scale": scale, "arm": settings, "seed": seed, "versions": versions}
+        start = {} if self.bed.made_from is None else {"start": self.bed.made_from}
+        return {"scale": scale, "arm": settings, "seed": seed, "versions": versions, **start}
 
     def _run_folder(self, arm: Arm, seed: int) -> Path:
         return self.folder / "runs" / f"{arm.method}-seed{seed}-{digest(self._settings(arm, seed))}"
