@@ -116,7 +116,7 @@ def verifier(name: str, allow_code: bool = False) -> Callable[..., list[float]]:
     if not allow_code:
         raise ValueError(
             f"{name!r} runs what the model writes. `--allow_code_execution` permits it, in separate processes "
-            "without network or other processes, and with limits of time, memory and files (see docs/studies.md)."
+            "without network or other processes, and with limits of time, memory and files (see docs/commands.md)."
         )
     return code_reward
 

@@ -36,12 +36,14 @@ class Limits:
     length: float = 0.4  # mean length of the last quarter of the steps over that of the first
     cut_off: float = 0.5  # share of completions that reached the length limit
     colliders: float = 0.5  # share of colliders that were cut off or said nothing
+    collider_loss: float = 0.25  # mean reward that colliders lack, of the candidates'
     overhead: float = 4.0  # step time over what GRPO's part of it took
 
 
 Check = Callable[[Run, Limits], Finding | None]
 
 _OWN_PHASES = ("colliders", "collider_rewards", "contexts")  # that GRPO does not have
+_BOTH_REWARDS = ("gcpo/colliders/reward", "reward")
 _MIN_STEPS = 8  # below, a trend, a spike or a mean is noise
 _KL_DEFAULTS = {"collider_choice": "sample", "kl_target": "projection"}
 
@@ -242,6 +244,26 @@ def _colliders(run: Run, limits: Limits) -> Finding | None:
     return Finding("colliders say little", number, change)
 
 
+def _worthless_colliders(run: Run, limits: Limits) -> Finding | None:
+    rows = [row for row in recent(run.log) if all(is_number(row.get(name)) for name in _BOTH_REWARDS)]
+    if len(rows) < _MIN_STEPS:
+        return None
+    gain = interval([row[_BOTH_REWARDS[0]] - row[_BOTH_REWARDS[1]] for row in rows])
+    candidates = statistics.fmean(row[_BOTH_REWARDS[1]] for row in rows)
+    if gain.mean + gain.half >= 0 or gain.mean > -limits.collider_loss * abs(candidates):
+        return None
+    change = (
+        "The integrated answers are worse than what they integrate, so that nothing made from them can help: let them "
+        "be written after a text (`collider_attention='full'`), with more tokens (`collider_max_completion_length`), "
+        "or after a `fusion_prompt_template` that this model follows."
+    )
+    number = (
+        f"colliders are rewarded {gain.mean:+.3f} ± {gain.half_text} beside the candidates' {candidates:.3f} "
+        f"(limit -{limits.collider_loss:.0%})"
+    )
+    return Finding("colliders worse than candidates", number, change)
+
+
 def _overhead(run: Run, limits: Limits) -> Finding | None:
     ratios = overheads(Run(run.name, log=run.log[1:] or run.log))  # the first step warms up
     if not ratios or statistics.median(ratios) <= limits.overhead:
@@ -332,6 +354,7 @@ CHECKS: tuple[Check, ...] = (
         "loss, but not out of the weights.",
     ),
     _colliders,
+    _worthless_colliders,
     _overhead,
     _undefined,
 )
