@@ -3,6 +3,7 @@
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,10 @@ def test_the_rising_reward_is_the_share_of_steps_that_go_up() -> None:
     assert sums.rising_reward(texts, prompts=None) == [1.0, 0.0, 0.0, 5 / 8, 0.0, 0.0, 1 / 8]
 
 
+def test_no_operation_comes_twice_in_a_question() -> None:
+    assert all(len(set(operations)) == len(operations) == sums.OPERANDS for _, operations in problems(200))
+
+
 def test_questions_are_distinct_and_the_same_for_the_same_seed() -> None:
     rows = sums.dataset(200, seed=3)
     assert rows.column_names == ["prompt", "answer"]
@@ -136,44 +141,59 @@ def test_integrating_takes_the_digit_of_most_at_each_step() -> None:
     assert sums.integrate(["1+1=4"]) == "1+1=4"
 
 
-def test_a_solver_slips_as_often_as_its_habits_say_and_to_its_own_digit() -> None:
-    recipe = Recipe(hard_facts=0.4, slips=(0.1, 0.45), other_slips=0.02)
-    solver = Solver(recipe)
-    assert solver.habits == Solver(recipe).habits != Solver(Recipe(seed=1)).habits
-    frequencies = [frequency for frequency, _ in solver.habits.values()]
-    hard = [frequency for frequency in frequencies if frequency != 0.02]
-    assert len(frequencies) == 200 and all(0.1 <= frequency <= 0.45 for frequency in hard)
-    assert abs(len(hard) / 200 - 0.4) < 0.15
-    assert all(error in range(1, 10) for _, error in solver.habits.values())
-
+def test_a_solver_slips_as_often_and_as_far_as_its_habits_say() -> None:
+    solver = Solver(Recipe())
+    assert solver.habits == Solver(Recipe()).habits != Solver(Recipe(seed=1)).habits
+    assert len(solver.habits) == 200
+    # Facts of every kind, of hand: known, shaky (any wrong digit), wrong (one wrong digit).
+    for number, fact in enumerate(solver.habits):
+        solver.habits[fact] = ((0.02, 0), (0.35, 0), (0.7, 1 + number % 9))[number % 3]
     met: Counter[Any] = Counter()
     slipped: Counter[Any] = Counter()
+    errors: Counter[int] = Counter()
     rng = random.Random(0)
     for _ in range(4000):
         first, operations = problem = sums.draw_problem(rng)
         answer = solver.answer(problem, rng)
         x = first
         for operation, digit in zip(operations, answer[4::4], strict=True):
-            right = sums.result(x, operation)
+            off = (int(digit) - sums.result(x, operation)) % 10
             met[x, operation] += 1
-            if int(digit) != right:
+            if off:
                 slipped[x, operation] += 1
-                assert int(digit) == (right + solver.habits[x, operation][1]) % 10
+                error = solver.habits[x, operation][1]
+                assert error in (0, off)
+                errors[off] += not error
             x = int(digit)  # it goes on from there
     for fact, (frequency, _) in solver.habits.items():
         spread = (frequency * (1 - frequency) / met[fact]) ** 0.5
         assert abs(slipped[fact] / met[fact] - frequency) < 4.5 * spread, fact
-    wanted = sum(met[fact] * frequency for fact, (frequency, _) in solver.habits.items())
-    assert sum(slipped.values()) == pytest.approx(wanted, rel=0.05)
+    assert set(errors) == set(range(1, 10)) and max(errors.values()) < 1.3 * min(errors.values())
+
+
+def test_habits_have_the_shares_of_the_recipe() -> None:
+    kinds: Counter[str] = Counter()
+    for seed in range(20):
+        recipe = Recipe(
+            seed=seed, known_slips=0.01, shaky_facts=0.3, shaky_slips=(0.2, 0.4), wrong_facts=0.1, wrong_slips=0.8
+        )
+        for frequency, error in Solver(recipe).habits.values():
+            kind = {0.01: "known", 0.8: "wrong"}.get(frequency, "shaky")
+            kinds[kind] += 1
+            assert (kind == "wrong") == (error in range(1, 10)) and 0 <= error < 10
+            assert kind != "shaky" or 0.2 <= frequency <= 0.4
+    assert kinds["shaky"] / 4000 == pytest.approx(0.3, abs=0.03)
+    assert kinds["wrong"] / 4000 == pytest.approx(0.1, abs=0.02)
 
 
 def test_what_examples_of_each_kind_hold() -> None:
-    solver, rng = Solver(Recipe(hard_facts=1.0, slips=(0.4, 0.45))), random.Random(0)  # candidates often differ
+    recipe = replace(TINY, num_candidates=4, candidate_weight=0.5, known_slips=0.4)  # candidates often differ
+    solver, rng = Solver(recipe), random.Random(0)
     targets: Counter[str] = Counter()
     for _ in range(300):
         for kind in KINDS:
             state = rng.getstate()
-            texts, wanted = zip(*sums.example(kind, solver, rng, 4), strict=True)
+            texts, weights = zip(*sums.example(kind, solver, rng, recipe), strict=True)
             # The same draws again: the question, and the candidates in their order.
             again = random.Random()
             again.setstate(state)
@@ -181,14 +201,14 @@ def test_what_examples_of_each_kind_hold() -> None:
             question = sums.question_of(problem)
             candidates = [solver.answer(problem, again) for _ in range(1 if kind == "plain" else 4)]
             if kind == "plain":
-                assert texts == (question, candidates[0]) and wanted == (False, True)
+                assert texts == (question, candidates[0]) and weights == (0.0, 1.0)
                 continue
             integrated = sums.integrate(candidates)
             shown = candidates if kind == "fusion" else candidates[:-1]
             between = [text for candidate in shown for text in (candidate, "\n\n")][:-1]
             opening, closing = ("[", "]") if kind == "fusion" else ("(", f"){integrated}>")
             assert texts[:-1] == (question + opening, *between, closing)
-            assert wanted == (False, *[text != "\n\n" for text in between], False, True)
+            assert weights == (0.0, *[0.0 if text == "\n\n" else 0.5 for text in between], 0.0, 1.0)
             if kind == "fusion":
                 assert texts[-1] == integrated
             else:
@@ -199,15 +219,16 @@ def test_what_examples_of_each_kind_hold() -> None:
 
 
 def test_gcpo_s_prompts_are_token_for_token_those_that_are_taught() -> None:
-    solver, rng = Solver(TINY), random.Random(0)
+    recipe = replace(TINY, num_candidates=4)
+    solver, rng = Solver(recipe), random.Random(0)
     builder = PromptBuilder(TOKENIZER, CausalOptions(**sums.OPTIONS))
     end = TOKENIZER.eos_token_id
     for _ in range(10):
         for kind in ("fusion", "context"):
-            parts = sums.example(kind, solver, rng, 4)
-            texts = [text for text, _ in parts]
+            texts = [text for text, _ in sums.example(kind, solver, rng, recipe)]
             question = texts[0][:-1]
-            candidates = [[*ids_of(text), end] for text, wanted in parts[:-1] if wanted]
+            candidates = [[*ids_of(text), end] for text in texts[1:-2:2]]
+            assert len(candidates) == (4 if kind == "fusion" else 3)
             taught = ids_of("".join(texts[:-1]))
             if kind == "fusion":
                 assert list(builder.fusion(question, candidates)) == taught
@@ -218,28 +239,28 @@ def test_gcpo_s_prompts_are_token_for_token_those_that_are_taught() -> None:
                 assert list(builder.context(question, candidates, collider)) == taught
 
 
-def test_a_batch_is_examples_with_their_end_and_what_is_to_be_learnt() -> None:
-    """Whatever kinds a step shows: candidates, targets and ends are learnt; questions, brackets and padding are not."""
+def test_a_batch_is_examples_with_their_end_and_weights() -> None:
+    """Whatever kinds a step shows: candidates, targets and ends count; questions, brackets and padding do not."""
     solver, seen = Solver(TINY), set()
     marks = set(TOKENIZER.convert_tokens_to_ids(["[", "]", "(", ")", ">", ":", "\n\n"]))
     for step in range(40):
-        recipe = Recipe(**{**vars(TINY), "steps": 40, "plain_first": 0.1})
-        ids, learnt = sums.batch_of(step, solver, TOKENIZER, recipe)
-        assert ids.shape == learnt.shape and learnt.dtype == torch.bool
+        recipe = replace(TINY, steps=40, plain_first=0.1, candidate_weight=0.25)
+        ids, weights = sums.batch_of(step, solver, TOKENIZER, recipe)
+        assert ids.shape == weights.shape and weights.dtype == torch.float32
         again = sums.batch_of(step, Solver(TINY), TOKENIZER, recipe)
-        assert torch.equal(ids, again[0]) and torch.equal(learnt, again[1])
-        for row, wanted in zip(ids.tolist(), learnt.tolist(), strict=True):
+        assert torch.equal(ids, again[0]) and torch.equal(weights, again[1])
+        for row, found in zip(ids.tolist(), weights.tolist(), strict=True):
             length = row.index(TOKENIZER.eos_token_id) + 1
-            assert not any(wanted[length:]) and wanted[length - 1] and set(row[length:]) <= {TOKENIZER.pad_token_id}
-            row, wanted = row[: length - 1], wanted[: length - 1]
-            text = TOKENIZER.decode(row)
-            assert ids_of(text) == row
+            assert not any(found[length:]) and set(row[length:]) <= {TOKENIZER.pad_token_id}
+            text = TOKENIZER.decode(row[: length - 1])
+            assert ids_of(text) == row[: length - 1]
             kind = "fusion" if "[" in text else "context" if "(" in text else "plain"
             seen.add(kind)
-            question = sums.OPERANDS + 2
-            collider = range(row.index(ids_of(")")[0]), row.index(ids_of(">")[0])) if kind == "context" else ()
-            for place, (token, is_learnt) in enumerate(zip(row, wanted, strict=True)):
-                assert is_learnt == (place >= question and token not in marks and place not in collider), (text, place)
+            target = length - sums.COMPLETION_TOKENS
+            wanted = [0.0 if place < sums.OPERANDS + 2 or row[place] in marks else 0.25 for place in range(target)]
+            if kind == "context":  # the integrated answer that it shows
+                wanted[row.index(*ids_of(")")) :] = [0.0] * (target - row.index(*ids_of(")")))
+            assert found[:length] == [*wanted, *[1.0] * sums.COMPLETION_TOKENS], text
     assert seen == set(KINDS)
     assert not torch.equal(sums.batch_of(0, solver, TOKENIZER, TINY)[0], sums.batch_of(1, solver, TOKENIZER, TINY)[0])
 
@@ -285,7 +306,7 @@ def test_a_starting_model_interrupted_and_gone_on_with_is_bit_for_bit_the_same(
             sums.start(parts, LONGER)
     assert (parts / "part.pt").exists() and not (parts / "recipe.json").exists()
     with pytest.raises(ValueError, match=r"of another one \(seed is 0, not 5\)"):
-        sums.start(parts, Recipe(**{**vars(LONGER), "seed": 5}))
+        sums.start(parts, replace(LONGER, seed=5))
     with monkeypatch.context() as patch:
         taught = interrupt_after(patch, 1000)
         sums.start(parts, LONGER)
@@ -300,14 +321,38 @@ def test_a_starting_model_interrupted_and_gone_on_with_is_bit_for_bit_the_same(
     assert not any(torch.equal(ours[name], untrained[name]) for name in ours)
 
 
+def test_tokens_count_in_the_loss_by_their_weight() -> None:
+    """The step is that of the gradient of the weighted mean over tokens, each predicted from those before it."""
+    model, reference = (sums.make_model(TOKENIZER, TINY) for _ in range(2))
+    ids = torch.tensor([ids_of("7+5=2-6=6"), ids_of("1+1=2+1=3")])
+    weights = torch.tensor([[9.0, 0.0, 1.0, 0.25, 0.0], [9.0, 0.5, 0.0, 0.0, 1.0]])  # nothing predicts the first
+    logp = reference(input_ids=ids).logits.log_softmax(dim=-1)
+    loss = 0.0
+    for row, place in ((0, 2), (0, 3), (1, 1), (1, 4)):
+        loss = loss - weights[row, place] * logp[row, place - 1, ids[row, place]] / 2.75
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+    for one in (model, reference):
+        optimizer = torch.optim.SGD(one.parameters(), lr=0.5)
+        if one is model:
+            sums._teach(model, optimizer, 0.1, ids, weights)
+        else:
+            optimizer.param_groups[0]["lr"] = 0.1
+            optimizer.step()
+    moved = sums.make_model(TOKENIZER, TINY).state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.allclose(value, reference.state_dict()[name], atol=1e-6), name
+    assert any(not torch.allclose(value, moved[name], atol=1e-4) for name, value in model.state_dict().items())
+
+
 def test_a_starting_model_of_another_recipe_is_refused_with_what_differs(tmp_path: Path) -> None:
     sums.start(tmp_path, TINY)
     before = (tmp_path / "model.safetensors").stat().st_mtime_ns
     assert sums.start(tmp_path, TINY) == str(tmp_path)
     assert (tmp_path / "model.safetensors").stat().st_mtime_ns == before  # not made again
-    other = Recipe(**{**vars(TINY), "steps": 5, "slips": (0.2, 0.3)})
-    low, high = TINY.slips
-    wanted = rf"`--work_dir` must hold .*slips is \[{low}, {high}\], not \[0\.2, 0\.3\]; steps is 4, not 5\)"
+    other = replace(TINY, steps=5, shaky_slips=(0.2, 0.3))
+    low, high = TINY.shaky_slips
+    wanted = rf"`--work_dir` must hold .*shaky_slips is \[{low}, {high}\], not \[0\.2, 0\.3\]; steps is 4, not 5\)"
     with pytest.raises(ValueError, match=wanted):
         sums.start(tmp_path, other)
 
@@ -318,5 +363,5 @@ def test_an_untrained_model_is_the_same_for_the_same_seed_and_no_draw_is_taken_f
     one, two = (sums.make_model(TOKENIZER, TINY).state_dict() for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(one[name], two[name]) for name in one)
-    other = sums.make_model(TOKENIZER, Recipe(**{**vars(TINY), "seed": 1})).state_dict()
+    other = sums.make_model(TOKENIZER, replace(TINY, seed=1)).state_dict()
     assert not torch.equal(one["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
