@@ -91,10 +91,8 @@ def test_the_controls_of_the_trial_are_what_they_say() -> None:
     assert TRIAL["no weights"].options == {"estimator": "none"}
     assert TRIAL["no second KL"].options == {"kappa": 0.0}
     assert TRIAL["weights of mean 1"].options == {"weight_scale": "unit"}
-    assert TRIAL["paper's reading"].options["num_colliders"] == 8
     # Those that a conclusion rests on have every seed.
-    every = {name for name, arm in TRIAL.items() if arm.num_seeds is None}
-    assert every == {"GRPO", "GCPO", "GRPO, as many seconds"}
+    assert all(TRIAL[name].num_seeds is None for name in ("GRPO", "GCPO", "GRPO, as many seconds"))
     settings = [arm.settings() for arm in TRIAL.values() if arm.as_long_as is None]
     assert all(settings.count(found) == 1 for found in settings)
 
@@ -102,10 +100,11 @@ def test_the_controls_of_the_trial_are_what_they_say() -> None:
 def test_some_arms_of_a_study_come_with_their_pairs() -> None:
     study = STUDIES["trial"]
     assert study.only(None) is study
-    assert [arm.name for arm in study.only(["no weights", "c_0 greedy"]).arms] == ["GRPO", "no weights", "c_0 greedy"]
+    names = ["no weights", "no second KL"]
+    assert [arm.name for arm in study.only(names).arms] == [name for name in TRIAL if name in ("GRPO", *names)]
     assert [arm.name for arm in study.only(["GRPO"]).arms] == ["GRPO"]
     assert study.only(["GRPO"]).columns == study.columns
-    with pytest.raises(ValueError, match=r"`--arms` must be of 'GRPO', 'GCPO', .*, got 'GCPo'"):
+    with pytest.raises(ValueError, match=r"`--arms` must be of 'GRPO', .*'GCPO', .*, got 'GCPo'"):
         study.only(["GRPO", "GCPo"])
 
 
@@ -423,9 +422,9 @@ def test_runs_from_another_starting_model_are_not_taken_for_those_from_this_one(
 @pytest.mark.parametrize(
     ("flags", "wanted"),
     [
-        (["trial", "--arms", "GRPO", "GCPO 2"], "`--arms` must be of 'GRPO', 'GCPO', "),
+        (["trial", "--arms", "GRPO", "GCPO 2"], "`--arms` must be of 'GRPO', "),
         (["trial", "--arms", "GRPO", "GCPO 2"], "got 'GCPO 2'"),
-        (["ablation", "trial", "--arms", "c_0 greedy"], "'GRPO x mean Upsilon', got 'c_0 greedy'"),
+        (["ablation", "trial", "--arms", "no weights"], "'GRPO x mean Upsilon', got 'no weights'"),
         (["samples", "--arms", "GRPO"], "`--arms` must not be given for `samples`"),
         (["all", "--arms", "GRPO"], "`--arms` must not be given for `samples`"),
         (["trial", "--seeds", "some"], "or one of reported, tuning, got 'some'"),
