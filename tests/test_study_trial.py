@@ -2,9 +2,10 @@
 
 import csv
 import json
-import multiprocessing
+import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -355,21 +356,32 @@ def test_workers_come_to_the_numbers_of_one_and_go_on_with_what_was_interrupted(
 
 
 class InlinePool:
-    """In place of a pool of processes: does everything here, and keeps what it was given."""
+    """In place of a pool of processes: does nothing, and keeps what it was given."""
 
-    def __init__(self, workers: int, begin: Callable[..., None], given: tuple[Any, ...]):
-        self.parts: list[list[tuple[str, int]]] = []
+    def __init__(self, workers: int, context: Any, begin: Callable[..., None], given: tuple[Any, ...]):
         self.workers, self.given = workers, given
+        self.runs: list[tuple[str, int]] = []
 
-    def __enter__(self) -> "InlinePool":
-        return self
+    def submit(self, do: Callable[..., None], arm: Arm, seed: int) -> Future[None]:
+        self.runs.append((arm.name, seed))
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
 
-    def __exit__(self, *exception: Any) -> None:
+    def shutdown(self, **given: bool) -> None:
         pass
 
-    def imap_unordered(self, do: Callable[..., None], runs: list[tuple[Arm, int]]) -> Iterator[None]:
-        self.parts.append([(arm.name, seed) for arm, seed in runs])
-        return iter([None] * len(runs))
+
+class Fatal(Arm):
+    """An arm that ends the process that is to run it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os._exit, (1,)
+
+
+def test_a_worker_that_is_killed_ends_the_study(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`--workers` 1: a process was ended from outside"):
+        perform._share([(Fatal(""), 0)], Workbench(SMALL, tmp_path), 1, lambda: None)
 
 
 def test_workers_do_each_run_once_and_scaled_ones_after_the_others(
@@ -381,7 +393,7 @@ def test_workers_do_each_run_once_and_scaled_ones_after_the_others(
         pools.append(InlinePool(*args))
         return pools[-1]
 
-    monkeypatch.setattr(multiprocessing, "get_context", lambda how: SimpleNamespace(Pool=pool, how=how))
+    monkeypatch.setattr(perform, "ProcessPoolExecutor", pool)
     bench = Workbench(SMALL, tmp_path)
     scaled = Arm("scaled", "grpo", scaled_by=GCPO, against="GRPO")
     # With as little time to fill as this, the arm is GRPO itself.
@@ -394,8 +406,8 @@ def test_workers_do_each_run_once_and_scaled_ones_after_the_others(
     assert len(left) == 5  # GRPO, GCPO and the scaled one of seed 0; GRPO and the scaled one of seed 1
     ticks: list[int] = []
     perform._share(left, bench, 2, lambda: ticks.append(1))
-    ((first, then),) = [pool.parts for pool in pools]
-    assert [seed for name, seed in first if name != "GCPO"] == [0, 1] and ("GCPO", 0) in first and len(first) == 3
+    first, then = pools[0].runs[:3], pools[0].runs[3:]
+    assert [seed for name, seed in first if name != "GCPO"] == [0, 1] and ("GCPO", 0) in first
     assert then == [("scaled", 0), ("scaled", 1)]
     assert len(ticks) == 5
     assert pools[0].workers == 2 and pools[0].given == (bench.scale, bench.folder, 1)

@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     add("--bed", choices=BEDS, default="tiny", help="task and starting model: the demo's, or one that integrates")
     add("--arms", nargs="+", metavar="ARM", help="compare these alone, by the names of the table (default: all)")
     add("--workers", type=int, default=1, help="processes that share the runs and the CPU's cores (default: 1)")
-    add("--quick", action="store_true", help="smaller runs and three seeds: minutes, and wide intervals")
+    add("--quick", action="store_true", help="smaller runs and fewer seeds: minutes, and wide intervals")
     add("--output_dir", type=Path, default=Path("runs/studies"), help="for tables and plots")
     add("--work_dir", type=Path, default=Path("runs/studies"), help="for the starting model and the runs")
     add("--config", type=Path, help="YAML file of trainer options (GCPOConfig), which every arm gets")

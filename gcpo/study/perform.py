@@ -5,6 +5,8 @@ import json
 import multiprocessing
 import signal
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from gcpo.run.machine import environment
 from gcpo.run.progress import progress_bar
 from gcpo.run.quiet import quiet
+from gcpo.run.records import read_run
 from gcpo.run.redaction import redacted
 from gcpo.run.table import markdown
 from gcpo.study import budget, tables
@@ -32,6 +35,7 @@ class Done:
         cells: its table as text, headings first.
         note: what the table says, and what its numbers are.
         results: of each arm and seed, as JSON takes it.
+        seconds: of training, by the runs' logs; 0 for what trains nothing.
         plots: each writes a plot to a file, by what its name has behind the study's.
     """
 
@@ -39,6 +43,7 @@ class Done:
     cells: list[list[str]]
     note: str
     results: Any
+    seconds: float
     plots: dict[str, Callable[[Path], None]]
 
 
@@ -65,7 +70,7 @@ def _perform_samples(bench: Workbench, quick: bool) -> Done:
         f"Elbows: {'; '.join(elbows)}." if elbows else "No curve has an elbow."
     )
     title = "samples: what does a steadier Upsilon cost?"
-    return Done(title, cells, note, measured, {"": lambda path: tables.plot_budgets(path, measured, grid, elbows)})
+    return Done(title, cells, note, measured, 0.0, {"": lambda path: tables.plot_budgets(path, measured, grid, elbows)})
 
 
 def _perform_arms(name: str, study: Study, bench: Workbench, workers: int) -> Done:
@@ -85,6 +90,7 @@ def _perform_arms(name: str, study: Study, bench: Workbench, workers: int) -> Do
             bar.set_description(f"{name}: {arm.name}, seed {seed}")
             results[arm.name].append(bench.run(arm, seed))
     rows = tables.make_rows(study, results)
+    seconds = sum(sum(read_run(result["folder"]).values("step_time")) for found in results.values() for result in found)
     before = bench.before()["open_ended" if name == "transfer" else study.score]
     counts = sorted({row.score.count for row in rows})
     notes += [
@@ -92,6 +98,7 @@ def _perform_arms(name: str, study: Study, bench: Workbench, workers: int) -> Do
         f"Before training: {before:.3f}.",
         f"± are 95% intervals over {' or '.join(map(str, counts))} seeds (Student's t) of {scale.steps} steps each, "
         "all from one model; columns without ± are means.",
+        f"{len(runs)} runs, {seconds:,.0f} s of training.",
     ]
     # Per-prompt results stay with the runs.
     kept = ("folder", "pass_at_1", "mean_score", "metrics")
@@ -100,7 +107,7 @@ def _perform_arms(name: str, study: Study, bench: Workbench, workers: int) -> Do
     plots = {"": lambda path: tables.plot(path, study, rows, title)}
     if tables.correlations(study, rows):
         plots["-correlations"] = lambda path: tables.plot_correlations(path, study, rows, title)
-    return Done(title, cells, " ".join(filter(None, notes)), shown, plots)
+    return Done(title, cells, " ".join(filter(None, notes)), shown, seconds, plots)
 
 
 def _prepare(name: str, study: Study, bench: Workbench) -> str:
@@ -126,10 +133,24 @@ def _share(runs: list[tuple[Arm, int]], bench: Workbench, workers: int, tick: Ca
     first = [run for run in runs if run[0].scaled_by is None]
     then = [run for run in runs if run[0].scaled_by is not None]
     # Fresh processes: forked ones would share the locks of libraries that have threads.
-    with multiprocessing.get_context("spawn").Pool(workers, _begin, (bench.scale, bench.folder, threads)) as pool:
+    context, prepare = multiprocessing.get_context("spawn"), (bench.scale, bench.folder, threads)
+    pool = ProcessPoolExecutor(workers, context, _begin, prepare)
+    try:
         for part in (first, then):
-            for _ in pool.imap_unordered(_do, part):
+            for done in as_completed([pool.submit(_do, *run) for run in part]):
+                done.result()  # raises what the run raised, also that its process is gone
                 tick()
+    except BrokenProcessPool as error:
+        raise ValueError(
+            f"`--workers` {workers}: a process was ended from outside, perhaps for lack of memory. Lower it; the same "
+            "command goes on with the runs that are left."
+        ) from error
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 _bench: Workbench | None = None  # of a process that does runs
@@ -142,9 +163,9 @@ def _begin(scale: StudyScale, folder: Path, threads: int) -> None:
     _bench = Workbench(scale, folder)
 
 
-def _do(run: tuple[Arm, int]) -> None:
+def _do(arm: Arm, seed: int) -> None:
     assert _bench is not None
-    _bench.run(*run)
+    _bench.run(arm, seed)
 
 
 def write(done: Done, name: str, bench: Workbench, folder: Path, command: str) -> None:
@@ -160,5 +181,6 @@ def write(done: Done, name: str, bench: Workbench, folder: Path, command: str) -
         lines += [f"![{name}{suffix}]({name}{suffix}.png)", ""]
     (folder / f"{name}.md").write_text("\n".join(lines), encoding="utf-8")
     scale = redacted(asdict(bench.scale))
-    summary = {"command": command, "scale": scale, "environment": place, "results": done.results}
+    summary = {"command": command, "scale": scale, "environment": place}
+    summary |= {"train_seconds": round(done.seconds), "results": done.results}
     (folder / f"{name}.json").write_text(json.dumps(summary, indent=1) + "\n")

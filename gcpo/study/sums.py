@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gcpo.run.progress import progress_bar
-from gcpo.run.records import text_of
+from gcpo.run.records import text_of, write_whole
 
 OPERANDS = 8
 COMPLETION_TOKENS = 2 * OPERANDS + 2  # the first digit, two tokens per step, the end token
@@ -305,7 +305,7 @@ def start(folder: Path, recipe: Recipe = RECIPE) -> str:
                 part.with_suffix(".new").replace(part)  # whole, or the one before
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    finished.write_text(json.dumps(_as_json(recipe), indent=1) + "\n")
+    write_whole(finished, _as_json(recipe))
     part.unlink(missing_ok=True)
     return str(folder)
 

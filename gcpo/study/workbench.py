@@ -19,10 +19,10 @@ from gcpo.reports.diagnose import overheads
 from gcpo.reports.intervals import Interval, interval
 from gcpo.run.checkpoints import last_complete_checkpoint
 from gcpo.run.quiet import quiet
-from gcpo.run.records import read_run
+from gcpo.run.records import read_run, write_whole
 from gcpo.run.redaction import redacted
 from gcpo.study.beds import digest, make_bed
-from gcpo.study.definitions import Arm
+from gcpo.study.definitions import GRPO, Arm
 from gcpo.study.diagnostics import diagnosed
 from gcpo.study.scale import SEED_LISTS, StudyScale
 from gcpo.study.trainers import QueryGCPOTrainer, ScaledGRPOTrainer, StudyGCPOTrainer
@@ -127,19 +127,23 @@ class Workbench:
         """The arm, with the number of candidates that makes its step as long as another's, where it asks for that."""
         if arm.as_long_as is None:
             return arm
-        seconds, n = self._seconds_per_step(arm.as_long_as), self.scale.num_generations
+        seconds, n = self._seconds_per_step(arm.as_long_as), self._num_generations
         per_candidate = (seconds["twice"] - seconds["grpo"]) / n
         more = (seconds["other"] - seconds["grpo"]) / per_candidate if per_candidate > 0 else 0.0
         count = min(max(round(n + more), n), 4 * n)
         options = {"num_generations": count, "per_device_train_batch_size": count * self.scale.prompts_per_step}
         return replace(arm, name=f"{arm.name} (n = {count})", options={**arm.options, **options}, as_long_as=None)
 
+    @property
+    def _num_generations(self) -> int:
+        return self._options(GRPO, TUNING_SEED, self.folder)["num_generations"]
+
     def _seconds_per_step(self, other: Arm) -> dict[str, float]:
         """Median seconds of a step: of GRPO, of GRPO with twice the candidates, and of an arm; measured in turn."""
         name = digest([self._settings(other, TUNING_SEED), torch.get_num_threads()])
         file = self.folder / "runs" / f"seconds-{name}.json"
         if not file.exists():
-            n = 2 * self.scale.num_generations
+            n = 2 * self._num_generations
             twice = {"num_generations": n, "per_device_train_batch_size": n * self.scale.prompts_per_step}
             arms = {"grpo": Arm("", "grpo"), "twice": Arm("", "grpo", options=twice), "other": other}
             times: dict[str, list[float]] = {name: [] for name in arms}
@@ -272,11 +276,3 @@ class _Tick(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.tick()
-
-
-def write_whole(file: Path, content: Any) -> None:
-    """Write JSON such that the file is there whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".part")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(file)
