@@ -120,40 +120,48 @@ def _cut_off_arms() -> tuple[Arm, ...]:
 
 
 # Contexts and colliders as texts, and every candidate scored under every context: the paper's, without the savings.
-FULL = {"context_attention": "full", "collider_attention": "full", "num_kl_contexts": None, "kl_fraction": 1.0}
-# The same, with a second KL that is felt: at kappa = 0.06 its gradients are a few thousandths of the advantages'. It
-# needs a bound then.
-FELT = {**FULL, "kappa": 1.0, "kl_clip": 1.0}
+TEXTS = {"context_attention": "full", "collider_attention": "full", "num_kl_contexts": None, "kl_fraction": 1.0}
+# The same with a second KL that is felt: at kappa = 0.06 its gradients are a ten thousandth of the advantages' on the
+# bed `integrating`. It needs a bound then. A single context is further from the policy than the projection ever is.
+FELT = {**TEXTS, "kappa": 1.0, "kl_clip": 1.0}
+FELT_5 = {**FELT, "kappa": 5.0}
+FELT_PROJECTION = {**FELT, "kappa": 50.0}
+PARALLEL = {"context_attention": "parallel", "collider_attention": "parallel"}
 
 
 def _trial_arms() -> tuple[Arm, ...]:
-    def gcpo(name: str, **options: Any) -> Arm:
-        return Arm(name, options=options, against="GRPO", num_seeds=4)
+    def gcpo(name: str, num_seeds: int | None = 4, **options: Any) -> Arm:
+        return Arm(name, options=options, against="GRPO", num_seeds=num_seeds)
 
+    best = {"kl_target": "context", "collider_choice": "reward"}
+    faster = {"learning_rate": 4e-4}
     return (
         GRPO,
         Arm("GRPO, as many seconds", method="grpo", as_long_as=GCPO, against="GRPO"),
         GCPO,
-        replace(gcpo("full contexts", **FULL), num_seeds=None),
-        gcpo("paper's reading", estimator="scored", num_colliders=8, **FULL),
+        gcpo("on texts", None, **TEXTS),
+        gcpo("scored, L = n, on texts", estimator="scored", num_colliders=8, **TEXTS),
         gcpo("no weights", estimator="none"),
-        gcpo("no second KL", **NO_KL),
+        gcpo("no second KL, colliders on texts", **NO_KL),
         Arm("GRPO x mean Upsilon", method="grpo", scaled_by=GCPO, against="GRPO", num_seeds=4),
         gcpo("weights of mean 1", weight_scale="unit"),
         gcpo("c_0 greedy", collider_choice="greedy"),
         gcpo("c_0 by reward", collider_choice="reward"),
-        gcpo("full colliders", collider_attention="full"),
-        gcpo("felt: c_0 greedy", collider_choice="greedy", **FELT),
-        gcpo("felt: c_0 by reward", collider_choice="reward", **FELT),
-        gcpo("felt: to the ensemble", kl_target="ensemble", **FELT),
-        gcpo("felt: to one context", kl_target="context", **FELT),
-        gcpo("felt: to the context of the best c_0", kl_target="context", collider_choice="reward", **FELT),
-        gcpo(
-            "the same, kappa = 5, weights of mean 1",
-            kl_target="context",
-            collider_choice="reward",
-            weight_scale="unit",
-            **{**FELT, "kappa": 5.0},
+        gcpo("colliders on texts", collider_attention="full"),
+        gcpo("felt", **FELT_PROJECTION),
+        gcpo("felt, c_0 greedy", collider_choice="greedy", **FELT_PROJECTION),
+        gcpo("felt, c_0 by reward", collider_choice="reward", **FELT_PROJECTION),
+        gcpo("felt, to the ensemble", None, kl_target="ensemble", **FELT),
+        gcpo("felt, to one context", kl_target="context", **FELT),
+        gcpo("felt, to one parallel context", kl_target="context", **{**FELT, **PARALLEL}),
+        gcpo("felt, to the best c_0's context", **best, **FELT),
+        gcpo("felt 5 times, to the best c_0's context, weights of mean 1", weight_scale="unit", **best, **FELT_5),
+        Arm("GRPO, twice the learning rate", method="grpo", options=faster, num_seeds=4),
+        Arm(
+            "on texts, twice the learning rate",
+            options={**TEXTS, **faster},
+            against="GRPO, twice the learning rate",
+            num_seeds=4,
         ),
     )
 
