@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_1samp
 
 from gcpo import GCPOConfig
 from gcpo.cli import main
 from gcpo.commands import study as command
-from gcpo.reports.intervals import elbow, interval
+from gcpo.reports.intervals import elbow, holm, interval
 from gcpo.run.records import read_run
 from gcpo.study import budget, perform, tables, workbench
 from gcpo.study.beds import Bed
@@ -61,6 +62,23 @@ def test_the_half_width_is_that_of_a_table_of_student_s_t() -> None:
         values = [float(k) for k in range(count)]
         wanted = quantile * np.std(values, ddof=1) / math.sqrt(count)
         assert interval(values).half == pytest.approx(wanted, rel=3e-4), count
+
+
+def test_p_values_are_those_of_a_t_test_and_agree_with_the_interval() -> None:
+    rng = np.random.default_rng(1)
+    for count in (2, 4, 10):
+        for values in rng.normal(0.5, 1.0, (200, count)):
+            found = interval(list(values))
+            assert found.p_value == pytest.approx(ttest_1samp(values, 0.0).pvalue, rel=1e-6)
+            assert (found.p_value < 0.05) == found.excludes_zero
+    assert interval([1.0]).p_value == interval([0.5, 0.5]).p_value == 1.0
+
+
+def test_holm_s_correction() -> None:
+    """By hand: 0.01 <= 0.05 / 4 and 0.014 <= 0.05 / 3 hold, 0.03 > 0.05 / 2 does not, nor does what comes after it."""
+    assert holm([0.03, 0.01, 0.04, 0.014]) == [False, True, False, True]
+    assert holm([0.02, 0.03]) == [True, True]  # 0.03 alone is tested at 0.05
+    assert holm([0.5]) == [False] and holm([]) == []
 
 
 def test_the_elbow_of_a_curve() -> None:

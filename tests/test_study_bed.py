@@ -365,3 +365,13 @@ def test_an_untrained_model_is_the_same_for_the_same_seed_and_no_draw_is_taken_f
     assert all(torch.equal(one[name], two[name]) for name in one)
     other = sums.make_model(TOKENIZER, replace(TINY, seed=1)).state_dict()
     assert not torch.equal(one["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "wanted"),
+    [("recipe.json", "[]", "holds a list"), ("recipe.json", "{", ""), ("part.pt", "x", "")],
+)
+def test_a_damaged_starting_model_is_named(name: str, content: str, wanted: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name} is damaged .*{wanted}.*: remove its folder"):
+        sums.start(tmp_path, TINY)

@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
-from gcpo.run.inputs import argument_errors, check_model
+from gcpo.run.inputs import argument_errors, check_model, one_line
 from gcpo.run.table import show
-from gcpo.study.definitions import NAMES, STUDIES
+from gcpo.study.definitions import NAMES, STUDIES, Arm
 from gcpo.study.perform import perform, write
 from gcpo.study.scale import BEDS, PRESETS, SEED_LISTS, StudyScale
 from gcpo.study.workbench import Workbench
@@ -36,8 +36,10 @@ def run(flags: list[str]) -> int:
         check_arms(args.arms, names)
         if args.workers < 1:
             raise ValueError(f"`--workers` must be at least 1, got {args.workers}.")
-        args.output_dir.mkdir(parents=True, exist_ok=True)
         bench = Workbench(scale, args.work_dir)
+        for name in names:
+            bench.check(STUDIES[name].only(args.arms).arms if name in STUDIES else [Arm(name)])
+        args.output_dir.mkdir(parents=True, exist_ok=True)
         for name in names:
             began = time.perf_counter()
             done = perform(name, bench, args.quick, args.arms, args.workers)
@@ -95,21 +97,47 @@ def make_scale(args: argparse.Namespace) -> StudyScale:
         if scale.dataset is None:
             raise ValueError("`--dataset_name` is missing: with a model of yours, a study needs its prompts.")
     if args.config is not None:
-        options = yaml.safe_load(args.config.read_text(encoding="utf-8"))
-        if not isinstance(options, dict):
-            raise ValueError(f"`--config` must be a YAML file of options, got {type(options).__name__}.")
+        options = read_options(args.config)
         scale = replace(scale, options=options)
     return scale
+
+
+# Options that a study sets by itself, run by run, and the flag that changes them.
+_OF_THE_STUDY = {
+    "seed": "--seeds",
+    "output_dir": "--work_dir",
+    "max_steps": "--steps",
+    "num_generations": "--num_generations",
+    "per_device_train_batch_size": "--prompts_per_step",
+    "max_completion_length": "--completion_tokens",
+    "logging_steps": None,
+}
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """Options that every arm gets, from a YAML file."""
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"`--config` must be a YAML file, got {str(path)!r}: {one_line(str(error))}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"`--config` must be a YAML file of options, got {type(options).__name__}.")
+    for name in _OF_THE_STUDY.keys() & options.keys():
+        flag = _OF_THE_STUDY[name]
+        advice = f"use `{flag}`" if flag else "tables need every step"
+        raise ValueError(f"`--config` must not hold {name!r}, which a study sets by itself: {advice}.")
+    return options
 
 
 def parse_seeds(given: list[str]) -> tuple[int, ...]:
     """Seeds from numbers, or the name of a list of them."""
     if len(given) == 1 and given[0] in SEED_LISTS:
         return SEED_LISTS[given[0]]
-    wanted = f"`--seeds` must be different numbers, 0 or above, or one of {', '.join(SEED_LISTS)}, got"
-    if not all(text.isdecimal() for text in given) or len({int(text) for text in given}) < len(given):
+    wanted = f"`--seeds` must be different numbers from 0 to 2**32 - 1, or one of {', '.join(SEED_LISTS)}, got"
+    seeds = tuple(int(text) if text.isdecimal() else -1 for text in given)
+    if not all(0 <= seed < 2**32 for seed in seeds) or len(set(seeds)) < len(seeds):
         raise ValueError(f"{wanted} {' '.join(given)!r}.")
-    return tuple(map(int, given))
+    return seeds
 
 
 def check_arms(given: list[str] | None, studies: list[str]) -> None:

@@ -252,10 +252,10 @@ def _worthless_colliders(run: Run, limits: Limits) -> Finding | None:
     candidates = statistics.fmean(row[_BOTH_REWARDS[1]] for row in rows)
     if gain.mean + gain.half >= 0 or gain.mean > -limits.collider_loss * abs(candidates):
         return None
+    in_text = "" if run.config.get("collider_attention") == "full" else "after a text (`collider_attention='full'`), "
     change = (
-        "The integrated answers are worse than what they integrate, so that nothing made from them can help: let them "
-        "be written after a text (`collider_attention='full'`), with more tokens (`collider_max_completion_length`), "
-        "or after a `fusion_prompt_template` that this model follows."
+        f"The integrated answers are worse than what they integrate: let them be written {in_text}with more tokens "
+        "(`collider_max_completion_length`), or after a `fusion_prompt_template` that this model follows."
     )
     number = (
         f"colliders are rewarded {gain.mean:+.3f} ± {gain.half_text} beside the candidates' {candidates:.3f} "

@@ -1,4 +1,4 @@
-"""Means with their confidence intervals, and the elbow of a curve."""
+"""Means with their confidence intervals, tests of several of them, and the elbow of a curve."""
 
 import math
 import statistics
@@ -28,6 +28,14 @@ class Interval:
         """Whether 0 lies outside of it. Values that are all the same give no spread to judge by: then not."""
         return math.isfinite(self.half) and abs(self.mean) > self.half > 0
 
+    @property
+    def p_value(self) -> float:
+        """Of a two-sided t test that the mean is 0; 1 where there is no spread to judge by."""
+        if not (math.isfinite(self.half) and self.half > 0):
+            return 1.0
+        quantile = float(t.ppf(0.975, self.count - 1))
+        return 2 * float(t.sf(abs(self.mean) / self.half * quantile, self.count - 1))
+
 
 def interval(values: Sequence[float]) -> Interval:
     """
@@ -43,6 +51,16 @@ def interval(values: Sequence[float]) -> Interval:
         return Interval(values[0], math.nan, 1)
     quantile = float(t.ppf(0.975, count - 1))
     return Interval(statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(count), count)
+
+
+def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
+    """Which of several tests hold together at a level (Holm 1979): the smallest p against level / their number."""
+    order, holds = sorted(range(len(p_values)), key=lambda k: p_values[k]), [False] * len(p_values)
+    for place, k in enumerate(order):
+        if p_values[k] > level / (len(p_values) - place):
+            break
+        holds[k] = True
+    return holds
 
 
 def elbow(x: Sequence[float], y: Sequence[float]) -> int | None:

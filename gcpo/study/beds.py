@@ -35,6 +35,7 @@ class Bed:
         dtype: that the model trains in.
         options: of every trainer.
         start: makes the starting model in a folder where it is not there yet, and names it as `from_pretrained` wants.
+        shortest: tokens below which no completion can be right.
         made_from: what decides that model beside the scale: runs from another one are not taken for those from it.
     """
 
@@ -45,6 +46,7 @@ class Bed:
     dtype: str
     options: dict[str, Any] = field(default_factory=dict)
     start: Callable[[Path], str] = str
+    shortest: int = 1
     made_from: dict[str, Any] | None = None
 
 
@@ -81,6 +83,7 @@ def _integrating(scale: StudyScale) -> Bed:
         "float32",
         {**_SMALL, **sums.OPTIONS},
         lambda folder: sums.start(folder / "start-integrating", recipe),
+        sums.COMPLETION_TOKENS,
         asdict(recipe),
     )
 

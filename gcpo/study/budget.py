@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from gcpo.run.quiet import quiet
+from gcpo.run.records import write_whole
 from gcpo.study.definitions import NO_KL, Arm
 from gcpo.study.trainers import RepeatingTrainer
 from gcpo.study.workbench import Workbench
@@ -84,8 +85,7 @@ def measure(bench: Workbench, seed: int, quick: bool, tick: Callable[[], None]) 
         for budget, (upsilon, seconds) in draws.items():
             error = (upsilon - reference).square().mean().sqrt()
             found[budget.name] = asdict(Measured(float(upsilon.var(dim=0).mean()), float(error), seconds))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(found, indent=1) + "\n")
+    write_whole(file, found)
     return found
 
 

@@ -1,5 +1,6 @@
 """The studies: which runs each compares, with what, and what its table shows beside the score."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -78,6 +79,7 @@ class Study:
         if names is None:
             return self
         known = {arm.name: arm for arm in self.arms}
+        names = [re.sub(r" \(n = \d+\)$", "", name) for name in names]  # as the table has those that are resolved
         for name in names:
             if name not in known:
                 raise ValueError(f"`--arms` must be of {', '.join(map(repr, known))}, got {name!r}.")
@@ -87,7 +89,7 @@ class Study:
 
 GRPO = Arm("GRPO", method="grpo")
 GCPO = Arm("GCPO", against="GRPO")
-NO_KL = {"kappa": 0.0}
+NO_KL: dict[str, Any] = {"kappa": 0.0}
 WEIGHT_COLUMNS = {"upsilon_mean": "mean Upsilon", "upsilon_std": "std Upsilon"}
 
 
@@ -120,21 +122,26 @@ def _cut_off_arms() -> tuple[Arm, ...]:
 
 
 # Contexts and colliders as texts, and every candidate scored under every context: the paper's, without the savings.
-TEXTS = {"context_attention": "full", "collider_attention": "full", "num_kl_contexts": None, "kl_fraction": 1.0}
+TEXTS: dict[str, Any] = {
+    "context_attention": "full",
+    "collider_attention": "full",
+    "num_kl_contexts": None,
+    "kl_fraction": 1.0,
+}
 # The same with a second KL that is felt: at kappa = 0.06 its gradients are a ten thousandth of the advantages' on the
 # bed `integrating`. It needs a bound then. A single context is further from the policy than the projection ever is.
-FELT = {**TEXTS, "kappa": 1.0, "kl_clip": 1.0}
-FELT_5 = {**FELT, "kappa": 5.0}
-FELT_PROJECTION = {**FELT, "kappa": 50.0}
-PARALLEL = {"context_attention": "parallel", "collider_attention": "parallel"}
+FELT: dict[str, Any] = {**TEXTS, "kappa": 1.0, "kl_clip": 1.0}
+FELT_5: dict[str, Any] = {**FELT, "kappa": 5.0}
+FELT_PROJECTION: dict[str, Any] = {**FELT, "kappa": 50.0}
+PARALLEL: dict[str, Any] = {"context_attention": "parallel", "collider_attention": "parallel"}
 
 
 def _trial_arms() -> tuple[Arm, ...]:
     def gcpo(name: str, num_seeds: int | None = 4, **options: Any) -> Arm:
         return Arm(name, options=options, against="GRPO", num_seeds=num_seeds)
 
-    best = {"kl_target": "context", "collider_choice": "reward"}
-    faster = {"learning_rate": 4e-4}
+    best: dict[str, Any] = {"kl_target": "context", "collider_choice": "reward"}
+    faster: dict[str, Any] = {"learning_rate": 4e-4}
     return (
         GRPO,
         Arm("GRPO, as many seconds", method="grpo", as_long_as=GCPO, against="GRPO"),

@@ -3,7 +3,9 @@
 import csv
 import json
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -92,11 +94,10 @@ def _perform_arms(name: str, study: Study, bench: Workbench, workers: int) -> Do
     rows = tables.make_rows(study, results)
     seconds = sum(sum(read_run(result["folder"]).values("step_time")) for found in results.values() for result in found)
     before = bench.before()["open_ended" if name == "transfer" else study.score]
-    counts = sorted({row.score.count for row in rows})
     notes += [
         tables.conclude(rows),
         f"Before training: {before:.3f}.",
-        f"± are 95% intervals over {' or '.join(map(str, counts))} seeds (Student's t) of {scale.steps} steps each, "
+        f"± are 95% intervals over {tables.seed_counts(rows)} seeds (Student's t) of {scale.steps} steps each, "
         "all from one model; columns without ± are means.",
         f"{len(runs)} runs, {seconds:,.0f} s of training.",
     ]
@@ -159,8 +160,15 @@ _bench: Workbench | None = None  # of a process that does runs
 def _begin(scale: StudyScale, folder: Path, threads: int) -> None:
     global _bench
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever waits for this process ends it
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     torch.set_num_threads(threads)
     _bench = Workbench(scale, folder)
+
+
+def _end_with(parent: Any) -> None:
+    """End this process when the one that asked for it is gone, however it went."""
+    parent.join()
+    os._exit(1)
 
 
 def _do(arm: Arm, seed: int) -> None:

@@ -5,8 +5,8 @@ A question is a digit and eight digits to add or to subtract, all modulo 10: `7+
 out, `7+5=2-6=6...`, and is right if the last digit is. The model is taught three things, by examples alone:
 
 - to answer as a solver does that knows most of the facts x + y and x - y, is shaky at some, where it slips to any digit
-  with a frequency below one half, and has a few wrong, where it says one wrong digit most of the time. It is right four
-  times out of ten. A vote over its answers is right more often, and training can find out what no vote tells;
+  with a frequency below one half, and has a few wrong, where it says one wrong digit most of the time. About a third of
+  its answers are right, a vote over them is right more often, and training can find out what no vote tells;
 - to integrate: after a fusion prompt it writes, at each step, the digit that most of the candidates have there. Nobody
   tells it what is right: it knows no more than the candidates say;
 - to answer under a context, half of the time with the integrated answer that it is shown, and half of the time with the
@@ -19,6 +19,7 @@ import json
 import random
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +32,7 @@ from tokenizers.models import WordLevel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from gcpo.run.inputs import one_line
 from gcpo.run.progress import progress_bar
 from gcpo.run.records import text_of, write_whole
 
@@ -281,7 +283,7 @@ def start(folder: Path, recipe: Recipe = RECIPE) -> str:
     """
     finished, part = folder / "recipe.json", folder / "part.pt"
     if finished.exists():
-        _check_recipe(folder, json.loads(finished.read_text()), recipe)
+        _check_recipe(folder, _read(finished, lambda: json.loads(finished.read_text())), recipe)
         return str(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
@@ -289,7 +291,7 @@ def start(folder: Path, recipe: Recipe = RECIPE) -> str:
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01, betas=(0.9, 0.95))
     done = 0
     if part.exists():
-        saved = torch.load(part, weights_only=True)
+        saved = _read(part, lambda: torch.load(part, weights_only=True))
         _check_recipe(folder, saved["recipe"], recipe)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -319,6 +321,17 @@ def _teach(model: Any, optimizer: Any, learning_rate: float, ids: torch.Tensor, 
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
+
+
+def _read(file: Path, read: Callable[[], Any]) -> dict[str, Any]:
+    """What a file of a starting model holds; a ValueError that names it where it is damaged."""
+    try:
+        found = read()
+    except Exception as error:  # of many kinds, by what is wrong with the file
+        raise ValueError(f"{file} is damaged ({one_line(str(error))[:100]}): remove its folder.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is damaged (it holds a {type(found).__name__}): remove its folder.")
+    return found
 
 
 def _as_json(recipe: Recipe) -> dict[str, Any]:

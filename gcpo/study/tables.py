@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from gcpo.reports.intervals import Interval, elbow, interval
+from gcpo.reports.intervals import Interval, elbow, holm, interval
 from gcpo.study.budget import Budget
 from gcpo.study.definitions import Study
 
@@ -36,7 +36,7 @@ class Row:
 
 
 def make_rows(study: Study, results: dict[str, list[dict[str, Any]]]) -> list[Row]:
-    """Rows of a study from its results, a list over the same seeds for each arm's name."""
+    """Rows of a study from its results, for each arm's name a list over its seeds: the first ones of the study's."""
     rows = []
     for arm in study.arms:
         scores = [result[study.score] for result in results[arm.name]]
@@ -84,12 +84,18 @@ def conclude(rows: list[Row]) -> str:
         return ""
     apart = [f"{row.name} from {row.against} ({gap.mean:+.3f})" for row, gap in tested if gap.excludes_zero]
     if not apart:
-        counts = " or ".join(map(str, sorted({row.score.count for row, _ in tested})))
-        return f"None of the {len(tested)} differences can be told from 0 with {counts} seeds."
+        return f"None of the {len(tested)} differences can be told from 0 with {seed_counts(rows)} seeds."
+    held = holm([gap.p_value for _, gap in tested])
     return (
         f"{len(apart)} of {len(tested)} differences have an interval that leaves out 0: {'; '.join(apart)}. "
-        f"By chance alone one in twenty would."
+        f"By chance alone one in twenty would; {sum(held)} of them hold after Holm's correction for {len(tested)} "
+        "comparisons."
     )
+
+
+def seed_counts(rows: list[Row]) -> str:
+    """How many seeds arms have, in words."""
+    return " or ".join(map(str, sorted({row.score.count for row in rows})))
 
 
 def budget_cells(results: list[dict[str, dict[str, float]]], grid: list[Budget]) -> tuple[list[list[str]], list[str]]:
@@ -128,8 +134,7 @@ def plot(path: Path, study: Study, rows: list[Row], title: str) -> None:
     right.set_xlabel("difference from its pair")
     for axis in (left, right):
         axis.grid(alpha=0.3)
-    counts = " or ".join(map(str, sorted({row.score.count for row in rows})))
-    figure.suptitle(f"{title}\n95% intervals over {counts} seeds", fontsize="medium")
+    figure.suptitle(f"{title}\n95% intervals over {seed_counts(rows)} seeds", fontsize="medium")
     figure.savefig(path, dpi=120)
 
 

@@ -3,7 +3,7 @@
 import itertools
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,25 @@ class Workbench:
                 found["open_ended"] = self.measure(model, Arm("before", open_ended=True), 0)["mean_score"]
             write_whole(file, {key: found[key] for key in ("pass_at_1", "mean_score", "open_ended")})
         return json.loads(file.read_text())
+
+    def check(self, arms: Iterable[Arm]) -> None:
+        """
+        Refuse what could not be trained, before a starting model is made.
+
+        Raises:
+            ValueError, TypeError: an option is refused, or cuts off every completion that could be right.
+        """
+        for arm in arms:
+            options = self._options(arm, 0, self.folder)
+            with quiet():
+                GCPOConfig(**options)
+            most = options["max_completion_length"]
+            if most < self.bed.shortest:
+                whose = f" for {arm.name!r}" if "max_completion_length" in arm.options else ""
+                raise ValueError(
+                    f"Completions must have at least {self.bed.shortest} tokens on `--bed {self.scale.bed}`, as right "
+                    f"answers have, got {most}{whose}."
+                )
 
     def collider_gains(self) -> dict[str, Interval]:
         """
