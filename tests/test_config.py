@@ -104,6 +104,9 @@ def test_the_target_says_how_many_contexts_are_drawn(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "parallel"),
     [
+        ({"kl_target": "context"}, False),
+        ({"kl_target": "ensemble"}, False),
+        ({"kl_target": "context", "context_attention": "parallel"}, True),
         ({}, True),
         ({"kappa": 0.0}, False),
         ({"estimator": "sampled"}, False),

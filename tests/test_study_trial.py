@@ -509,3 +509,11 @@ def test_a_bed_or_a_study_that_is_not_there_is_refused_with_those_that_are(
     assert stopped.value.code == 2
     message = capsys.readouterr().err
     assert "sofa" in message and ("integrating" if "--bed" in flags else "ablation") in message
+
+
+def test_a_worker_ends_with_the_process_that_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[str] = []
+    parent = SimpleNamespace(join=lambda: waited.append("parent"))
+    monkeypatch.setattr(os, "_exit", lambda code: waited.append(f"exit {code}"))
+    perform._end_with(parent)
+    assert waited == ["parent", "exit 1"]

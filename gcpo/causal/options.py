@@ -123,7 +123,9 @@ class CausalOptions:
             `"parallel"`, cheaper, another estimate: candidates and colliders are read once, each attending to q and
             itself, and a copy of y_i attends to q, the other candidates, one collider and itself. Needs what
             `share_prefix` needs, and raises without. `None`: `"parallel"` where the model allows it, but `"full"` with
-            `estimator="sampled"` or `causal_policy_context="context"`, which need the text.
+            `estimator="sampled"` or `causal_policy_context="context"`, which need the text, and with a `kl_target` that
+            pulls to what contexts say: a model that knows texts alone may find the opposite in parallel ones
+            (docs/studies.md).
         num_kl_contexts (`int`, *optional*, defaults to `1`):
             S: score each candidate under x_{i,0} and S others, drawn anew every step, instead of all L - 1. The
             gradient's expectation stays the same (but for the clamp of p'), its variance grows. `None`: all of them,
@@ -204,7 +206,8 @@ class CausalOptions:
         None, "Rows per forward when scoring under contexts. Default: per_device_train_batch_size."
     )
     context_attention: str | None = option(
-        None, "'full', or 'parallel': read each candidate once. None: 'parallel' where possible."
+        None,
+        "'full', or 'parallel': read each candidate once. None: 'parallel' where possible, for kl_target 'projection'.",
     )
     num_kl_contexts: int | None = option(1, "Contexts drawn per candidate beside the first. None: all are scored.")
     kl_fraction: float = option(0.25, "Share of candidates drawn for the second KL term.")
@@ -247,7 +250,8 @@ class CausalOptions:
     def prefers_parallel(self) -> bool:
         """Whether contexts are scored in parallel, if the model can."""
         if self.context_attention is None:
-            return self.scores_contexts and self.estimator != "sampled" and self.causal_policy_context == "query"
+            of_text = self.estimator == "sampled" or self.causal_policy_context == "context"
+            return self.scores_contexts and not of_text and self.kl_target == "projection"
         return self.scores_contexts and self.context_attention == "parallel"
 
     @property
