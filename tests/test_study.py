@@ -36,6 +36,12 @@ SMALL = command.StudyScale(
 )
 
 
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are done here, unless a test asks for workers."""
+    monkeypatch.setattr(command, "default_workers", lambda scale: 1)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Kept between tests: they share a starting model and runs."""

@@ -48,6 +48,12 @@ def share_of_even_digits(completions: list[Any], **_: Any) -> list[float]:
     return [sum(letter in "02468" for letter in text) / max(len(text), 1) for text in texts]
 
 
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are done here, unless a test asks for workers."""
+    monkeypatch.setattr(command, "default_workers", lambda scale: 1)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Kept between tests: they share a starting model and runs."""

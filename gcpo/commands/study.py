@@ -34,19 +34,25 @@ def run(flags: list[str]) -> int:
                 "`--reward_funcs` is missing: with a model of yours, `transfer` needs an open-ended reward."
             )
         check_arms(args.arms, names)
-        if args.workers < 1:
-            raise ValueError(f"`--workers` must be at least 1, got {args.workers}.")
+        workers = default_workers(scale) if args.workers is None else args.workers
+        if workers < 1:
+            raise ValueError(f"`--workers` must be at least 1, got {workers}.")
         bench = Workbench(scale, args.work_dir)
         for name in names:
             bench.check(STUDIES[name].only(args.arms).arms if name in STUDIES else [Arm(name)])
         args.output_dir.mkdir(parents=True, exist_ok=True)
         for name in names:
             began = time.perf_counter()
-            done = perform(name, bench, args.quick, args.arms, args.workers)
+            done = perform(name, bench, args.quick, args.arms, workers)
             show(done.title, done.cells, done.note)
             write(done, name, bench, args.output_dir, shlex.join(["gcpo", "study", *flags]))
             print(f"{args.output_dir / name}.csv, .md, .png, .json   {time.perf_counter() - began:.0f} s\n")
     return 0
+
+
+def default_workers(scale: StudyScale) -> int:
+    """A process for each core, at most four, where runs are of a small model on a CPU; one for a model of the user's."""
+    return min(4, os.cpu_count() or 1) if scale.model is None else 1
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,7 +67,11 @@ def parser() -> argparse.ArgumentParser:
     add("study", nargs="+", choices=[*NAMES, "all"], metavar="STUDY", help=f"{', '.join(NAMES)}, or all")
     add("--bed", choices=BEDS, default="tiny", help="task and starting model: the demo's, or one that integrates")
     add("--arms", nargs="+", metavar="ARM", help="compare these alone, by the names of the table (default: all)")
-    add("--workers", type=int, default=1, help="processes that share the runs and the CPU's cores (default: 1)")
+    add(
+        "--workers",
+        type=int,
+        help="processes that share runs and cores (default: a core each, at most 4; 1 with --model)",
+    )
     add("--quick", action="store_true", help="smaller runs and fewer seeds: minutes, and wide intervals")
     add("--output_dir", type=Path, default=Path("runs/studies"), help="for tables and plots")
     add("--work_dir", type=Path, default=Path("runs/studies"), help="for the starting model and the runs")

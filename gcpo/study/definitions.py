@@ -155,6 +155,7 @@ def _trial_arms() -> tuple[Arm, ...]:
         gcpo("c_0 greedy", collider_choice="greedy"),
         gcpo("c_0 by reward", collider_choice="reward"),
         gcpo("colliders on texts", collider_attention="full"),
+        gcpo("kl_clip = 1", kl_clip=1.0),
         gcpo("felt", **FELT_PROJECTION),
         gcpo("felt, c_0 greedy", collider_choice="greedy", **FELT_PROJECTION),
         gcpo("felt, c_0 by reward", collider_choice="reward", **FELT_PROJECTION),

@@ -40,6 +40,6 @@ PRESETS = {
     ("tiny", False): _TINY,
     ("tiny", True): replace(_TINY, steps=20, seeds=(0, 1, 2), warm_target=0.25),
     ("integrating", False): _INTEGRATING,
-    ("integrating", True): replace(_INTEGRATING, steps=16, seeds=(0, 1), num_held_out=256),
+    ("integrating", True): replace(_INTEGRATING, steps=10, seeds=(0, 1), num_held_out=128),
 }
 BEDS = tuple(dict.fromkeys(bed for bed, _ in PRESETS))
