@@ -28,6 +28,7 @@ OPTIONS = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 KERNELS = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
 FINDINGS = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
+COMMANDS = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "bench" / "results" / "cpu"
 STUDIES = ROOT / "docs" / "results" / "studies"
 FOLDERS = ("bench/results/", "docs/results/")  # where results are kept
@@ -268,7 +269,7 @@ def test_step_overhead(section: str, file: str) -> None:
 def test_the_readmes_table() -> None:
     """Seconds of a step from their files, pass@1 from the demo's table."""
     score, *steps = table_with(README, "GRPO", "GCPO")
-    (shown,) = [row for row in table_with(FINDINGS, "before", "GRPO", "GCPO") if row[""] == "pass@1, held out"]
+    (shown,) = [row for row in table_with(COMMANDS, "before", "GRPO", "GCPO") if row[""] == "pass@1, held out"]
     assert (score["GRPO"], score["GCPO"]) == (shown["GRPO"], shown["GCPO"]) and shown["before"] in score[""]
     shown = (("32 tokens", "", "GRPO"), ("512 tokens", "_512", "GRPO"), ("same savings", "_512", "GRPO, same savings"))
     for row, (words, file, other) in zip(steps, shown, strict=True):
@@ -406,14 +407,25 @@ def test_the_ablation_is_that_of_its_file() -> None:
     assert [tuple(row.values()) for row in shown] == kept
 
 
+def test_the_trial_is_that_of_its_file() -> None:
+    shown = table_with(FINDINGS, "arm", "seeds", "Upsilon and reward")
+    kept = study("integrating/trial")
+    assert len(shown) == len(kept)
+    for row, other in zip(shown, kept, strict=True):
+        for column, cell in row.items():
+            assert cell == other[{"pass@1": "pass@1, held out", "s/step": "s/step"}.get(column, column)], row["arm"]
+
+
 def test_comparisons_are_counted_right() -> None:
-    """Those that several studies share count once; so says every text that gives the number."""
+    """Those that several studies of one bed share count once; so says every text that gives a number."""
     rows = [row for path in STUDIES.glob("*.csv") for row in study(path.stem) if row.get("difference")]
     found = {tuple(row.values())[1:3] for row in rows}  # score and difference
     differences = [[float(part) for part in shown.split(" ± ")] for _, shown in found]
     assert [mean for mean, width in differences if abs(mean) > width] == [-0.030]
+    trial = sum(bool(row["difference"]) for row in study("integrating/trial"))
     texts = (README, FINDINGS, (ROOT / "docs" / "faq.md").read_text(encoding="utf-8"))
-    assert [re.findall(r"(\d+) (?:different )?comparisons", text) for text in texts] == [[str(len(found))]] * 3
+    numbers = [re.findall(r"(\d+) (?:different )?comparisons", text) for text in texts]
+    assert numbers == [[str(trial)], [str(trial), str(len(found))], [str(trial), str(len(found))]]
 
 
 def test_floors_are_arithmetic() -> None:

@@ -51,7 +51,7 @@ def run(flags: list[str]) -> int:
 
 
 def default_workers(scale: StudyScale) -> int:
-    """A process for each core, at most four, where runs are of a small model on a CPU; one for a model of the user's."""
+    """A process for each core, at most four, where runs are of a small model of ours; one for a model of the user's."""
     return min(4, os.cpu_count() or 1) if scale.model is None else 1
 
 

@@ -163,7 +163,7 @@ def _trial_arms() -> tuple[Arm, ...]:
         gcpo("felt, to one context", kl_target="context", **FELT),
         gcpo("felt, to one parallel context", kl_target="context", **{**FELT, **PARALLEL}),
         gcpo("felt, to the best c_0's context", **best, **FELT),
-        gcpo("felt 5 times, to the best c_0's context, weights of mean 1", weight_scale="unit", **best, **FELT_5),
+        gcpo("felt 5 times, best c_0's context, mean 1", weight_scale="unit", **best, **FELT_5),
         Arm("GRPO, twice the learning rate", method="grpo", options=faster, num_seeds=4),
         Arm(
             "on texts, twice the learning rate",

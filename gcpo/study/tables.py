@@ -88,8 +88,8 @@ def conclude(rows: list[Row]) -> str:
     held = holm([gap.p_value for _, gap in tested])
     return (
         f"{len(apart)} of {len(tested)} differences have an interval that leaves out 0: {'; '.join(apart)}. "
-        f"By chance alone one in twenty would; {sum(held)} of them hold after Holm's correction for {len(tested)} "
-        "comparisons."
+        f"By chance alone one in twenty would. After Holm's correction for {len(tested)} comparisons, {sum(held)} of "
+        f"them {'remains' if sum(held) == 1 else 'remain'}."
     )
 
 
@@ -160,7 +160,7 @@ def plot_correlations(path: Path, study: Study, rows: list[Row], title: str) -> 
             axis.errorbar(value.mean, names.index(name), xerr=value.half, fmt="o", color="tab:blue", capsize=3)
         axis.axvline(0.0, color="black", linewidth=0.8)
         axis.set_yticks(range(len(names)), names)
-        axis.set_xlabel(f"correlation within groups: {heading}")
+        axis.set_xlabel(f"correlation within groups:\n{heading}")
         axis.grid(alpha=0.3)
     axis.invert_yaxis()
     figure.suptitle(f"{title}\nWhat the weights and the second KL favour; 95% intervals over seeds", fontsize="medium")
