@@ -172,6 +172,16 @@ def test_what_is_said_of_a_second_kl_without_signal(config: dict[str, Any], said
     assert "c_0 has a higher reward than the other colliders' mean in 55% of the groups" in finding.number
 
 
+def test_colliders_may_be_a_little_worse_or_worse_by_chance() -> None:
+    assert names(synthetic({"reward": 0.5, "gcpo/colliders/reward": 0.4})) == []
+    by_chance = synthetic({"reward": 0.5})
+    for row in by_chance.log:
+        row["gcpo/colliders/reward"] = 0.0 if row["step"] % 2 else 0.7  # 0.15 less, but for chance
+    assert names(by_chance) == []
+    (finding,) = diagnose(synthetic({"reward": 0.5, "gcpo/colliders/reward": 0.1}, collider_attention="full"))
+    assert "collider_attention" not in finding.change
+
+
 def test_length_collapse_is_a_matter_of_time() -> None:
     run = synthetic()
     for k, row in enumerate(run.log):
@@ -189,6 +199,7 @@ def test_every_check_can_fire() -> None:
         row.update({"frac_reward_zero_std": 1.0, "gcpo/upsilon/near_zero": 1.0, "gcpo/projection/norm_ratio": 0.0})
         row.update({"completions/clipped_ratio": 1.0, "gcpo/kl_clipped": 1.0, "gcpo/seconds/colliders": 1.8})
         row["gcpo/kl_causal_correlation"] = 0.0
+        row.update({"reward": 0.5, "gcpo/colliders/reward": 0.1})
         row["completions/mean_length"] = 40.0 / row["step"]
     wrong.log[-1]["grad_norm"] = 1e4
     assert len(diagnose(wrong)) == len(CHECKS)
