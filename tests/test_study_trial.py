@@ -19,7 +19,7 @@ from gcpo.reports.intervals import interval
 from gcpo.run.records import read_run, text_of
 from gcpo.study import perform, sums, tables, workbench
 from gcpo.study.definitions import GCPO, GRPO, STUDIES, Arm, Study
-from gcpo.study.scale import SEED_LISTS, StudyScale
+from gcpo.study.scale import PRESETS, SEED_LISTS, StudyScale
 from gcpo.study.sums import Recipe
 from gcpo.study.trainers import ScaledGRPOTrainer, StudyGCPOTrainer
 from gcpo.study.workbench import TUNING_SEED, Workbench
@@ -93,10 +93,17 @@ def test_the_controls_of_the_trial_are_what_they_say() -> None:
         "GRPO",
         "GRPO, as many seconds",
         "GRPO x mean Upsilon",
+        "GRPO, twice the learning rate",
     }
-    assert all(arm.against == "GRPO" for name, arm in TRIAL.items() if name != "GRPO")
+    # Each is compared with GRPO at its own learning rate.
+    rates = {name: arm.options.get("learning_rate") for name, arm in TRIAL.items()}
+    assert {name for name, arm in TRIAL.items() if arm.against is None} == {"GRPO", "GRPO, twice the learning rate"}
+    assert all(rates[arm.against] == rates[name] for name, arm in TRIAL.items() if arm.against is not None)
+    assert rates["GRPO, twice the learning rate"] == 2 * PRESETS["integrating", False].learning_rate
     assert TRIAL["no weights"].options == {"estimator": "none"}
-    assert TRIAL["no second KL"].options == {"kappa": 0.0}
+    assert TRIAL["no second KL, colliders on texts"].options == {"kappa": 0.0}  # which reads texts by default
+    felt = [arm for name, arm in TRIAL.items() if name.startswith("felt")]
+    assert len(felt) == 8 and all(arm.options["kappa"] >= 1.0 and arm.options["kl_clip"] == 1.0 for arm in felt)
     assert TRIAL["weights of mean 1"].options == {"weight_scale": "unit"}
     # Those that a conclusion rests on have every seed.
     assert all(TRIAL[name].num_seeds is None for name in ("GRPO", "GCPO", "GRPO, as many seconds"))
@@ -107,7 +114,7 @@ def test_the_controls_of_the_trial_are_what_they_say() -> None:
 def test_some_arms_of_a_study_come_with_their_pairs() -> None:
     study = STUDIES["trial"]
     assert study.only(None) is study
-    names = ["no weights", "no second KL"]
+    names = ["no weights", "c_0 greedy"]
     assert [arm.name for arm in study.only(names).arms] == [name for name in TRIAL if name in ("GRPO", *names)]
     assert [arm.name for arm in study.only(["GRPO"]).arms] == ["GRPO"]
     assert study.only(["GRPO"]).columns == study.columns

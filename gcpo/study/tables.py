@@ -84,7 +84,8 @@ def conclude(rows: list[Row]) -> str:
         return ""
     apart = [f"{row.name} from {row.against} ({gap.mean:+.3f})" for row, gap in tested if gap.excludes_zero]
     if not apart:
-        return f"None of the {len(tested)} differences can be told from 0 with {seed_counts(rows)} seeds."
+        counts = seed_counts([row for row, _ in tested])
+        return f"None of the {len(tested)} differences can be told from 0 with {counts} seeds."
     held = holm([gap.p_value for _, gap in tested])
     return (
         f"{len(apart)} of {len(tested)} differences have an interval that leaves out 0: {'; '.join(apart)}. "
