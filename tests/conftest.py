@@ -32,3 +32,9 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 def fresh_compiler() -> None:
     """Compilation starts without what other tests compiled."""
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def studies_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of `gcpo study` are done here, unless a test asks for workers."""
+    monkeypatch.setattr("gcpo.commands.study.default_workers", lambda scale: 1)

@@ -21,6 +21,7 @@ from test_hygiene import code_in
 from bench import fidelity_colliders, report, step_overhead
 from gcpo import cli
 from gcpo.commands.flags import TrainParser
+from gcpo.reports.intervals import interval
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
@@ -412,6 +413,13 @@ def test_the_trial_is_that_of_its_file() -> None:
     names = {"": "arm", "pass@1": "pass@1, held out"}
     for row, other in zip(shown, kept, strict=True):
         assert {names.get(column, column): cell for column, cell in row.items()}.items() <= other.items()
+    results = json.loads((STUDIES / "integrating" / "trial.json").read_text())["results"]
+    scores = {arm: [result["pass_at_1"] for result in found] for arm, found in results.items()}
+    # Seeds that were run after the arm had looked good.
+    fresh = [a - b for a, b in zip(scores["felt, to the ensemble"][4:], scores["GRPO"][4:], strict=True)]
+    assert f"give {interval(fresh).mean:+.3f} ± {interval(fresh).half_text}." in FINDINGS
+    third = [f"{scores[arm][3]:.3f}" for arm in ("kl_clip = 1", "GRPO", "GCPO")]
+    assert "seed 3 comes to {}, where GRPO has {} and the defaults {}.".format(*third) in FINDINGS
 
 
 def test_comparisons_are_counted_right() -> None:

@@ -23,6 +23,8 @@ from gcpo.study.definitions import GCPO, GRPO, NAMES, STUDIES, Arm
 from gcpo.study.rewards import open_ended_reward
 from gcpo.study.workbench import Workbench
 
+pytestmark = pytest.mark.usefixtures("studies_in_this_process")
+
 SMALL = command.StudyScale(
     steps=2,
     seeds=(0, 1),
@@ -34,12 +36,6 @@ SMALL = command.StudyScale(
     completion_tokens=6,
     warm_target=0.0,
 )
-
-
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs are done here, unless a test asks for workers."""
-    monkeypatch.setattr(command, "default_workers", lambda scale: 1)
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,8 @@ from gcpo.study.sums import Recipe
 from gcpo.study.trainers import ScaledGRPOTrainer, StudyGCPOTrainer
 from gcpo.study.workbench import TUNING_SEED, Workbench
 
+pytestmark = pytest.mark.usefixtures("studies_in_this_process")
+
 TINY = Recipe(steps=4, hidden_size=32, num_layers=1, intermediate_size=32, plain_rows=4, shown_rows=2, num_candidates=3)
 SMALL = StudyScale(
     bed="integrating",
@@ -46,12 +48,6 @@ def share_of_even_digits(completions: list[Any], **_: Any) -> list[float]:
     """A reward that completions of any model differ in."""
     texts = list(map(text_of, completions))
     return [sum(letter in "02468" for letter in text) / max(len(text), 1) for text in texts]
-
-
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs are done here, unless a test asks for workers."""
-    monkeypatch.setattr(command, "default_workers", lambda scale: 1)
 
 
 @pytest.fixture(scope="module")
@@ -397,6 +393,14 @@ def test_a_worker_that_is_killed_ends_the_study(tmp_path: Path) -> None:
         perform._share([(Fatal(""), 0)], Workbench(SMALL, tmp_path), 1, lambda: None)
 
 
+def test_a_worker_ends_with_the_process_that_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[str] = []
+    parent = SimpleNamespace(join=lambda: waited.append("parent"))
+    monkeypatch.setattr(os, "_exit", lambda code: waited.append(f"exit {code}"))
+    perform._end_with(parent)
+    assert waited == ["parent", "exit 1"]
+
+
 def test_workers_do_each_run_once_and_scaled_ones_after_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -437,96 +441,3 @@ def test_runs_from_another_starting_model_are_not_taken_for_those_from_this_one(
         assert bench._run_folder(GRPO, 0) == Workbench(SMALL, tmp_path)._run_folder(GRPO, 0)
         places |= {bench._run_folder(GRPO, 0), bench.fingerprint(0)}
     assert len(places) == 6
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is refused
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("flags", "wanted"),
-    [
-        (["trial", "--arms", "GRPO", "GCPO 2"], "`--arms` must be of 'GRPO', "),
-        (["trial", "--arms", "GRPO", "GCPO 2"], "got 'GCPO 2'"),
-        (["ablation", "trial", "--arms", "no weights"], "'GRPO x mean Upsilon', got 'no weights'"),
-        (["samples", "--arms", "GRPO"], "`--arms` must not be given for `samples`"),
-        (["all", "--arms", "GRPO"], "`--arms` must not be given for `samples`"),
-        (["trial", "--seeds", "some"], "or one of reported, tuning, got 'some'"),
-        (["trial", "--seeds", "reported", "tuning"], "or one of reported, tuning, got 'reported tuning'"),
-        (["trial", "--seeds", "1", "0", "01"], "`--seeds` must be different numbers from 0 to 2**32 - 1, "),
-        (["trial", "--seeds", "0", "-1"], "got '0 -1'"),
-        (["trial", "--seeds", "1.5"], "got '1.5'"),
-        (["trial", "--seeds", "4294967296"], "got '4294967296'"),
-        (["trial", "--workers", "0"], "`--workers` must be at least 1, got 0"),
-        (["trial", "--steps", "0"], "`--steps` must be at least 1"),
-        (["trial", "--bed", "integrating", "--model_name_or_path", "."], "`--bed` has a model of its own: no `--model"),
-        (["trial", "--bed", "integrating", "--dataset_name", "d"], "no `--dataset_name`"),
-        (["trial", "--bed", "integrating", "--reward_funcs", "f.py:f"], "no `--reward_funcs`"),
-        (
-            ["trial", "--bed", "integrating", "--completion_tokens", "17"],
-            "must have at least 18 tokens on `--bed integ",
-        ),
-        (["all", "--bed", "integrating"], "as right answers have, got 5 for 'GRPO, cut off at 5'"),
-        (["trial", "--num_generations", "1"], "at least 2 generations"),
-    ],
-)
-def test_what_is_not_there_is_refused_before_anything_is_made(
-    flags: list[str],
-    wanted: str,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(command, "perform", None)  # is not called
-    assert main(["study", *flags, "--output_dir", str(tmp_path), "--work_dir", str(tmp_path)]) == 2
-    assert wanted in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [
-        ("seed: 5", "`--config` must not hold 'seed', which a study sets by itself: use `--seeds`"),
-        ("num_generations: 4", "use `--num_generations`"),
-        ("logging_steps: 2", "tables need every step"),
-        ("beta: 0.1\nkappa: [", "`--config` must be a YAML file, got "),
-        ("- beta", "`--config` must be a YAML file of options, got list"),
-        ("kapa: 0.1", "kapa"),
-        ("kappa: -1.0", "`kappa` must be"),
-    ],
-)
-def test_options_that_no_run_could_have_are_refused_before_anything_is_made(
-    text: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(command, "perform", None)
-    (tmp_path / "options.yaml").write_text(text)
-    folder = tmp_path / "work"
-    argv = ["study", "trial", "--bed", "integrating", "--config", str(tmp_path / "options.yaml")]
-    assert main([*argv, "--work_dir", str(folder), "--output_dir", str(folder)]) == 2
-    assert wanted in capsys.readouterr().err
-    assert not folder.exists()
-
-
-def test_arms_have_the_names_that_a_table_gives_them() -> None:
-    found = STUDIES["trial"].only(["GRPO, as many seconds (n = 18)"])
-    assert [arm.name for arm in found.arms] == ["GRPO", "GRPO, as many seconds"]
-
-
-@pytest.mark.parametrize("flags", [["trial", "--bed", "sofa"], ["sofa"]])
-def test_a_bed_or_a_study_that_is_not_there_is_refused_with_those_that_are(
-    flags: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["study", *flags])
-    assert stopped.value.code == 2
-    message = capsys.readouterr().err
-    assert "sofa" in message and ("integrating" if "--bed" in flags else "ablation") in message
-
-
-def test_a_worker_ends_with_the_process_that_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    waited: list[str] = []
-    parent = SimpleNamespace(join=lambda: waited.append("parent"))
-    monkeypatch.setattr(os, "_exit", lambda code: waited.append(f"exit {code}"))
-    perform._end_with(parent)
-    assert waited == ["parent", "exit 1"]

@@ -1,1 +1,1 @@
-"""`gcpo study`: what each part of the method does, on the demo's model in minutes or on another one unchanged."""
+"""`gcpo study`: what each part of the method does, on small models made on the spot or on another one unchanged."""

@@ -32,7 +32,7 @@ class Bed:
     Attributes:
         train, held_out: rows with a column `prompt`, and what the rewards need.
         reward: scores completions; `open_ended` does where arms ask for a task without one right answer.
-        dtype: that the model trains in.
+        dtype: that the model trains in, unless `model_init_kwargs` says otherwise.
         options: of every trainer.
         start: makes the starting model in a folder where it is not there yet, and names it as `from_pretrained` wants.
         shortest: tokens below which no completion can be right.
@@ -113,8 +113,7 @@ def _given(scale: StudyScale) -> Bed:
         raise ValueError("`--dataset_name` is missing: with a model of yours, a study needs its prompts.")
     train, held_out = _prompts(scale, scale.dataset, {})
     reward = _reward(scale, scale.dataset)
-    dtype = scale.options.get("model_init_kwargs", {}).get("dtype", "auto")
-    return Bed(train, held_out, reward, reward, dtype, start=lambda folder: str(scale.model))
+    return Bed(train, held_out, reward, reward, "auto", start=lambda folder: str(scale.model))
 
 
 def _reward(scale: StudyScale, name: str) -> Reward:

@@ -121,7 +121,7 @@ def _cut_off_arms() -> tuple[Arm, ...]:
     return tuple(arms)
 
 
-# Contexts and colliders as texts, and every candidate scored under every context: the paper's, without the savings.
+# Contexts and colliders as texts, and every candidate scored under every context, as in the paper: without the savings.
 TEXTS: dict[str, Any] = {
     "context_attention": "full",
     "collider_attention": "full",

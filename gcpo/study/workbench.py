@@ -61,7 +61,8 @@ class Workbench:
 
     def load(self) -> Any:
         """The starting model, in the type it trains in."""
-        return AutoModelForCausalLM.from_pretrained(self.start, dtype=self.bed.dtype)
+        dtype = self.scale.options.get("model_init_kwargs", {}).get("dtype", self.bed.dtype)
+        return AutoModelForCausalLM.from_pretrained(self.start, dtype=dtype)
 
     # -----------------------------------------------------------------------------------------------------------------
     # A run
