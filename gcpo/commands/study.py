@@ -60,13 +60,18 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gcpo study",
         description="Trains several arms from one model, with the same seeds, and tabulates held-out scores and paired "
-        "differences with 95%% intervals over seeds. Runs that were done are not done again: the same command goes on "
+        "differences with 95% intervals over seeds. Runs that were done are not done again: the same command goes on "
         "where it was stopped, and studies share runs. Without --model_name_or_path, a small model of ours: --bed.",
     )
     add = parser.add_argument
     add("study", nargs="+", choices=[*NAMES, "all"], metavar="STUDY", help=f"{', '.join(NAMES)}, or all")
     add("--bed", choices=BEDS, default="tiny", help="task and starting model: the demo's, or one that integrates")
-    add("--arms", nargs="+", metavar="ARM", help="compare these alone, by the names of the table (default: all)")
+    add(
+        "--arms",
+        nargs="+",
+        metavar="ARM",
+        help="compare these, by the names of the table, with what they are paired with (default: all)",
+    )
     add(
         "--workers",
         type=int,
