@@ -228,7 +228,7 @@ def linear_gcpo_loss(
     weight and bias are made in the forward, tile by tile: three matrix products, two when the weight needs no
     gradient, one when nothing does. Weight gradients accumulate in float32. Masked tokens cost nothing. The backward
     multiplies by the upstream gradient, in place unless `retain_graph` or torch.compile forbids it, and not at all
-    where that is 1.
+    where that is 1. A bfloat16 gradient is rounded once more there, unless by a power of two.
 
     Args:
         hidden: (B, T, H) or (B * T, H) float; row t is what predicts token t.

@@ -15,7 +15,7 @@ import torch
 
 MASKS = ("ragged", "none", "all")
 LOGITS = ("peaked", "random")
-_SEQUENCE_SHIFT = 0.3  # of a sequence's mean log-ratio: beyond log(1.2) and log(0.8)
+SEQUENCE_SHIFT = 0.3  # of a sequence's mean log-ratio: beyond log(1.2) and log(0.8)
 
 
 def make_mask(batch: int, tokens: int, kind: str = "ragged", seed: int = 0) -> torch.Tensor:
@@ -45,6 +45,7 @@ def make_token_inputs(
     device: torch.device | str = "cpu",
     seed: int = 0,
     masked: str = "ragged",
+    shift: float = SEQUENCE_SHIFT,
     logp: torch.Tensor | None = None,
     on_device: bool = False,
 ) -> dict[str, Any]:
@@ -53,8 +54,9 @@ def make_token_inputs(
     context_weights, (B, T) importance_sampling_ratio. `logp`, (B, T), is drawn unless it is given. With `on_device`,
     numbers are drawn on `device` in float32: fast at any size, and a seed means the same on one kind of device only.
 
-    Sequence i has a positive advantage where i % 4 is 0 or 2, and a ratio well above 1 where it is 0 or 3, else well
-    below: both clip sides, and both sides where the clip does not act.
+    Sequence i has a positive advantage where i % 4 is 0 or 2, and a mean log-ratio of `shift` where it is 0 or 3, else of
+    -`shift`: both clip sides, and both sides where the clip does not act. An objective in the ratio of a whole sequence,
+    the product of its tokens' (vespo), needs a `shift` of about 1 / T: others leave nothing of its policy term.
     """
     home = torch.device(device if on_device else "cpu")
     wide = torch.float32 if on_device else torch.float64
@@ -68,14 +70,14 @@ def make_token_inputs(
     logp = logp.detach().to(home, wide)
     row = torch.arange(batch, device=home) % 4
     sign = torch.where((row == 0) | (row == 2), 1.0, -1.0).to(wide)
-    shift = torch.where((row == 0) | (row == 3), -1.0, 1.0).to(wide) * _SEQUENCE_SHIFT
+    shifts = torch.where((row == 0) | (row == 3), -1.0, 1.0).to(wide) * shift
     spread = noise(batch, tokens) * 0.25
     spread = spread - spread.mean(dim=1, keepdim=True) if tokens else spread
 
     def near(x: torch.Tensor, *shape: int, scale: float) -> torch.Tensor:
         return (x + scale * noise(*shape)).clamp(max=-1e-4)
 
-    old_logp = (logp + spread + shift.unsqueeze(1)).clamp(max=-1e-4)
+    old_logp = (logp + spread + shifts.unsqueeze(1)).clamp(max=-1e-4)
     inputs = {
         "logp": logp,
         "advantages": sign * (0.3 + noise(batch).abs()),
@@ -103,6 +105,7 @@ def make_linear_inputs(
     device: torch.device | str = "cpu",
     seed: int = 0,
     masked: str = "ragged",
+    shift: float = SEQUENCE_SHIFT,
 ) -> dict[str, Any]:
     """
     Every tensor argument of `linear_gcpo_loss`: those of `make_token_inputs` (float32, or float64 for float64) around
@@ -126,7 +129,8 @@ def make_linear_inputs(
     token_ids = (logprobs.exp().cumsum(dim=-1) < draws).sum(dim=-1).clamp(max=vocab - 1)
     logp = logprobs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
     scores = torch.float64 if dtype == torch.float64 else torch.float32
-    rest = make_token_inputs(batch, tokens, contexts, dtype=scores, device=device, seed=seed, masked=masked, logp=logp)
+    like: dict[str, Any] = {"dtype": scores, "device": device, "seed": seed, "masked": masked, "shift": shift}
+    rest = make_token_inputs(batch, tokens, contexts, **like, logp=logp)
     del rest["logp"]
     return {name: x.to(device) for name, x in (head | {"token_ids": token_ids}).items()} | rest
 
@@ -304,8 +308,12 @@ def assert_gradient(
     what: str = "gradient",
     roundings: float = 16.0,
 ) -> None:
-    """`assert_close_to_truth` for gradients: one that is missing, or all zero, fails, and so does such a truth."""
+    """
+    `assert_close_to_truth` for gradients: one that is missing, or all zero, fails, and so does a truth that is zero in
+    the type of `ours`.
+    """
     assert ours is not None, f"{what}: no gradient"
-    assert truth.abs().sum() > 0, f"{what}: the true gradient is zero, which would let a missing one pass"
+    held = truth.to(ours.dtype).abs().sum() > 0
+    assert held, f"{what}: the true gradient is zero in {ours.dtype}, which would let a missing one pass"
     assert ours.abs().sum() > 0, f"{what}: the gradient is zero"
     assert_close_to_truth(ours, truth, plain, what=what, roundings=roundings)

@@ -51,7 +51,10 @@ PLAIN: dict[str, Callable[..., Any]] = {
 def outcome(
     function: Callable[..., Any], arguments: dict[str, Any], **options: Any
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor | None]]:
-    """Outputs by name, and the gradients of a weighted sum of those that carry one."""
+    """
+    Outputs by name, and the gradients of a weighted sum of those that carry one. A loss is doubled: gradients made in
+    the forward are rounded there, and a power of two rounds them no further.
+    """
     leaves = with_gradients(arguments, *LEAVES)
     out = function(**leaves, **options)
     if isinstance(out, tuple) and isinstance(out[1], dict):
@@ -61,7 +64,7 @@ def outcome(
     total = torch.zeros((), dtype=torch.float64, device=next(iter(out.values())).device)
     for x in out.values():
         if x.requires_grad:
-            weights = torch.linspace(-1.0, 1.7, x.numel() + 1, device=x.device)[1:]
+            weights = torch.linspace(-1.0, 2.0, x.numel() + 1, device=x.device)[1:]
             total = total + (x * weights.view(x.shape).to(x.dtype)).sum()
     if total.requires_grad:
         total.backward()

@@ -7,7 +7,9 @@ import torch
 
 import gcpo_kernels
 from gcpo_kernels import reference
-from gcpo_kernels.testing import with_gradients
+from gcpo_kernels.testing import SEQUENCE_SHIFT, make_linear_inputs, make_token_inputs, with_gradients
+
+Case = tuple[dict[str, Any], dict[str, Any]]  # options, and changes to the tensors
 
 BACKEND = "torch"  # what `run` runs on; the tests of another backend change it
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")
@@ -21,7 +23,7 @@ HEADS: tuple[dict[str, Any], ...] = (
 )
 
 
-def cases() -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def cases() -> list[Case]:
     """
     (options, changes to the tensors) over loss_type x level x beta x kappa x delta, in full; the forms of the other
     arguments cycle with periods that share no factor, so that each meets every option.
@@ -55,7 +57,7 @@ def cases() -> list[tuple[dict[str, Any], dict[str, Any]]]:
     return [*out, *other_cases()]
 
 
-def other_cases() -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def other_cases() -> list[Case]:
     """
     (options, changes) over the other loss types x level x beta x what the objective has beside; the rest cycles as in
     `cases`. In each of them the policy term or the causal one has weights.
@@ -95,7 +97,7 @@ def other_cases() -> list[tuple[dict[str, Any], dict[str, Any]]]:
     return out
 
 
-def name(case: Any) -> str:
+def name(case: Case) -> str:
     options, _ = case
     words = [options["loss_type"], options["importance_sampling_level"]]
     words += [key for key in ("beta", "kappa", "delta", "kl_clip", "bias_correction_kl") if options.get(key)]
@@ -138,6 +140,30 @@ def change(inputs: dict[str, Any], changes: dict[str, Any], seed: int = 0) -> di
         if not changes[key]:
             out[key] = None
     return out
+
+
+def _shift(options: dict[str, Any], tokens: int) -> float:
+    """In vespo a sequence's ratio is the product of its tokens': without this, long ones lose their policy term."""
+    return min(SEQUENCE_SHIFT, 2.0 / max(tokens, 1)) if options["loss_type"] == "vespo" else SEQUENCE_SHIFT
+
+
+def token_call(case: Case, batch: int, tokens: int, contexts: int = 3, **kind: Any) -> tuple[dict[str, Any], ...]:
+    """Tensors and options of `gcpo_loss`."""
+    options, changes = case
+    inputs = make_token_inputs(batch, tokens, contexts, shift=_shift(options, tokens), **kind)
+    return change(inputs, changes), options
+
+
+def linear_call(
+    case: Case, batch: int, tokens: int, contexts: int = 3, *sizes: int, **kind: Any
+) -> tuple[dict[str, Any], ...]:
+    """Tensors and options of `linear_gcpo_loss`, the options of one of HEADS among them."""
+    options, changes = case
+    inputs = change(make_linear_inputs(batch, tokens, contexts, *sizes, shift=_shift(options, tokens), **kind), changes)
+    head = dict(HEADS[len(name(case)) % len(HEADS)])
+    if "bias" in head:
+        inputs["bias"] = head.pop("bias")
+    return inputs, options | head
 
 
 def run(

@@ -42,6 +42,24 @@ def test_upstream_gradient(factor: float) -> None:
         check({key: leaves[key].grad for key in LEAVES}, truth(inputs, factor))
 
 
+@pytest.mark.parametrize("factor", [2.0**-3, -4.0, 1.7])
+def test_rounded_once_more(factor: float) -> None:
+    """
+    A bfloat16 gradient, rounded where it was made, is rounded again where it is multiplied: nowhere else, so that by a
+    power of two, as gradient accumulation and loss scales have it, it is rounded once.
+    """
+    inputs = make_linear_inputs(dtype=torch.bfloat16)
+    found = []
+    for by in (1.0, factor):
+        leaves = with_gradients(inputs, *LEAVES)
+        (loss_of(leaves) * by).backward()
+        found.append([leaves[key].grad.float() for key in LEAVES])
+    for made, multiplied in zip(*found, strict=True):
+        product = made * factor
+        assert torch.equal(multiplied, product.bfloat16().float())
+        assert (factor == 1.7) != torch.equal(multiplied, product)
+
+
 def test_upstream_gradient_that_is_nan() -> None:
     leaves = with_gradients(make_linear_inputs(), *LEAVES)
     (loss_of(leaves) * torch.nan).backward()

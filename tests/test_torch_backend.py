@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import budget
 import grid
 import pytest
 import torch
@@ -50,8 +51,15 @@ def compare(function: str, inputs: dict[str, Any], options: dict[str, Any], dtyp
 @pytest.mark.parametrize("case", grid.cases(), ids=grid.name)
 def test_loss(case: Any, dtype: torch.dtype) -> None:
     """Seen in Liger#1082."""
-    options, changes = case
-    compare("gcpo_loss", grid.change(make_token_inputs(dtype=dtype), changes), options, dtype)
+    inputs, options = grid.token_call(case, 5, 7, dtype=dtype)
+    compare("gcpo_loss", inputs, options, dtype)
+
+
+@pytest.mark.parametrize("case", grid.cases(), ids=grid.name)
+def test_loss_of_long_sequences(case: Any) -> None:
+    """In float16, whose smallest number is large: of sequences as long as on a GPU, every case has a gradient."""
+    inputs, options = grid.token_call(case, 5, 300, dtype=torch.float16)
+    budget.compare("gcpo_loss", inputs, "torch", **options)
 
 
 @pytest.mark.hazard(1)
@@ -59,12 +67,8 @@ def test_loss(case: Any, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", grid.cases(), ids=grid.name)
 def test_linear_loss(case: Any, dtype: torch.dtype, small_tiles: None) -> None:
     """Tiles of three tokens: shorter than the sequences, and not a divisor of anything (Liger#1082)."""
-    options, changes = case
-    inputs = grid.change(make_linear_inputs(dtype=dtype), changes)
-    head = dict(grid.HEADS[len(grid.name(case)) % len(grid.HEADS)])
-    inputs |= {key: None for key in ("bias",) if key in head}
-    head.pop("bias", None)
-    compare("linear_gcpo_loss", inputs, options | head, dtype)
+    inputs, options = grid.linear_call(case, 5, 7, dtype=dtype)
+    compare("linear_gcpo_loss", inputs, options, dtype)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 8, 15, 100])

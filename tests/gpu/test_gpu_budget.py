@@ -27,8 +27,8 @@ def on_gpu(inputs: dict[str, Any]) -> dict[str, Any]:
 @DTYPES
 @CASES
 def test_loss(case: Any, dtype: torch.dtype) -> None:
-    options, changes = case
-    budget.compare("gcpo_loss", on_gpu(grid.change(make_token_inputs(5, 300, dtype=dtype), changes)), **options)
+    inputs, options = grid.token_call(case, 5, 300, dtype=dtype)
+    budget.compare("gcpo_loss", on_gpu(inputs), **options)
 
 
 @pytest.mark.hazard(1, 17)
@@ -36,12 +36,21 @@ def test_loss(case: Any, dtype: torch.dtype) -> None:
 @CASES
 def test_linear_loss(case: Any, dtype: torch.dtype) -> None:
     """Seen in Liger#1082, triton#5895."""
-    options, changes = case
-    inputs = grid.change(make_linear_inputs(5, 40, 3, 72, 1003, dtype=dtype), changes)
-    head = dict(grid.HEADS[len(grid.name(case)) % len(grid.HEADS)])
-    inputs |= {key: None for key in ("bias",) if key in head}
-    head.pop("bias", None)
-    budget.compare("linear_gcpo_loss", on_gpu(inputs), **options, **head)
+    inputs, options = grid.linear_call(case, 5, 40, 3, 72, 1003, dtype=dtype)
+    budget.compare("linear_gcpo_loss", on_gpu(inputs), **options)
+
+
+@pytest.mark.parametrize("factor", [2.0**-3, 1.7])
+def test_rounded_once_more(factor: float) -> None:
+    """As in tests/test_linear_gradients.py, by the kernel that multiplies in place."""
+    inputs = on_gpu(make_linear_inputs(5, 40, 3, 72, 1003, dtype=torch.bfloat16))
+    found = []
+    for by in (1.0, factor):
+        leaves = with_gradients(inputs, "hidden", "weight", "bias")
+        (gcpo_kernels.linear_gcpo_loss(**leaves, kappa=0.06)[0] * by).backward()
+        found.append([leaves[key].grad.float() for key in ("hidden", "weight", "bias")])
+    for made, multiplied in zip(*found, strict=True):
+        assert torch.equal(multiplied, (made * factor).bfloat16().float())
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])

@@ -24,20 +24,16 @@ CASES = pytest.mark.parametrize(
 @CASES
 def test_loss(case: Any, dtype: torch.dtype) -> None:
     """Seen in Liger#1082."""
-    options, changes = case
-    budget.compare("gcpo_loss", grid.change(make_token_inputs(4, 6, 3, dtype=dtype), changes), **options)
+    inputs, options = grid.token_call(case, 4, 6, dtype=dtype)
+    budget.compare("gcpo_loss", inputs, **options)
 
 
 @pytest.mark.hazard(1)
 @CASES
 def test_linear_loss(case: Any, dtype: torch.dtype, small_tiles: None) -> None:
     """Tiles of three tokens: shorter than the sequences, and not a divisor of anything (Liger#1082)."""
-    options, changes = case
-    inputs = grid.change(make_linear_inputs(4, 5, 2, dtype=dtype), changes)
-    head = dict(grid.HEADS[len(grid.name(case)) % len(grid.HEADS)])
-    inputs |= {key: None for key in ("bias",) if key in head}
-    head.pop("bias", None)
-    budget.compare("linear_gcpo_loss", inputs, **options, **head)
+    inputs, options = grid.linear_call(case, 4, 5, 2, dtype=dtype)
+    budget.compare("linear_gcpo_loss", inputs, **options)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 6, 11, 100])
