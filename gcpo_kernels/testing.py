@@ -54,9 +54,10 @@ def make_token_inputs(
     context_weights, (B, T) importance_sampling_ratio. `logp`, (B, T), is drawn unless it is given. With `on_device`,
     numbers are drawn on `device` in float32: fast at any size, and a seed means the same on one kind of device only.
 
-    Sequence i has a positive advantage where i % 4 is 0 or 2, and a mean log-ratio of `shift` where it is 0 or 3, else of
-    -`shift`: both clip sides, and both sides where the clip does not act. An objective in the ratio of a whole sequence,
-    the product of its tokens' (vespo), needs a `shift` of about 1 / T: others leave nothing of its policy term.
+    Sequence i has a positive advantage where i % 4 is 0 or 2, and a mean log-ratio of `shift` where it is 0 or 3, else
+    of -`shift`: both clip sides, and both sides where the clip does not act. An objective in the ratio of a whole
+    sequence, the product of its tokens' (vespo), needs a `shift` of about 1 / T: of its policy term others leave
+    nothing.
     """
     home = torch.device(device if on_device else "cpu")
     wide = torch.float32 if on_device else torch.float64
