@@ -1,9 +1,10 @@
 """
 Sweeps of what the kernels choose, each value checked against float64 and timed beside the present choice and the floor:
-which kernels the linear loss and scoring take, rows of a tile, slices of scoring, blocks of our own product, of the
-token loss, and of the passes over a tile.
+which kernels the linear loss and scoring take, rows of a tile, slices of scoring, blocks of our own product and the
+order of its tiles, blocks of the token loss and of the passes over a tile.
 
     python -m bench.tune --out runs/tune.json          # on a GPU
+    python -m bench.tune --sweep "order of tiles" --case scoring/N=16384
     python -m bench.tune --gate runs/gate.json         # which kernels, for GCPO_KERNELS_GATE=runs/gate.json
     python -m bench.tune --device cpu --case N=1024    # tiles of the torch backend
 
@@ -107,6 +108,29 @@ def product_blocks(case: Case) -> Iterator[Setting]:
                 yield Setting(name, (taking, (product, "choose_blocks", replaced)))
 
 
+def tile_order(case: Case) -> Iterator[Setting]:
+    """
+    Of our own product, where it copies by descriptor: blocks of rows that belong together; and for scoring how many
+    hidden states are scored at a time, of which the processors read all for each block of columns if they belong
+    together.
+    """
+    from gcpo_kernels.triton_backend import linear, product
+
+    operation = _OPERATIONS[case.op]
+    taking = _taking(operation, "epilogue" if operation == "loss" else "product")
+    for group in (0, 8, 16, 32):
+        blocks = product.HOPPER_BLOCKS._replace(group=group)
+        ordered = (taking, (product, "HOPPER_BLOCKS", blocks))
+        name = f"{group} blocks of rows together" if group else "all rows together"
+        if operation == "loss":
+            yield Setting(name, ordered)
+            continue
+        fewer = [rows for rows in (2048, 4096, 8192) if rows < case.rows and group == 0]
+        for rows in (*fewer, case.rows):
+            chosen = (linear, "_SCORED_BYTES", rows * case.hidden * case.dtype.itemsize)
+            yield Setting(f"{name}, {rows} at a time", (*ordered, chosen))
+
+
 def scoring_slices(case: Case) -> Iterator[Setting]:
     from gcpo_kernels.triton_backend import linear
 
@@ -152,6 +176,7 @@ def sweeps(device: torch.device, tiny: bool = False) -> Sequence[tuple[Case, str
     if device.type == "cpu":
         return [(c, "rows of a tile", tile_rows) for c in linear] + [(c, "blocks", cpu_blocks) for c in linear]
     found: list[tuple[Case, str, Sweep]] = [(c, KERNELS, kernels) for c in (*linear[:4], *scoring[:4])]
+    found += [(c, "order of tiles", tile_order) for c in (*scoring[:4], *linear[:1])]
     found += [(c, "rows of a tile", tile_rows) for c in linear[:4]]
     found += [(c, "blocks of our own product", product_blocks) for c in (*linear[1:2], *scoring[1:2])]
     found += [(c, "passes over a tile", tile_passes) for c in linear[1:2]]
@@ -242,6 +267,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", help="default: an accelerator where there is one")
     parser.add_argument("--case", nargs="+", metavar="TEXT", help="only cases whose name has one of these in it")
+    parser.add_argument("--sweep", nargs="+", metavar="TEXT", help="only sweeps whose name has one of these in it")
     parser.add_argument("--tiny", action="store_true", help="cases so small that their times say nothing")
     parser.add_argument("--seconds", type=float, default=0.3, help="of timing, per setting")
     parser.add_argument("--budget", type=float, help="seconds after which no further sweep is begun")
@@ -257,6 +283,8 @@ def main(argv: list[str] | None = None) -> int:
         for case, what, make in tqdm(sweeps(device, args.tiny), file=sys.stderr, disable=None):
             late = args.budget is not None and time.perf_counter() - began > args.budget
             if late or (args.case and not any(text in case.key for text in args.case)):
+                continue
+            if args.sweep and not any(text in what for text in args.sweep):
                 continue
             if args.gate is not None and args.out is None and what != KERNELS:
                 continue

@@ -388,7 +388,10 @@ def test_tuning_checks_and_times_settings(tmp_path: Path, monkeypatch: pytest.Mo
         for swept, _, make in cases:
             assert list(make(swept))
     monkeypatch.setattr(tune, "sweeps", lambda device, tiny: [(case, "rows", lambda case: iter([three]))])
-    assert tune.main(["--device", "cpu", "--seconds", "0", "--out", str(tmp_path / "tune.json")]) == 0
+    words = ["--device", "cpu", "--seconds", "0", "--out", str(tmp_path / "tune.json"), "--sweep"]
+    assert tune.main([*words, "order"]) == 0
+    assert not capsys.readouterr().out
+    assert tune.main([*words, "order", "rows"]) == 0
     assert "| 3 rows | " in capsys.readouterr().out
     content = json.loads((tmp_path / "tune.json").read_text())
     assert content["sweeps"][0]["settings"][1]["setting"] == "3 rows"

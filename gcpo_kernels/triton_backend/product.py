@@ -36,10 +36,12 @@ class Blocks(NamedTuple):
     warps: int
     stages: int
     subtiles: int = 1
+    group: int = 0  # blocks of rows that belong together, see `_place_of`; 0: all of them
 
     @property
     def constexprs(self) -> dict[str, int]:
-        return {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k, "SUBTILES": self.subtiles}
+        blocks = {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k}
+        return blocks | {"SUBTILES": self.subtiles, "GROUP": self.group}
 
 
 HOPPER_BLOCKS = Blocks(128, 256, 64, warps=8, stages=3, subtiles=4)

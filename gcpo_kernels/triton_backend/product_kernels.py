@@ -99,6 +99,25 @@ def _row_of(m, inside, rows_ptr, GATHER: tl.constexpr):
     return row
 
 
+@triton.jit
+def _place_of(tile, down, columns, GROUP: tl.constexpr):
+    """
+    Row and column of blocks that a program's tile is, of (down, columns) of them. Rows run fastest: the hidden states
+    stay in the L2 cache, and a block of the weight is read from memory once. With GROUP only so many blocks of rows
+    belong together, and the weight is read once for each group.
+    """
+    if GROUP == 0:
+        row = tile % down
+        column = tile // down
+    else:
+        first = tile // (GROUP * columns) * GROUP
+        height = tl.minimum(down - first, GROUP)
+        within = tile - first * columns
+        row = first + within % height
+        column = within // height
+    return row, column
+
+
 @triton.jit(do_not_specialize=["M"])
 def product_kernel(
     x_ref,  # (M, H): a descriptor of [BLOCK_M, BLOCK_K] with TMA, else a pointer, as the next two
@@ -131,6 +150,7 @@ def product_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
     start = tl.program_id(0).to(tl.int64)
@@ -138,11 +158,11 @@ def product_kernel(
     if GATHER:
         count = tl.load(rows_ptr)
     down = tl.cdiv(count, BLOCK_M)
-    tiles = down * tl.cdiv(V, BLOCK_N)
-    # Rows run fastest: all of x stays in the L2 cache, and a block of the weight is read from memory once.
+    columns = tl.cdiv(V, BLOCK_N)
+    tiles = down * columns
     for tile in tl.range(start.to(tl.int32), tiles, PROGRAMS, flatten=TMA):
-        m0 = (tile % down) * BLOCK_M
-        block = tile // down
+        row_block, block = _place_of(tile, down, columns, GROUP)
+        m0 = row_block * BLOCK_M
         n0 = block * BLOCK_N
         m = m0 + tl.arange(0, BLOCK_M)
         inside = m < count

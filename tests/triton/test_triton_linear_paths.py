@@ -159,6 +159,27 @@ def test_large_logits_are_scored_without_loss(path: str, monkeypatch: pytest.Mon
         torch.testing.assert_close(b, a, rtol=2e-6, atol=2e-7)
 
 
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("by_descriptors", [False, True])
+def test_order_of_tiles(by_descriptors: bool, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many blocks of rows belong together, of five here, every tile is made, and no bit depends on when."""
+    x = make_linear_inputs(14, 5, 2, 8, 40, masked="none")
+    x = {"hidden": x["hidden"].flatten(0, 1), "token_ids": x["token_ids"].flatten(), "weight": x["weight"]}
+    results = []
+    for grouped in (0, group):
+        blocks = Blocks(16, 32, 8, 4, 2, 2, grouped)
+        monkeypatch.setattr(product, "choose_blocks", lambda *_, b=blocks: (b, by_descriptors))
+        monkeypatch.setattr(product, "POINTER_BLOCKS", blocks._replace(subtiles=1))  # of rows that are done again
+        made = Product(x["hidden"], x["weight"], None, x["token_ids"], HeadOptions())
+        out = made.exponentials(torch.full((70,), -200.0))
+        assert out.total.isnan().all()
+        made.redo(out)
+        results.append((*made.scores(), out.logp, out.entropy, out.total, out.e))
+    for ours, want in zip(*results, strict=True):
+        assert torch.isfinite(want).all()
+        assert torch.equal(ours, want)
+
+
 def tiles_of(inputs: dict[str, Any], **head: Any) -> TritonTiles:
     return TritonTiles(inputs["weight"], inputs.get("bias"), HeadOptions(**head), torch.float32, torch.float32)
 
