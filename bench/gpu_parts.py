@@ -16,8 +16,9 @@ BUSY = 4  # times its limit is what a part may take in a dry run, whose cores ma
 TEST_PROCESSES = 14  # more would wait for one another's compilations, and each holds a context on the device
 OFFLINE = (("HF_HUB_OFFLINE", "1"),)  # nothing comes from the hub, and without a network asking for it takes a while
 # Parts of the names of cases.
-SMALL = ("N=131072", "N=1048576", "N=16777216", "P=8")
-TUNED = ("N=8192,H=1536", "N=2048,H=4096")
+SMALL = ("N=1048576", "N=16777216", "P=64")  # large enough that memory decides, not launches
+TUNED = ("scoring/N=16384", "scoring/N=8192", "linear_loss/N=16384,H=3584")
+SWEPT = ("kernels", "order of tiles")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,11 @@ def _second(options: Options) -> list[Part]:
     # At least the test that finds a host waiting for the device, so that there is always something to repeat.
     again = " or ".join((*options.failed, "test_no_sync"))
     alone = 0 if options.dry else 1
-    tune = ("--seconds", "0.01", "--budget", "1") if options.dry else ("--case", *TUNED, "--seconds", "0.2")
+    tune = (
+        ("--seconds", "0.01", "--budget", "1")
+        if options.dry
+        else ("--sweep", *SWEPT, "--case", *TUNED, "--seconds", "0.2")
+    )
     tables = ("--out", "{work}/tune.json", "--gate", "{work}/gate.json")
     small = () if options.dry else ("--case", *SMALL)
     return [

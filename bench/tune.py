@@ -175,8 +175,8 @@ def sweeps(device: torch.device, tiny: bool = False) -> Sequence[tuple[Case, str
     tokens = [c for c in known if c.op == "token_loss" and c.objective == "gcpo"]
     if device.type == "cpu":
         return [(c, "rows of a tile", tile_rows) for c in linear] + [(c, "blocks", cpu_blocks) for c in linear]
-    found: list[tuple[Case, str, Sweep]] = [(c, KERNELS, kernels) for c in (*linear[:4], *scoring[:4])]
-    found += [(c, "order of tiles", tile_order) for c in (*scoring[:4], *linear[:1])]
+    found: list[tuple[Case, str, Sweep]] = [(c, "order of tiles", tile_order) for c in (*scoring[:4], *linear[:1])]
+    found += [(c, KERNELS, kernels) for c in (*linear[:4], *scoring[:4])]
     found += [(c, "rows of a tile", tile_rows) for c in linear[:4]]
     found += [(c, "blocks of our own product", product_blocks) for c in (*linear[1:2], *scoring[1:2])]
     found += [(c, "passes over a tile", tile_passes) for c in linear[1:2]]

@@ -276,7 +276,6 @@ def causal_reference_logprob(
     dtype = maths.compute_dtype(query_logp, context_logp)
     weights = context_weights
     if weights is not None:
-        rows = torch.ones(len(query_logp), dtype=torch.bool, device=query_logp.device)
-        check_context_weights(weights, context_logp, rows)
+        check_context_weights(weights, context_logp)
         weights = weights.to(dtype).unsqueeze(-2)
     return maths.project(query_logp.to(dtype), context_logp.to(dtype), weights, proj_floor, floor_at_query)[0]

@@ -104,13 +104,29 @@ def check_contexts(shape: tuple[int, ...], like: torch.Tensor, context_logp: Any
         )
 
 
-def check_context_weights(weights: Any, context_logp: torch.Tensor, rows: torch.Tensor) -> None:
-    """(L,), or (B, L) of which the values of `rows` (B,) bool matter; on the device of context_logp (B, T, L)."""
+def check_context_weights(weights: Any, context_logp: torch.Tensor, *tokens: torch.Tensor) -> None:
+    """
+    (L,), or (B, L) whose values matter in rows where some token counts: where all of `tokens`, (B, T) or (B, 1), are
+    not 0. On the device of context_logp (B, T, L).
+    """
     b, _, contexts = context_logp.shape
     shapes, wanted = ((contexts,), (b, contexts)), "(L,) or (B, L)"
     check_tensor("context_weights", weights, shapes=shapes, wanted=wanted, like=context_logp)
-    if weights.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_weights("context_weights", weights if weights.dim() == 1 else weights[rows])
+    if _looks(weights):
+        check_weights("context_weights", weights if weights.dim() == 1 else weights[_rows_of(tokens, b)])
+
+
+def _rows_of(tokens: tuple[torch.Tensor, ...], b: int) -> torch.Tensor:
+    """(B,) bool: which rows have a token where all of `tokens` are not 0."""
+    counts = torch.ones(b, 1, dtype=torch.bool)
+    for x in tokens:
+        counts = counts & (x != 0)
+    return counts.any(dim=1)
+
+
+def _looks(x: torch.Tensor) -> bool:
+    """Whether values are looked at: on a device that would be a sync, and launches."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_head(hidden: torch.Tensor, weight: Any, bias: Any, group: str) -> None:
@@ -167,19 +183,18 @@ def check_token_arguments(
     context_logp, weights = given.context_logp, given.context_weights
     if context_logp is not None:
         check_contexts(shape, like, context_logp)
-    reads_contexts = mask != 0  # (B, T): tokens whose contexts matter
     if (kappa_weights := given.kappa_weights) is not None:
         if context_logp is None:
             raise ValueError("`kappa_weights` needs `context_logp`, got None.")
         check_tensor("kappa_weights", kappa_weights, shapes=per_row, wanted="(B,) or (B, T)", like=like)
         kappa_weights = kappa_weights if kappa_weights.dim() == 2 else kappa_weights[:, None]
-        if kappa_weights.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_weights("kappa_weights", kappa_weights.expand(shape)[reads_contexts])
-        reads_contexts = reads_contexts & (kappa_weights != 0)
+        if _looks(kappa_weights):
+            check_weights("kappa_weights", kappa_weights.expand(shape)[mask != 0])
     if weights is not None:
         if context_logp is None:
             raise ValueError("`context_weights` needs `context_logp`, got None.")
-        check_context_weights(weights, context_logp, reads_contexts.any(dim=1))
+        read = (mask,) if kappa_weights is None else (mask, kappa_weights)
+        check_context_weights(weights, context_logp, *read)
     if options.beta > 0 and given.ref_logp is None:
         raise ValueError(f"`beta` = {options.beta} needs `ref_logp`, got None.")
     if options.kappa > 0 and context_logp is None:

@@ -281,7 +281,7 @@ def selective_logprob_backward(
     logits: Tensor,
     token_ids: Tensor,
     g_logp: Tensor,
-    g_entropy: Tensor,
+    g_entropy: Tensor | None,
     temperature: float,
     logp: Tensor | None = None,  # these four: the forward's outputs, for the Triton backend
     entropy: Tensor | None = None,
@@ -310,11 +310,13 @@ def _(logits, token_ids, g_logp, g_entropy, temperature, *rest, **named):
 def _selective_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     logits, token_ids, ctx.temperature, ctx.backend = inputs
     ctx.save_for_backward(logits, token_ids, *output)
-    ctx.set_materialize_grads(True)
+    ctx.set_materialize_grads(False)  # without a gradient in the entropies there is less to compute
 
 
-def _selective_grad(ctx: Any, g_logp: Tensor, g_entropy: Tensor, *unused: Any) -> tuple:
+def _selective_grad(ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None, *unused: Any) -> tuple:
     logits, token_ids, *scores = ctx.saved_tensors
+    if g_logp is None:
+        g_logp = torch.zeros_like(token_ids, dtype=compute_dtype(logits))
     grad = selective_logprob_backward(logits, token_ids, g_logp, g_entropy, ctx.temperature, *scores, ctx.backend)
     return grad, None, None, None
 

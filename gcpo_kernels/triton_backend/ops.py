@@ -25,15 +25,15 @@ _TOKENS = ", ".join(
 @torch.library.custom_op(
     "gcpo::triton_token_loss",
     mutates_args=(),
-    schema=f"(Tensor logp, Tensor? items, float[] numbers, {_TOKENS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor logp, Tensor? items, float[] numbers, {_TOKENS}) -> ({', '.join(['Tensor'] * 6)})",
 )
 def triton_token_loss(
     logp: Tensor,  # (B, T)
     items: Tensor | None,  # `num_items_in_batch`, where it is a tensor
     numbers: list[float],  # LossOptions, packed
     *tokens: Any,  # TokenInputs, as given
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss and metrics, d_logp, d_causal, per-sequence part, partial sums): see token_loss.TokenResult."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, metrics, d_logp, d_causal, per-sequence part, partial sums): see token_loss.TokenResult."""
     with on_device_of(logp):
         return token_loss.token_loss_forward(logp, TokenInputs(*tokens), LossOptions.unpack(numbers, items))
 
@@ -51,6 +51,7 @@ def _(logp, items, numbers, *tokens):
         return logp.new_empty(shape, dtype=torch.float32)
 
     return (
+        empty(),
         empty(n_out),
         empty(b, t),
         empty(b, t) if given.causal_logp is not None else empty(0),
@@ -61,7 +62,8 @@ def _(logp, items, numbers, *tokens):
 
 @torch.library.custom_op("gcpo::triton_token_loss_backward", mutates_args=())
 def triton_token_loss_backward(
-    grad: Tensor,  # as `out`: only the loss's counts
+    grad: Tensor,  # ()
+    loss: Tensor,
     out: Tensor,
     d_logp: Tensor,
     d_causal: Tensor,
@@ -72,14 +74,14 @@ def triton_token_loss_backward(
     causal_dtype: torch.dtype | None,
     numbers: list[float],
 ) -> tuple[Tensor, Tensor]:
-    result = token_loss.TokenResult(out, d_logp, d_causal, sequence, sums)
+    result = token_loss.TokenResult(loss, out, d_logp, d_causal, sequence, sums)
     options = LossOptions.unpack(numbers)
     with on_device_of(d_logp):
         return token_loss.token_loss_backward(grad, result, mask, options, (logp_dtype, causal_dtype))
 
 
 @triton_token_loss_backward.register_fake
-def _(grad, out, d_logp, d_causal, sequence, sums, mask, logp_dtype, causal_dtype, numbers):
+def _(grad, loss, out, d_logp, d_causal, sequence, sums, mask, logp_dtype, causal_dtype, numbers):
     return torch.empty_like(d_logp, dtype=logp_dtype), torch.empty_like(d_causal, dtype=causal_dtype)
 
 
@@ -88,13 +90,16 @@ def _token_loss_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     given = TokenInputs(*tokens)
     ctx.dtypes = (logp.dtype, None if given.causal_logp is None else given.causal_logp.dtype)
     ctx.save_for_backward(*output, given.mask)
+    ctx.set_materialize_grads(
+        False
+    )  # of what only the backward reads they would be zeros of (B, T), written for nothing
 
 
-def _token_loss_grad(ctx: Any, grad: Tensor, *unused: Any) -> tuple:
-    out, d_logp, d_causal, sequence, sums, mask = ctx.saved_tensors
-    grad_logp, grad_causal = triton_token_loss_backward(
-        grad, out, d_logp, d_causal, sequence, sums, mask, *ctx.dtypes, ctx.numbers
-    )
+def _token_loss_grad(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple:
+    *result, mask = ctx.saved_tensors
+    if grad is None:
+        return (None,) * (3 + len(TokenInputs._fields))
+    grad_logp, grad_causal = triton_token_loss_backward(grad, *result, mask, *ctx.dtypes, ctx.numbers)
     of_tokens = (grad_causal if name == "causal_logp" and ctx.dtypes[1] else None for name in TokenInputs._fields)
     return grad_logp, None, None, *of_tokens
 
@@ -112,10 +117,8 @@ def loss_and_metrics(logp: Tensor, given: TokenInputs, options: LossOptions) -> 
         options = replace(options, num_items_in_batch=items)
     given = maths.weigh_by_phi(logp, given, options)
     on_device = items.to(logp.device) if isinstance(items, Tensor) else None
-    out = triton_token_loss(logp, on_device, options.pack(), *given.constants())[0]
-    metrics = out.detach()
-    places = token_loss.metric_places(options.kl_clip is not None)
-    return out[0], {name: metrics[place] for name, place in places.items()}
+    loss, out, *_ = triton_token_loss(logp, on_device, options.pack(), *given.constants())
+    return loss, token_loss.named_metrics(out.detach(), options.kl_clip is not None)
 
 
 @torch.library.custom_op("gcpo::triton_causal_weights", mutates_args=())
@@ -189,10 +192,13 @@ def _(g, z, index, context_z, context_mask, saved, alpha, baseline, similarity, 
 def _causal_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     z, index, context_z, context_mask, *ctx.options = inputs
     ctx.save_for_backward(z, index, context_z, context_mask, output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _causal_grad(ctx: Any, g: Tensor, unused: Any) -> tuple:
+def _causal_grad(ctx: Any, g: Tensor | None, unused: Any) -> tuple:
     z, index, context_z, context_mask, saved = ctx.saved_tensors
+    if g is None:
+        return (None,) * 7
     need = ctx.needs_input_grad
     d_z, d_context = triton_causal_weights_backward(
         g, z, index, context_z, context_mask, saved, *ctx.options, bool(need[2])

@@ -345,6 +345,7 @@ def token_loss_kernel(
 def token_loss_finish_kernel(
     sums_ptr,  # (N_SUMS and more, see there, B, BLOCKS)
     items_ptr,  # (1,): num_items_in_batch, where it is a tensor
+    loss_ptr,  # ()
     out_ptr,  # (N_OUT,), or two more
     B,
     BLOCKS,
@@ -404,16 +405,16 @@ def token_loss_finish_kernel(
         if ITEMS_ON_DEVICE:
             denominator = tl.load(items_ptr).to(tl.float32)
         denominator = tl.maximum(denominator, 1.0)
-    tl.store(out_ptr, tl.sum(loss) / denominator)
+    tl.store(loss_ptr, tl.sum(loss) / denominator)
+    tl.store(out_ptr, 1.0 / denominator)
     tl.store(out_ptr + 1, tl.sum(kl) / count)
     tl.store(out_ptr + 2, tl.sum(kl_causal) / count_causal)
     tl.store(out_ptr + 3, tl.sum(clamped) / count_causal)
     tl.store(out_ptr + 4, tl.sum(low) / count)
     tl.store(out_ptr + 5, tl.sum(high) / count)
-    tl.store(out_ptr + 6, 1.0 / denominator)
     if HAS_KL_CLIP:
-        tl.store(out_ptr + 7, tl.sum(kl_clipped) / count)
-        tl.store(out_ptr + 8, tl.sum(causal_clipped) / count_causal)
+        tl.store(out_ptr + 6, tl.sum(kl_clipped) / count)
+        tl.store(out_ptr + 7, tl.sum(causal_clipped) / count_causal)
 
 
 @triton.jit(do_not_specialize=["T", "BLOCKS"])
@@ -440,7 +441,7 @@ def token_loss_backward_kernel(
     pid = tl.program_id(0).to(tl.int64)
     row, start, end = _tokens_of(pid, T, 1 if BY_SEQUENCE else BLOCKS, BLOCK_T, ALIGNED_T)
     first_out = row * (T // 16 * 16 if ALIGNED_T else T)
-    scale = tl.load(grad_ptr).to(tl.float32) * tl.load(out_ptr + 6)
+    scale = tl.load(grad_ptr).to(tl.float32) * tl.load(out_ptr)
     if BY_COUNT:
         parts = tl.arange(0, MOST_BLOCKS)
         n = tl.sum(tl.load(sums_ptr + row * BLOCKS + parts, mask=parts < BLOCKS, other=0.0))

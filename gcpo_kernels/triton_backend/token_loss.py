@@ -22,9 +22,10 @@ from gcpo_kernels.triton_backend.token_kernels import (
     token_loss_kernel,
 )
 
-# What the finishing kernel writes: the loss, these, 1 / denominator of the loss types that have one for all sequences,
+# What the finishing kernel writes beside the loss: 1 / denominator of the loss types that have one for all sequences,
+# these,
 METRICS = ("kl", "kl_causal", "proj_clamped", "clip_low", "clip_high")
-N_OUT = 7
+N_OUT = 6
 # and with a kl_clip these, which the pass over the tokens then sums too.
 KL_CLIP_METRICS = ("kl_clipped", "kl_causal_clipped")
 
@@ -32,17 +33,19 @@ GRPO, PER_TOKEN, GIVEN = 0, 1, 2  # what the loss is divided by: each sequence's
 
 
 class TokenResult(NamedTuple):
-    out: torch.Tensor  # (N_OUT,) or two more: loss, METRICS, 1 / denominator, KL_CLIP_METRICS
+    # A tensor of its own: the gradient of an entry of a vector would be a vector of zeros and a copy into it.
+    loss: torch.Tensor  # () float32
+    out: torch.Tensor  # (N_OUT,) or two more: 1 / denominator, METRICS, KL_CLIP_METRICS
     d_logp: torch.Tensor  # (B, T) float32, before the reduction's weights
     d_causal: torch.Tensor  # (B, T) float32, or empty
     sequence: torch.Tensor  # (B,) float32, or empty
     sums: torch.Tensor  # (N_SUMS and more, B, BLOCKS) float32: see there
 
 
-def metric_places(kl_clip: bool) -> dict[str, int]:
-    """Where in `TokenResult.out` each metric is."""
-    found = {name: 1 + k for k, name in enumerate(METRICS)}
-    return found | ({name: N_OUT + k for k, name in enumerate(KL_CLIP_METRICS)} if kl_clip else {})
+def named_metrics(out: torch.Tensor, kl_clip: bool) -> dict[str, torch.Tensor]:
+    """Of `TokenResult.out`, views of it."""
+    names = (*METRICS, *KL_CLIP_METRICS) if kl_clip else METRICS
+    return dict(zip(names, out.unbind()[1:], strict=True))
 
 
 def result_sizes(kl_clip: bool, kappa_weights: bool) -> tuple[int, int]:
@@ -116,7 +119,7 @@ def _divide_by(options: LossOptions, b: int) -> tuple[int, float, torch.Tensor |
 
 
 def _launch(logp: torch.Tensor, x: TokenInputs, options: LossOptions) -> TokenResult:
-    """The pass over the tokens (B, T), their tensors as given; `out` is left unwritten."""
+    """The pass over the tokens (B, T), their tensors as given; `loss` and `out` are left unwritten."""
     b, t = logp.shape
     device = logp.device
     by_sequence = options.importance_sampling_level == "sequence"
@@ -128,6 +131,7 @@ def _launch(logp: torch.Tensor, x: TokenInputs, options: LossOptions) -> TokenRe
         return torch.empty(shape, dtype=torch.float32, device=device)
 
     result = TokenResult(
+        loss=empty(),
         out=empty(n_out),
         d_logp=empty(b, t),
         d_causal=empty(b, t) if has_causal else empty(0),
@@ -210,6 +214,7 @@ def token_loss_forward(logp: torch.Tensor, x: TokenInputs, options: LossOptions)
     token_loss_finish_kernel[(1,)](
         result.sums,
         result.sums if items is None else items,
+        result.loss,
         result.out,
         result.sums.shape[1],
         blocks,

@@ -9,6 +9,7 @@ import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gcpo_kernels
+from gcpo_kernels import linear, ops
 from gcpo_kernels.options import LossOptions
 from gcpo_kernels.testing import make_linear_inputs, make_representations, make_token_inputs, with_gradients
 from gcpo_kernels.tokens import TokenInputs
@@ -142,16 +143,17 @@ def test_no_program_is_idle(batch: int) -> None:
         assert blocks <= (8 if batch == 512 else MOST_BLOCKS.value)
 
 
-class NoSync(TorchDispatchMode):
-    """Raises where the host would wait for a number from the device, inside the operators too."""
+class Inside(TorchDispatchMode):
+    """Looks at what torch does, inside the operators too."""
 
-    FORBIDDEN = ("_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "_to_copy")
     OPERATORS = (
         triton_ops.triton_token_loss,
         triton_ops.triton_token_loss_backward,
         triton_ops.triton_causal_weights,
         triton_ops.triton_causal_weights_backward,
         triton_ops.triton_leave_one_out,
+        ops.selective_logprob,
+        ops.selective_logprob_backward,
     )
 
     def __init__(self) -> None:
@@ -163,7 +165,19 @@ class NoSync(TorchDispatchMode):
         if func in self._implementations:
             with self:
                 return self._implementations[func](*args, **kwargs)
-        name = func.overloadpacket.__name__
+        self.look(func.overloadpacket.__name__, func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def look(self, name: str, func: Any, args: tuple, kwargs: Any) -> None:
+        raise NotImplementedError
+
+
+class NoSync(Inside):
+    """Raises where the host would wait for a number from the device."""
+
+    FORBIDDEN = ("_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "_to_copy")
+
+    def look(self, name: str, func: Any, args: tuple, kwargs: Any) -> None:
         waits = name in self.FORBIDDEN
         if name == "_to_copy":
             waits = kwargs.get("device") is not None
@@ -171,7 +185,54 @@ class NoSync(TorchDispatchMode):
             waits = any(x is not None and x.dtype == torch.bool for x in args[1])
         if waits:
             raise AssertionError(f"{func} waits for the device")
-        return func(*args, **kwargs)
+
+
+class KernelsOnly(Inside):
+    """Raises where a device would run anything but our kernels: torch allocates, and looks at what is there."""
+
+    ALLOWED = ("empty", "new_empty", "empty_like", "detach", "view", "unsqueeze", "expand", "unbind", "unflatten")
+
+    def look(self, name: str, func: Any, args: tuple, kwargs: Any) -> None:
+        nothing = name == "to" and args[1] == args[0].dtype or name == "contiguous" and args[0].is_contiguous()
+        if name not in self.ALLOWED and not nothing:
+            raise AssertionError(f"{func} is a launch")
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_token_loss_is_three_launches(level: str, launches: Launches) -> None:
+    """Nothing is converted before, and no zeros are written for outputs that only the backward reads."""
+    inputs = with_gradients(make_token_inputs(), "logp", "causal_logp")
+    del inputs["context_weights"]  # only on a CPU are they checked for their values
+    upstream = torch.tensor(1.0)
+    with KernelsOnly():
+        loss, _ = gcpo_kernels.gcpo_loss(**inputs, kappa=0.1, beta=0.1, importance_sampling_level=level)
+        torch.autograd.grad(loss, [inputs["logp"], inputs["causal_logp"]], upstream)
+    assert names(launches) == ["token_loss", "token_loss_finish", "token_loss_backward"]
+
+
+def test_causal_weights_are_three_launches(launches: Launches) -> None:
+    inputs = with_gradients(make_representations(), "z", "context_z")
+    del inputs["context_mask"]
+    upstream, like_z = torch.ones(3, 4), torch.ones(3, 4, 9)
+    with KernelsOnly():
+        out = gcpo_kernels.causal_weights(**inputs)
+        torch.autograd.grad(out, [inputs["z"], inputs["context_z"]], upstream)
+        torch.autograd.grad(gcpo_kernels.leave_one_out_mean(inputs["z"]), inputs["z"], like_z)
+    kernels = ["causal_weights", "causal_weights_finish", "causal_weights_backward"]
+    assert names(launches) == [*kernels, "leave_one_out", "leave_one_out"]
+
+
+def test_selective_logprob_is_two_launches(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No zeros for the entropies, which have no gradient."""
+    monkeypatch.setattr(linear, "check_token_ids", lambda ids, vocab: ids)  # on a CPU alone it looks at them
+    logits, ids, upstream = (
+        torch.randn(4, 5, 37, requires_grad=True),
+        torch.ones(4, 5, dtype=torch.int64),
+        torch.ones(4, 5),
+    )
+    with KernelsOnly():
+        torch.autograd.grad(gcpo_kernels.selective_logprob(logits, ids), logits, upstream)
+    assert names(launches) == ["logprob_forward", "logprob_backward"]
 
 
 def test_the_mode_sees_syncs() -> None:

@@ -244,7 +244,10 @@ def test_strides(path: str, by: float, layout: Any, monkeypatch: pytest.MonkeyPa
     """Hidden states, weight, bias, ids and estimates in an odd layout, done at once and again (TE#2734)."""
     take(path, "loss", monkeypatch)
     inputs = make_linear_inputs(4, 5, 2)
-    inputs |= {key: layout(inputs[key]) for key in ("hidden", "weight", "bias", "token_ids")}
+    inputs |= {key: layout(inputs[key]) for key in ("hidden", "bias", "token_ids")}
+    # One row for all would leave the hidden states without a gradient: it is one column instead.
+    weight = inputs["weight"]
+    inputs["weight"] = weight[:, :1].expand(weight.shape) if layout is test_layout.expanded else layout(weight)
     offset = layout(offset_of(inputs, {}, by))
     monkeypatch.setattr(gcpo_kernels, "linear_gcpo_loss", partial(gcpo_kernels.linear_gcpo_loss, offset_logp=offset))
     budget.compare("linear_gcpo_loss", inputs, beta=0.04, kappa=0.06)
