@@ -1,6 +1,5 @@
 """Launches of leave-one-out means and causal weights (eq. 11). The kernels are in causal_kernels.py."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from gcpo_kernels.triton_backend.causal_kernels import (
     causal_weights_backward_kernel,
     causal_weights_finish_kernel,
     causal_weights_kernel,
+    coefficients_kernel,
     leave_one_out_kernel,
 )
 
@@ -33,15 +33,18 @@ def tiling(candidates: int, hidden: int, elements: int) -> dict[str, int]:
 
 
 def coefficients(context_mask: torch.Tensor) -> torch.Tensor:
-    """Each sample's coefficient in Zbar_i - Zprime_i, (P * n, L * m) float32, from (P, n, L, m); NaN: not there."""
-    keep = context_mask.bool()
-    count = keep.sum(dim=3)  # (P, n, L)
-    filled = (count > 0).sum(dim=2, dtype=torch.float32)  # (P, n); of integers, 1 / filled would have the default type
-    first = torch.zeros_like(count, dtype=torch.float32)
-    first[:, :, 0] = 1
-    c = first - 1.0 / filled.clamp(min=1).unsqueeze(-1)
-    c = torch.where((count[:, :, :1] > 0), c / count.clamp(min=1), math.nan)
-    return torch.where(keep, c.unsqueeze(-1), math.nan).flatten(0, 1).flatten(1).contiguous()
+    """
+    Each sample's coefficient in Zbar_i - Zprime_i, (P * n, L * m) float32, from (P, n, L, m); NaN: not there. One
+    launch.
+    """
+    p, n, l, m = context_mask.shape
+    out = torch.empty(p * n, l * m, dtype=torch.float32, device=context_mask.device)
+    mask = context_mask.contiguous()
+    mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    # Few sizes of blocks, so that few kernels are compiled.
+    blocks = {"BLOCK_L": max(16, triton.next_power_of_2(l)), "BLOCK_M": max(8, triton.next_power_of_2(m))}
+    coefficients_kernel[(p * n,)](mask, out, l, m, **blocks, num_warps=1)
+    return out
 
 
 class CausalArguments(NamedTuple):
@@ -75,7 +78,7 @@ def _arguments(x: CausalArguments) -> tuple[list, list, dict[str, bool]]:
 
 
 def causal_weights_forward(x: CausalArguments) -> tuple[torch.Tensor, torch.Tensor]:
-    """Upsilon (P, n) float32, and what the backward needs, (3, P * n): two launches."""
+    """Upsilon (P, n) float32, and what the backward needs, (3, P * n): two launches, one more with a mask."""
     p, n, _, _, hidden = x.context_z.shape
     upsilon = torch.empty(p, n, dtype=torch.float32, device=x.z.device)
     saved = torch.empty(3, p * n, dtype=torch.float32, device=x.z.device)
@@ -104,7 +107,7 @@ def causal_weights_forward(x: CausalArguments) -> tuple[torch.Tensor, torch.Tens
 def causal_weights_backward(
     g: torch.Tensor, x: CausalArguments, saved: torch.Tensor, need_context: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients in the rows of z, (P, n, H), and in context_z (empty if not needed): one launch."""
+    """Gradients in the rows of z, (P, n, H), and in context_z (empty if not needed): one launch, two with a mask."""
     p, n, l, m, hidden = x.context_z.shape
     d_z = torch.empty(p, n, hidden, dtype=x.z.dtype, device=x.z.device)
     shape = (p, n, l, m, hidden) if need_context else (0,)

@@ -56,6 +56,30 @@ def _coefficients(coefficients_ptr, row, exists, s, samples, m, HAS_MASK: tl.con
     return c, there
 
 
+@triton.jit(do_not_specialize=["L", "m"])
+def coefficients_kernel(
+    mask_ptr,  # (P * n, L, m), contiguous
+    out_ptr,  # (P * n, L * m) float32: receives the coefficients, NaN where a sample is not there
+    L,
+    m,
+    BLOCK_L: tl.constexpr,  # at least L
+    BLOCK_M: tl.constexpr,  # at least m
+):
+    """One program for each candidate. Without a sample of its first context a candidate has none."""
+    row = tl.program_id(0).to(tl.int64)
+    l = tl.arange(0, BLOCK_L).to(tl.int64)
+    j = tl.arange(0, BLOCK_M).to(tl.int64)
+    inside = (l < L)[:, None] & (j < m)[None, :]  # [BLOCK_L, BLOCK_M]
+    at = row * L * m + l[:, None] * m + j[None, :]
+    keep = tl.load(mask_ptr + at, mask=inside, other=0) != 0
+    count = tl.sum(keep.to(tl.float32), axis=1)  # [BLOCK_L]
+    filled = tl.sum((count > 0.0).to(tl.float32), axis=0)
+    first = tl.sum(tl.where(l == 0, count, 0.0), axis=0)
+    c = (tl.where(l == 0, 1.0, 0.0) - 1.0 / tl.maximum(filled, 1.0)) / tl.maximum(count, 1.0)
+    c = tl.where(first > 0.0, c, float("nan"))
+    tl.store(out_ptr + at, tl.where(keep, c[:, None], float("nan")), mask=inside)
+
+
 @triton.jit
 def _load_target(
     z_tensor,

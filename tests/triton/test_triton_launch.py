@@ -51,6 +51,7 @@ def test_token_loss(level: str, launches: Launches) -> None:
 
 def test_causal_weights(launches: Launches) -> None:
     inputs = with_gradients(make_representations(), "z", "context_z")
+    del inputs["context_mask"]
     gcpo_kernels.causal_weights(**inputs).sum().backward()
     gcpo_kernels.leave_one_out_mean(inputs["z"]).sum().backward()
     forward = ["causal_weights", "causal_weights_finish"]
@@ -193,7 +194,7 @@ class KernelsOnly(Inside):
     ALLOWED = ("empty", "new_empty", "empty_like", "detach", "view", "unsqueeze", "expand", "unbind", "unflatten")
 
     def look(self, name: str, func: Any, args: tuple, kwargs: Any) -> None:
-        nothing = name == "to" and args[1] == args[0].dtype or name == "contiguous" and args[0].is_contiguous()
+        nothing = (name == "to" and args[1] == args[0].dtype) or (name == "contiguous" and args[0].is_contiguous())
         if name not in self.ALLOWED and not nothing:
             raise AssertionError(f"{func} is a launch")
 
@@ -210,15 +211,18 @@ def test_token_loss_is_three_launches(level: str, launches: Launches) -> None:
     assert names(launches) == ["token_loss", "token_loss_finish", "token_loss_backward"]
 
 
-def test_causal_weights_are_three_launches(launches: Launches) -> None:
+@pytest.mark.parametrize("dtype", [None, torch.bool, torch.float32], ids=str)
+def test_causal_weights_are_three_launches(dtype: torch.dtype | None, launches: Launches) -> None:
+    """And one more each way with a mask."""
     inputs = with_gradients(make_representations(), "z", "context_z")
-    del inputs["context_mask"]
+    inputs["context_mask"] = None if dtype is None else inputs["context_mask"].to(dtype)
     upstream, like_z = torch.ones(3, 4), torch.ones(3, 4, 9)
     with KernelsOnly():
         out = gcpo_kernels.causal_weights(**inputs)
         torch.autograd.grad(out, [inputs["z"], inputs["context_z"]], upstream)
         torch.autograd.grad(gcpo_kernels.leave_one_out_mean(inputs["z"]), inputs["z"], like_z)
-    kernels = ["causal_weights", "causal_weights_finish", "causal_weights_backward"]
+    first = [] if dtype is None else ["coefficients"]
+    kernels = [*first, "causal_weights", "causal_weights_finish", *first, "causal_weights_backward"]
     assert names(launches) == [*kernels, "leave_one_out", "leave_one_out"]
 
 
