@@ -18,7 +18,7 @@ OFFLINE = (("HF_HUB_OFFLINE", "1"),)  # nothing comes from the hub, and without 
 # Parts of the names of cases.
 SMALL = ("N=1048576", "N=16777216", "P=64")  # large enough that memory decides, not launches
 TUNED = ("scoring/N=16384", "scoring/N=8192", "linear_loss/N=16384,H=3584")
-SWEPT = ("kernels", "order of tiles")
+SWEPT = ("kernels", "order of tiles", "blocks of our own product")
 
 
 @dataclass(frozen=True)

@@ -99,13 +99,18 @@ def product_blocks(case: Case) -> Iterator[Setting]:
 
     operation = _OPERATIONS[case.op]
     taking = _taking(operation, "epilogue" if operation == "loss" else "product")
-    for m, n in ((128, 256), (128, 128), (256, 128)):
-        for stages in (3, 4):
-            for parts in (1, 2, 4):
-                blocks = product.Blocks(m, n, 64, 8, stages, parts)
-                name = f"blocks of {m} x {n}, {stages} stages, {parts} parts"
-                replaced = lambda *matrices, blocks=blocks: (blocks, True)  # noqa: E731
-                yield Setting(name, (taking, (product, "choose_blocks", replaced)))
+    # Each is compiled, which takes seconds: the likeliest first, and none that spills registers.
+    wide = (
+        (128, 256, 64, 4, 4),
+        (128, 256, 64, 4, 2),
+        (128, 256, 64, 3, 2),
+        (128, 256, 128, 2, 4),
+        (128, 256, 64, 3, 1),
+    )
+    for m, n, k, stages, parts in (*wide, (256, 128, 64, 4, 4), (128, 128, 64, 4, 4)):
+        blocks = product.Blocks(m, n, k, 8, stages, parts)
+        name = f"blocks of {m} x {n} x {k}, {stages} stages, {parts} parts"
+        yield Setting(name, (taking, (product, "HOPPER_BLOCKS", blocks)))
 
 
 def tile_order(case: Case) -> Iterator[Setting]:
@@ -176,9 +181,9 @@ def sweeps(device: torch.device, tiny: bool = False) -> Sequence[tuple[Case, str
     if device.type == "cpu":
         return [(c, "rows of a tile", tile_rows) for c in linear] + [(c, "blocks", cpu_blocks) for c in linear]
     found: list[tuple[Case, str, Sweep]] = [(c, "order of tiles", tile_order) for c in (*scoring[:4], *linear[:1])]
+    found += [(c, "blocks of our own product", product_blocks) for c in (*scoring[1:2], *linear[1:2])]
     found += [(c, KERNELS, kernels) for c in (*linear[:4], *scoring[:4])]
     found += [(c, "rows of a tile", tile_rows) for c in linear[:4]]
-    found += [(c, "blocks of our own product", product_blocks) for c in (*linear[1:2], *scoring[1:2])]
     found += [(c, "passes over a tile", tile_passes) for c in linear[1:2]]
     found += [(c, "slices", scoring_slices) for c in scoring[:4]]
     return found + [(c, "blocks", token_blocks) for c in tokens]
