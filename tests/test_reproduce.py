@@ -457,6 +457,7 @@ def test_floors_are_arithmetic() -> None:
         "`logprob_backward`, `selective_logprob`": 4 * rows * vocab,
         "`causal_weights`": 2 * group * width * (1 + contexts) + 12 * group * blocks,
         "`causal_weights_finish`": 12 * group * blocks + 16 * group,
+        "`coefficients`": 5 * group * contexts,
         "`causal_weights_backward`": 4 * group * width * (1 + contexts),
         "`leave_one_out`": 6 * group * width,
     }
