@@ -43,7 +43,7 @@ def parts(run: str, options: Options) -> list[Part]:
 def _first(options: Options) -> list[Part]:
     size = ("--device", "cpu", "--tiny") if options.dry else ("--device", "cuda")
     foundations = _module("bench.foundations", *size, "--budget", "45", "--out", "{work}/foundations.json")
-    profile = _module("bench.profile_linear", *size, "--budget", "35", "--out", "{work}/profile_linear.json")
+    profile = _module("bench.profile_calls", *size, "--budget", "35", "--out", "{work}/profile_calls.json")
     return [
         Part("foundations", foundations, 60),
         Part("doctor", _module("gcpo.cli", "doctor"), 40),

@@ -156,7 +156,7 @@ def test_flags(capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 @pytest.mark.slow
 def test_what_a_gpu_runs_imports_without_what_it_may_lack(tmp_path: Path) -> None:
     """And the part that needs these packages is skipped, with the reason."""
-    modules = "bench.run bench.tune bench.gpu_programme bench.foundations bench.profile_linear bench.outcomes gcpo.cli"
+    modules = "bench.run bench.tune bench.gpu_programme bench.foundations bench.profile_calls bench.outcomes gcpo.cli"
     dry = "--dry_run --parts kernels step_overhead fidelity"
     (tmp_path / "sitecustomize.py").write_text(BLOCK)
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
@@ -242,8 +242,9 @@ def test_dry_run(tmp_path: Path) -> None:
         assert {f"{name}.log" for name, status in found.items() if status == "ok"} <= set(files)
     assert statuses(first["summary.json"])["kernels"] == statuses(second["summary.json"])["step_overhead"] == "ok"
     assert "copy" in json.loads(first["foundations.json"]) and json.loads(first["foundations.json"])["products"]
-    calls = json.loads(first["profile_linear.json"])["calls"]
-    assert {call["key"].split("/")[0] for call in calls} == {"linear_loss", "scoring"}
+    calls = json.loads(first["profile_calls.json"])["calls"]
+    assert {call["key"].split("/")[0] for call in calls} == {"token_loss", "causal_weights", "linear_loss", "scoring"}
+    assert {call["counts"] for call in calls} == {"bytes", "flops"}
     assert all(call["kernels"] and call["clocks"]["sm_mhz"] is None for call in calls)
     case = json.loads(first["kernels/kernels.json"])["cases"][0]
     assert {row["name"] for row in case["results"]} == {"gcpo", "eager PyTorch"} and case["clocks"]["looks"] == 0

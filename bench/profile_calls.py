@@ -1,9 +1,9 @@
 """
-Where the time of a call of `linear_gcpo_loss` and of `linear_logprob` goes, kernel by kernel, at the shapes that
-neighbours publish.
+Where the time of a call goes, kernel by kernel: of `linear_gcpo_loss` and `linear_logprob` at the shapes that
+neighbours publish, of `gcpo_loss` and `causal_weights` at sizes where memory decides.
 
-    python -m bench.profile_linear --out runs/profile_linear.json
-    python -m bench.profile_linear --device cpu --tiny
+    python -m bench.profile_calls --out runs/profile_calls.json
+    python -m bench.profile_calls --device cpu --tiny
 
 "wall" is a call among others of its kind; "host" is how long the host takes to launch it. Where they are alike, the
 device waits for the host. The file is written after each call.
@@ -62,12 +62,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def profiled(device: torch.device, tiny: bool) -> list[Case]:
-    """A loss and a scoring of each published shape, in turns."""
+    """Two sizes of each small operation, then a loss and a scoring of each published shape, in turns."""
     listed = tiny_cases(device) if tiny else cases(device)
     known = [c for c in listed if (c.objective, c.logits, c.masked) == ("grpo", "peaked", "none")]
     count = 1 if device.type == "cpu" else 4
+    small = [c for c in listed if c.op == "token_loss" and c.objective == "gcpo" and (tiny or c.rows >= 1 << 20)]
+    small = small[:2] + [c for c in listed if c.op == "causal_weights"][:1]
     by_op = [[c for c in known if c.op == op][:count] for op in ("linear_loss", "scoring")]
-    return list(itertools.chain.from_iterable(zip(*by_op, strict=True)))
+    return small + list(itertools.chain.from_iterable(zip(*by_op, strict=True)))
 
 
 def profile_call(case: Case, device: torch.device) -> dict[str, Any]:
@@ -104,7 +106,8 @@ def profile_call(case: Case, device: torch.device) -> dict[str, Any]:
         "wall_ms": wall * 1e3,
         "host_ms": host * 1e3,
         "calls": CALLS,
-        "tflops": measure.work(case, x).of("both") / wall / 1e12,
+        "per_second": measure.work(case, x).of("both") / wall,
+        "counts": measure.work(case, x).kind,
         "peak_bytes": peak,
         "timed": (started, ended),
         "kernels": kernels(seen, device),
@@ -125,7 +128,9 @@ def kernels(seen: profile, device: torch.device) -> list[dict[str, Any]]:
 def show(entry: dict[str, Any]) -> str:
     if "problem" in entry:
         return f"{entry['key']}: {entry['problem']}"
-    times = f"wall {entry['wall_ms']:.3f} ms, host {entry['host_ms']:.3f} ms, {entry['tflops']:.4g} TFLOP/s"
+    scale, unit = {"flops": (1e12, "TFLOP/s"), "bytes": (1e9, "GB/s")}[entry["counts"]]
+    rate = f"{entry['per_second'] / scale:.4g} {unit}"
+    times = f"wall {entry['wall_ms']:.3f} ms, host {entry['host_ms']:.3f} ms, {rate}"
     lines = [f"{entry['key']}: {times}", describe(entry["clocks"])]
     lines += [f"  {kernel['ms']:9.3f} ms {kernel['count']:5d} x  {kernel['name'][:110]}" for kernel in entry["kernels"]]
     return "\n".join(line for line in lines if line)
