@@ -113,12 +113,12 @@ def check_context_weights(weights: Any, context_logp: torch.Tensor, *tokens: tor
     shapes, wanted = ((contexts,), (b, contexts)), "(L,) or (B, L)"
     check_tensor("context_weights", weights, shapes=shapes, wanted=wanted, like=context_logp)
     if _looks(weights):
-        check_weights("context_weights", weights if weights.dim() == 1 else weights[_rows_of(tokens, b)])
+        check_weights("context_weights", weights if weights.dim() == 1 else weights[_rows_of(tokens, weights)])
 
 
-def _rows_of(tokens: tuple[torch.Tensor, ...], b: int) -> torch.Tensor:
-    """(B,) bool: which rows have a token where all of `tokens` are not 0."""
-    counts = torch.ones(b, 1, dtype=torch.bool)
+def _rows_of(tokens: tuple[torch.Tensor, ...], weights: torch.Tensor) -> torch.Tensor:
+    """(B,) bool: of weights (B, L), which rows have a token where all of `tokens` are not 0."""
+    counts = weights.new_ones(len(weights), 1, dtype=torch.bool)
     for x in tokens:
         counts = counts & (x != 0)
     return counts.any(dim=1)

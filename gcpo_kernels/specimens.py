@@ -239,8 +239,8 @@ def _causal_weights() -> list[Specimen]:
     finish = {"SIMILARITY": causal.EUCLIDEAN, "BLOCKS": 28}
     finish |= dict(zip(("B_TILE", "ROW_TILE"), causal.FINISH_TILE, strict=True))
     found.append(Specimen("causal_weights_finish", causal.causal_weights_finish_kernel, finish))
-    sizes = {"BLOCK_L": 16, "BLOCK_M": 8}
-    found.append(Specimen("coefficients", causal.coefficients_kernel, sizes, {"mask_ptr": "*u8"}, num_warps=1))
+    tile = causal.COEFFICIENTS_TILE
+    found.append(Specimen("coefficients", causal.coefficients_kernel, tile, {"mask_ptr": "*u8"}, num_warps=1))
     return found
 
 

@@ -64,7 +64,8 @@ def outcome(
     total = torch.zeros((), dtype=torch.float64, device=next(iter(out.values())).device)
     for x in out.values():
         if x.requires_grad:
-            weights = torch.linspace(-1.0, 2.0, x.numel() + 1, device=x.device)[1:]
+            last = 1.7 if x.dim() else 2.0
+            weights = torch.linspace(-1.0, last, x.numel() + 1, device=x.device)[1:]
             total = total + (x * weights.view(x.shape).to(x.dtype)).sum()
     if total.requires_grad:
         total.backward()

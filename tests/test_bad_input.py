@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import gcpo_kernels
+from gcpo_kernels.checks import check_context_weights
 from gcpo_kernels.options import check_number
 from gcpo_kernels.testing import make_linear_inputs, make_representations, make_token_inputs
 
@@ -169,7 +170,20 @@ def test_what_an_option_needs(function: str, named: str, without: str | None, op
 def test_negative_context_weights(function: str, value: float) -> None:
     inputs = LOSSES[function]()
     inputs["context_weights"][0, 1] = value
+    inputs["mask"][0, 1] = 0  # a row matters where any of its tokens does
+    assert inputs["mask"][0].any()
     raises("context_weights", getattr(gcpo_kernels, function), inputs, kappa=0.1)
+
+
+def test_weights_are_checked_where_they_are() -> None:
+    """Not on torch's default device."""
+    inputs = LOSSES["gcpo_loss"]()
+    weights, kappa_weights = inputs["context_weights"], torch.ones(5, 1)
+    with torch.device("meta"):
+        check_context_weights(weights, inputs["context_logp"], inputs["mask"], kappa_weights)
+        weights[0, 1] = -1.0
+        with pytest.raises(ValueError, match="`context_weights`"):
+            check_context_weights(weights, inputs["context_logp"], inputs["mask"], kappa_weights)
 
 
 @pytest.mark.parametrize("value", [-1e-3, -INF, INF, NAN])

@@ -19,6 +19,7 @@ _SIMILARITY = {"cosine": COSINE, "euclidean": EUCLIDEAN, "gaussian": GAUSSIAN}
 # programs has 48 KB in flight; 1/132 of 4.3 TB/s takes some 30 KB. Larger tiles would be fewer programs.
 TILE_BYTES = 8192
 TILE_ELEMENTS = 2048  # of the backward's tile, where gradients take registers too
+COEFFICIENTS_TILE = {"BLOCK_L": 16, "BLOCK_M": 8}  # contexts and samples
 FINISH_TILE = (16, 32)  # blocks and candidates that one program of the finishing kernel loads at once
 
 
@@ -41,9 +42,7 @@ def coefficients(context_mask: torch.Tensor) -> torch.Tensor:
     out = torch.empty(p * n, l * m, dtype=torch.float32, device=context_mask.device)
     mask = context_mask.contiguous()
     mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-    # Few sizes of blocks, so that few kernels are compiled.
-    blocks = {"BLOCK_L": max(16, triton.next_power_of_2(l)), "BLOCK_M": max(8, triton.next_power_of_2(m))}
-    coefficients_kernel[(p * n,)](mask, out, l, m, **blocks, num_warps=1)
+    coefficients_kernel[(p * n,)](mask, out, l, m, **COEFFICIENTS_TILE, num_warps=1)
     return out
 
 

@@ -56,28 +56,50 @@ def _coefficients(coefficients_ptr, row, exists, s, samples, m, HAS_MASK: tl.con
     return c, there
 
 
+@triton.jit
+def _samples_at(l, m0, L, m, BLOCK_M: tl.constexpr):
+    """Places of samples m0 and on of contexts l, [BLOCK_L, BLOCK_M], and which there are."""
+    j = (m0 + tl.arange(0, BLOCK_M)).to(tl.int64)
+    return l[:, None] * m + j[None, :], (l < L)[:, None] & (j < m)[None, :]
+
+
+@triton.jit
+def _samples_of(mask_ptr, l, L, m, BLOCK_M: tl.constexpr):
+    """How many samples contexts l hold, [BLOCK_L]."""
+    count = tl.zeros(l.shape, tl.float32)
+    for m0 in range(0, m, BLOCK_M):
+        at, inside = _samples_at(l, m0, L, m, BLOCK_M)
+        count += tl.sum((tl.load(mask_ptr + at, mask=inside, other=0) != 0).to(tl.float32), axis=1)
+    return count
+
+
 @triton.jit(do_not_specialize=["L", "m"])
 def coefficients_kernel(
     mask_ptr,  # (P * n, L, m), contiguous
     out_ptr,  # (P * n, L * m) float32: receives the coefficients, NaN where a sample is not there
     L,
     m,
-    BLOCK_L: tl.constexpr,  # at least L
-    BLOCK_M: tl.constexpr,  # at least m
+    BLOCK_L: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
     """One program for each candidate. Without a sample of its first context a candidate has none."""
-    row = tl.program_id(0).to(tl.int64)
-    l = tl.arange(0, BLOCK_L).to(tl.int64)
-    j = tl.arange(0, BLOCK_M).to(tl.int64)
-    inside = (l < L)[:, None] & (j < m)[None, :]  # [BLOCK_L, BLOCK_M]
-    at = row * L * m + l[:, None] * m + j[None, :]
-    keep = tl.load(mask_ptr + at, mask=inside, other=0) != 0
-    count = tl.sum(keep.to(tl.float32), axis=1)  # [BLOCK_L]
-    filled = tl.sum((count > 0.0).to(tl.float32), axis=0)
-    first = tl.sum(tl.where(l == 0, count, 0.0), axis=0)
-    c = (tl.where(l == 0, 1.0, 0.0) - 1.0 / tl.maximum(filled, 1.0)) / tl.maximum(count, 1.0)
-    c = tl.where(first > 0.0, c, float("nan"))
-    tl.store(out_ptr + at, tl.where(keep, c[:, None], float("nan")), mask=inside)
+    first_sample = tl.program_id(0).to(tl.int64) * L * m
+    filled = 0.0  # contexts that hold a sample
+    first = 0.0  # samples of the first context
+    for l0 in range(0, L, BLOCK_L):
+        l = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
+        count = _samples_of(mask_ptr + first_sample, l, L, m, BLOCK_M)
+        filled += tl.sum((count > 0.0).to(tl.float32), axis=0)
+        first += tl.sum(tl.where(l == 0, count, 0.0), axis=0)
+    for l0 in range(0, L, BLOCK_L):
+        l = (l0 + tl.arange(0, BLOCK_L)).to(tl.int64)
+        count = _samples_of(mask_ptr + first_sample, l, L, m, BLOCK_M)
+        c = (tl.where(l == 0, 1.0, 0.0) - 1.0 / tl.maximum(filled, 1.0)) / tl.maximum(count, 1.0)
+        c = tl.where(first > 0.0, c, float("nan"))
+        for m0 in range(0, m, BLOCK_M):
+            at, inside = _samples_at(l, m0, L, m, BLOCK_M)
+            keep = tl.load(mask_ptr + first_sample + at, mask=inside, other=0) != 0
+            tl.store(out_ptr + first_sample + at, tl.where(keep, c[:, None], float("nan")), mask=inside)
 
 
 @triton.jit

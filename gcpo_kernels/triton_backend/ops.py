@@ -35,7 +35,8 @@ def triton_token_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, metrics, d_logp, d_causal, per-sequence part, partial sums): see token_loss.TokenResult."""
     with on_device_of(logp):
-        return token_loss.token_loss_forward(logp, TokenInputs(*tokens), LossOptions.unpack(numbers, items))
+        loss, result = token_loss.token_loss_forward(logp, TokenInputs(*tokens), LossOptions.unpack(numbers, items))
+        return loss, *result
 
 
 @triton_token_loss.register_fake
@@ -63,7 +64,6 @@ def _(logp, items, numbers, *tokens):
 @torch.library.custom_op("gcpo::triton_token_loss_backward", mutates_args=())
 def triton_token_loss_backward(
     grad: Tensor,  # ()
-    loss: Tensor,
     out: Tensor,
     d_logp: Tensor,
     d_causal: Tensor,
@@ -74,14 +74,14 @@ def triton_token_loss_backward(
     causal_dtype: torch.dtype | None,
     numbers: list[float],
 ) -> tuple[Tensor, Tensor]:
-    result = token_loss.TokenResult(loss, out, d_logp, d_causal, sequence, sums)
+    result = token_loss.TokenResult(out, d_logp, d_causal, sequence, sums)
     options = LossOptions.unpack(numbers)
     with on_device_of(d_logp):
         return token_loss.token_loss_backward(grad, result, mask, options, (logp_dtype, causal_dtype))
 
 
 @triton_token_loss_backward.register_fake
-def _(grad, loss, out, d_logp, d_causal, sequence, sums, mask, logp_dtype, causal_dtype, numbers):
+def _(grad, out, d_logp, d_causal, sequence, sums, mask, logp_dtype, causal_dtype, numbers):
     return torch.empty_like(d_logp, dtype=logp_dtype), torch.empty_like(d_causal, dtype=causal_dtype)
 
 
@@ -89,7 +89,7 @@ def _token_loss_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     logp, _, ctx.numbers, *tokens = inputs
     given = TokenInputs(*tokens)
     ctx.dtypes = (logp.dtype, None if given.causal_logp is None else given.causal_logp.dtype)
-    ctx.save_for_backward(*output, given.mask)
+    ctx.save_for_backward(*output[1:], given.mask)
     ctx.set_materialize_grads(
         False
     )  # of what only the backward reads they would be zeros of (B, T), written for nothing

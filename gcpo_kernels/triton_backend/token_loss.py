@@ -33,8 +33,8 @@ GRPO, PER_TOKEN, GIVEN = 0, 1, 2  # what the loss is divided by: each sequence's
 
 
 class TokenResult(NamedTuple):
-    # A tensor of its own: the gradient of an entry of a vector would be a vector of zeros and a copy into it.
-    loss: torch.Tensor  # () float32
+    """What the backward goes on from."""
+
     out: torch.Tensor  # (N_OUT,) or two more: 1 / denominator, METRICS, KL_CLIP_METRICS
     d_logp: torch.Tensor  # (B, T) float32, before the reduction's weights
     d_causal: torch.Tensor  # (B, T) float32, or empty
@@ -43,9 +43,9 @@ class TokenResult(NamedTuple):
 
 
 def named_metrics(out: torch.Tensor, kl_clip: bool) -> dict[str, torch.Tensor]:
-    """Of `TokenResult.out`, views of it."""
+    """Of `TokenResult.out`, views of it, one by one: those of one `unbind` may not be written to."""
     names = (*METRICS, *KL_CLIP_METRICS) if kl_clip else METRICS
-    return dict(zip(names, out.unbind()[1:], strict=True))
+    return {name: out[1 + k] for k, name in enumerate(names)}
 
 
 def result_sizes(kl_clip: bool, kappa_weights: bool) -> tuple[int, int]:
@@ -119,7 +119,7 @@ def _divide_by(options: LossOptions, b: int) -> tuple[int, float, torch.Tensor |
 
 
 def _launch(logp: torch.Tensor, x: TokenInputs, options: LossOptions) -> TokenResult:
-    """The pass over the tokens (B, T), their tensors as given; `loss` and `out` are left unwritten."""
+    """The pass over the tokens (B, T), their tensors as given; `out` is left unwritten."""
     b, t = logp.shape
     device = logp.device
     by_sequence = options.importance_sampling_level == "sequence"
@@ -131,7 +131,6 @@ def _launch(logp: torch.Tensor, x: TokenInputs, options: LossOptions) -> TokenRe
         return torch.empty(shape, dtype=torch.float32, device=device)
 
     result = TokenResult(
-        loss=empty(),
         out=empty(n_out),
         d_logp=empty(b, t),
         d_causal=empty(b, t) if has_causal else empty(0),
@@ -205,16 +204,20 @@ def _launch(logp: torch.Tensor, x: TokenInputs, options: LossOptions) -> TokenRe
     return result
 
 
-def token_loss_forward(logp: torch.Tensor, x: TokenInputs, options: LossOptions) -> TokenResult:
-    """Loss, metrics and unreduced derivatives of tokens (B, T), their tensors as given: two launches, no sync."""
+def token_loss_forward(logp: torch.Tensor, x: TokenInputs, options: LossOptions) -> tuple[torch.Tensor, TokenResult]:
+    """
+    The loss, () float32, metrics and unreduced derivatives of tokens (B, T), their tensors as given: two launches, no
+    sync. The loss is a tensor of its own: the gradient of a vector's entry would be a vector of zeros and a copy.
+    """
     result = _launch(logp, x, options)
+    loss = torch.empty((), dtype=torch.float32, device=logp.device)
     divide_by, divisor, items = _divide_by(options, logp.shape[0])
     blocks = result.sums.shape[2]
     block_p = triton.next_power_of_2(blocks)
     token_loss_finish_kernel[(1,)](
         result.sums,
         result.sums if items is None else items,
-        result.loss,
+        loss,
         result.out,
         result.sums.shape[1],
         blocks,
@@ -227,7 +230,7 @@ def token_loss_forward(logp: torch.Tensor, x: TokenInputs, options: LossOptions)
         BLOCK_B=max(16, 1024 // block_p),
         num_warps=4,
     )
-    return result
+    return loss, result
 
 
 def token_derivatives(logp: torch.Tensor, inputs: TokenInputs, options: LossOptions) -> torch.Tensor:

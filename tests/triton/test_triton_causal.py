@@ -109,6 +109,20 @@ def test_samples_that_are_not_there(group: int, small_blocks: None) -> None:
         assert out.isnan().nonzero().tolist() == [[1, group - 1]]
 
 
+@pytest.mark.parametrize(("contexts", "samples"), [(1, 1), (16, 8), (17, 3), (2, 9), (40, 20)])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32], ids=str)
+def test_coefficients(dtype: torch.dtype, contexts: int, samples: int) -> None:
+    """Fewer contexts and samples than the kernel looks at together, as many and more; masks in any layout."""
+    mask = torch.rand(2, 3, contexts, samples, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask[0, 0], mask[0, 1, 0], mask[1, 2] = False, False, True
+    found = causal.coefficients(reversed_strides(mask.to(dtype))).view(mask.shape)
+    count = mask.sum(dim=3, keepdim=True).double()
+    first = (torch.arange(contexts) == 0).view(1, 1, -1, 1).double()
+    want = (first - 1 / (count > 0).sum(dim=2, keepdim=True)) / count
+    want = torch.where(mask & (count[:, :, :1] > 0), want, torch.nan)
+    torch.testing.assert_close(found.double(), want, rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
 @pytest.mark.parametrize("group", [1, 17])
 def test_one_column(group: int) -> None:
     """H = 1: every stride may be 1, and the weights are alpha or -alpha."""

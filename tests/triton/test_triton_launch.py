@@ -191,7 +191,7 @@ class NoSync(Inside):
 class KernelsOnly(Inside):
     """Raises where a device would run anything but our kernels: torch allocates, and looks at what is there."""
 
-    ALLOWED = ("empty", "new_empty", "empty_like", "detach", "view", "unsqueeze", "expand", "unbind", "unflatten")
+    ALLOWED = ("empty", "new_empty", "empty_like", "detach", "view", "unsqueeze", "expand", "select", "unflatten")
 
     def look(self, name: str, func: Any, args: tuple, kwargs: Any) -> None:
         nothing = (name == "to" and args[1] == args[0].dtype) or (name == "contiguous" and args[0].is_contiguous())

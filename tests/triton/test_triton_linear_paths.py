@@ -14,6 +14,8 @@ import grid
 import pytest
 import test_layout
 import torch
+import triton
+import triton.language as tl
 
 import gcpo_kernels
 from gcpo_kernels import reference
@@ -23,6 +25,7 @@ from gcpo_kernels.triton_backend import gate, product
 from gcpo_kernels.triton_backend.linear import TritonTiles
 from gcpo_kernels.triton_backend.logprob import softmax_once
 from gcpo_kernels.triton_backend.product import Blocks, Product
+from gcpo_kernels.triton_backend.product_kernels import _place_of
 from gcpo_kernels.triton_backend.scale import scale_
 
 HEADS = (*grid.HEADS, {"temperature": 0.8, "logit_scale": -0.7})
@@ -157,6 +160,25 @@ def test_large_logits_are_scored_without_loss(path: str, monkeypatch: pytest.Mon
     )
     for a, b in zip(small, large, strict=True):
         torch.testing.assert_close(b, a, rtol=2e-6, atol=2e-7)
+
+
+@triton.jit
+def places_kernel(out_ptr, down, columns, GROUP: tl.constexpr):
+    for tile in range(0, down * columns):
+        row, column = _place_of(tile, down, columns, GROUP)
+        tl.store(out_ptr + 2 * tile, row)
+        tl.store(out_ptr + 2 * tile + 1, column)
+
+
+@pytest.mark.parametrize("group", [0, 1, 3, 5, 8])
+def test_places_of_tiles(group: int) -> None:
+    """Groups of blocks of rows one after the other, the last one lower; in a group rows run fastest."""
+    down, columns = 5, 3
+    out = torch.zeros(down * columns, 2, dtype=torch.int64)
+    places_kernel[(1,)](out, down, columns, GROUP=group)
+    step = group or down
+    rows = [range(first, min(first + step, down)) for first in range(0, down, step)]
+    assert out.tolist() == [[row, column] for some in rows for column in range(columns) for row in some]
 
 
 @pytest.mark.parametrize("group", [1, 3])
