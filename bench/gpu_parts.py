@@ -58,11 +58,8 @@ def _second(options: Options) -> list[Part]:
     # At least the test that finds a host waiting for the device, so that there is always something to repeat.
     again = " or ".join((*options.failed, "test_no_sync"))
     alone = 0 if options.dry else 1
-    tune = (
-        ("--seconds", "0.01", "--budget", "1")
-        if options.dry
-        else ("--sweep", *SWEPT, "--case", *TUNED, "--seconds", "0.2")
-    )
+    full = ("--sweep", *SWEPT, "--case", *TUNED, "--seconds", "0.2")
+    tune = ("--seconds", "0.01", "--budget", "1") if options.dry else full
     tables = ("--out", "{work}/tune.json", "--gate", "{work}/gate.json")
     small = () if options.dry else ("--case", *SMALL)
     return [

@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def profiled(device: torch.device, tiny: bool) -> list[Case]:
-    """Two sizes of each small operation, then a loss and a scoring of each published shape, in turns."""
+    """The token loss in two sizes, the causal weights in one; a loss and a scoring of each published shape, in turns."""
     listed = tiny_cases(device) if tiny else cases(device)
     known = [c for c in listed if (c.objective, c.logits, c.masked) == ("grpo", "peaked", "none")]
     count = 1 if device.type == "cpu" else 4
@@ -101,13 +101,14 @@ def profile_call(case: Case, device: torch.device) -> dict[str, Any]:
     with profile(activities=activities) as seen:
         call()
         measure.synchronize(device)
+    work = measure.work(case, x)
     return {
         "key": case.key,
         "wall_ms": wall * 1e3,
         "host_ms": host * 1e3,
         "calls": CALLS,
-        "per_second": measure.work(case, x).of("both") / wall,
-        "counts": measure.work(case, x).kind,
+        "per_second": work.of("both") / wall,
+        "counts": work.kind,
         "peak_bytes": peak,
         "timed": (started, ended),
         "kernels": kernels(seen, device),

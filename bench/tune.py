@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -110,7 +111,7 @@ def product_blocks(case: Case) -> Iterator[Setting]:
     for m, n, k, stages, parts in (*wide, (256, 128, 64, 4, 4), (128, 128, 64, 4, 4)):
         blocks = product.Blocks(m, n, k, 8, stages, parts)
         name = f"blocks of {m} x {n} x {k}, {stages} stages, {parts} parts"
-        yield Setting(name, (taking, (product, "HOPPER_BLOCKS", blocks)))
+        yield Setting(name, (taking, (product, "tma_blocks", lambda device, blocks=blocks: blocks)))
 
 
 def tile_order(case: Case) -> Iterator[Setting]:
@@ -123,9 +124,14 @@ def tile_order(case: Case) -> Iterator[Setting]:
 
     operation = _OPERATIONS[case.op]
     taking = _taking(operation, "epilogue" if operation == "loss" else "product")
+    blocks_of = product.tma_blocks
+
+    def grouped(device: torch.device, group: int) -> product.Blocks | None:
+        blocks = blocks_of(device)
+        return None if blocks is None else blocks._replace(group=group)
+
     for group in (0, 8, 16, 32):
-        blocks = product.HOPPER_BLOCKS._replace(group=group)
-        ordered = (taking, (product, "HOPPER_BLOCKS", blocks))
+        ordered = (taking, (product, "tma_blocks", partial(grouped, group=group)))
         name = f"{group} blocks of rows together" if group else "all rows together"
         if operation == "loss":
             yield Setting(name, ordered)

@@ -397,6 +397,29 @@ def test_tuning_checks_and_times_settings(tmp_path: Path, monkeypatch: pytest.Mo
     assert content["sweeps"][0]["settings"][1]["setting"] == "3 rows"
 
 
+def test_sweeps_of_our_own_product_replace_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On any device that copies by descriptor: what a row of the table is called is what ran."""
+    linear, product = (pytest.importorskip(f"gcpo_kernels.triton_backend.{name}") for name in ("linear", "product"))
+    usual = product.BLACKWELL_BLOCKS
+    monkeypatch.setattr(product, "tma_blocks", lambda device: usual)
+    x = torch.zeros(16, 16, dtype=torch.bfloat16)
+
+    def now() -> tuple[Any, int]:
+        blocks, by_descriptors = product.choose_blocks(x, x)
+        assert by_descriptors
+        return blocks, linear._SCORED_BYTES // (2 * case.hidden)
+
+    case = next(c for c in registry.cases(torch.device("cuda")) if c.op == "scoring" and c.rows == 16_384)
+    seen = {setting.name: setting.applied(now)() for setting in tune.tile_order(case)}
+    assert seen["16 blocks of rows together, 16384 at a time"] == (usual._replace(group=16), 16_384)
+    assert seen["all rows together, 2048 at a time"] == (usual, 2048)
+    assert len(set(seen.values())) == len(seen)
+    seen = {setting.name: setting.applied(now)() for setting in tune.product_blocks(case)}
+    assert seen["blocks of 128 x 256 x 64, 4 stages, 2 parts"][0] == product.Blocks(128, 256, 64, 8, 4, 2)
+    assert len(set(seen.values())) == len(seen)
+    assert now()[0] == usual
+
+
 def test_outcome_has_no_gradient_where_none_is_measured() -> None:
     case = CASES["scoring"]
     x = registry.make_tensors(case, CPU)

@@ -90,9 +90,8 @@ def _token_loss_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     given = TokenInputs(*tokens)
     ctx.dtypes = (logp.dtype, None if given.causal_logp is None else given.causal_logp.dtype)
     ctx.save_for_backward(*output[1:], given.mask)
-    ctx.set_materialize_grads(
-        False
-    )  # of what only the backward reads they would be zeros of (B, T), written for nothing
+    # Else autograd would write zeros of (B, T) as the gradients of what only the backward reads.
+    ctx.set_materialize_grads(False)
 
 
 def _token_loss_grad(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple:

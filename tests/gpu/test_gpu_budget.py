@@ -50,6 +50,7 @@ def test_rounded_once_more(factor: float) -> None:
         (gcpo_kernels.linear_gcpo_loss(**leaves, kappa=0.06)[0] * by).backward()
         found.append([leaves[key].grad.float() for key in ("hidden", "weight", "bias")])
     for made, multiplied in zip(*found, strict=True):
+        assert made.any()
         assert torch.equal(multiplied, (made * factor).bfloat16().float())
 
 

@@ -229,11 +229,8 @@ def test_causal_weights_are_three_launches(dtype: torch.dtype | None, launches: 
 def test_selective_logprob_is_two_launches(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
     """No zeros for the entropies, which have no gradient."""
     monkeypatch.setattr(linear, "check_token_ids", lambda ids, vocab: ids)  # on a CPU alone it looks at them
-    logits, ids, upstream = (
-        torch.randn(4, 5, 37, requires_grad=True),
-        torch.ones(4, 5, dtype=torch.int64),
-        torch.ones(4, 5),
-    )
+    logits, upstream = torch.randn(4, 5, 37, requires_grad=True), torch.ones(4, 5)
+    ids = torch.ones(4, 5, dtype=torch.int64)
     with KernelsOnly():
         torch.autograd.grad(gcpo_kernels.selective_logprob(logits, ids), logits, upstream)
     assert names(launches) == ["logprob_forward", "logprob_backward"]
