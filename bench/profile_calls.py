@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def profiled(device: torch.device, tiny: bool) -> list[Case]:
-    """The token loss in two sizes, the causal weights in one; a loss and a scoring of each published shape, in turns."""
+    """The token loss in two sizes, the causal weights in one; a loss and a scoring of each published shape in turns."""
     listed = tiny_cases(device) if tiny else cases(device)
     known = [c for c in listed if (c.objective, c.logits, c.masked) == ("grpo", "peaked", "none")]
     count = 1 if device.type == "cpu" else 4
