@@ -12,6 +12,7 @@ from run_layouts import build, pretend_cpus_are_gpus
 from transformers import TrainerCallback
 
 from gcpo.causal.port import Continuation
+from gcpo.run.leaving import leave
 
 # What each process decodes: as many rows, of which one has more in common and more to read than the other.
 PROMPTS = (
@@ -57,6 +58,7 @@ def main() -> None:
     trainer.add_callback(check)
     trainer.train()
     torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

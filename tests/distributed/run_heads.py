@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
+from gcpo.run.leaving import leave
 from gcpo_kernels import gcpo_loss, linear_gcpo_loss, linear_logprob, torch_backend
 from gcpo_kernels.testing import assert_close_to_truth, make_linear_inputs, poison, with_gradients
 
@@ -324,6 +325,7 @@ def main() -> None:
         if os.environ["RANK"] == "0":
             print(f"passed: {name}", flush=True)
     dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from tiny_policy import SHORT_TEMPLATES, count_low, options, prompts
 from transformers import TrainerCallback
 
 from gcpo import GCPOConfig, GCPOTrainer
+from gcpo.run.leaving import leave
 
 # Not the default, by which an adapter's product is zero until the second step: its reference is then another model.
 ADAPTER = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_lora_weights": False}
@@ -155,8 +156,9 @@ def main() -> None:
             if not refused:
                 raise
             (folder / f"refused-{os.environ['RANK']}.txt").write_text(str(error))
-    if torch.distributed.is_initialized():  # gloo's threads must not outlive the interpreter
+    if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 from tiny_policy import SHORT_TEMPLATES, count_low, options, prompts
 
 from gcpo import GCPOConfig, GCPOTrainer
+from gcpo.run.leaving import leave
 
 
 def train(policy: str, folder: Path, checkpoint: str | None = None) -> Any:
@@ -48,6 +49,7 @@ def main() -> None:
     found.append(train(policy, folder, str(checkpoint)))
     (folder / f"found-{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
