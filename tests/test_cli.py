@@ -159,6 +159,11 @@ def test_wrong_arguments_name_what_is_wrong(argv: list[str], wanted: str, capsys
         (["--dataset_name", "nowhere.jsonl"], "there is no file or folder 'nowhere.jsonl'"),
         (["--per_device_train_batch_size", "18"], "The dataset has 8 prompts, one rollout takes 9: lower"),
         (["--gradient_accumulation_steps", "9", "--max_steps", "-1"], "has 8 prompts, one rollout takes 9: lower"),
+        (["--per_device_train_batch_size", "3"], "`num_generations` must divide the rows of a rollout"),
+        (
+            ["--eval_strategy", "epoch", "--per_device_eval_batch_size", "3"],
+            "`per_device_eval_batch_size` x processes = 3 x 1 must be divisible by",
+        ),
         (["--reward_funcs", "accuracy_reward"], "accuracy_reward needs the dataset's column solution"),
         (["--resume_from_checkpoint", "last"], "no checkpoint in"),
         (["--resume_from_checkpoint", "./nowhere"], "`--resume_from_checkpoint` must be a checkpoint folder"),
@@ -426,12 +431,23 @@ def test_none_can_be_written_for_an_optional_integer(tmp_path: Path) -> None:
     assert training.parse([*flags[2:], "--candidate_context_tokens", "7"])[1].candidate_context_tokens == 7
 
 
-def test_flags_of_accelerate_launch_are_passed_on(monkeypatch: pytest.MonkeyPatch, config: Path) -> None:
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        # Whole groups on two processes, which one does not make.
+        ["--per_device_train_batch_size", "1"],
+        ["--eval_strategy", "epoch", "--per_device_eval_batch_size", "1"],
+    ],
+)
+def test_flags_of_accelerate_launch_are_passed_on(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch, config: Path
+) -> None:
     import accelerate.commands.launch as accelerate_launch
 
     seen = []
     monkeypatch.setattr(accelerate_launch, "launch_command", seen.append)
-    assert run("train", "--config", config, "--accelerate_config", "zero2", "--num_processes", "2") == 0
+    assert run("train", "--config", config, *flags, "--accelerate_config", "zero2", "--num_processes", "2") == 0
     (args,) = seen
     assert args.config_file.endswith("zero2.yaml")
     assert args.num_processes == 2

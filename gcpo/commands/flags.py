@@ -47,6 +47,9 @@ class TrainParser(TrlParser):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        # What is known of the processes to start, also where making the options fails.
+        self.launch_args: list[str] = []
+        self.use_cpu = False
         self._names_are_keys = False
         dicts = {name for name, hint in get_type_hints(GRPOConfig).items() if _takes_dict(hint)}
         for action in self._actions:
@@ -89,6 +92,7 @@ class TrainParser(TrlParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         namespace, rest = super().parse_known_args(args, namespace)
+        self.use_cpu = bool(getattr(namespace, "use_cpu", False))
         return namespace, self._for_accelerate(rest)
 
     def _for_accelerate(self, rest: list[str]) -> list[str]:
@@ -102,6 +106,7 @@ class TrainParser(TrlParser):
         for flag in (arg.split("=", 1)[0] for arg in rest if arg.startswith("--")):
             if flag not in known:
                 self.error(self._unknown(flag, known))
+        self.launch_args += rest
         return rest
 
     def _unknown(self, flag: str, of_accelerate: Iterable[str]) -> str:

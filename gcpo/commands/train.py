@@ -19,7 +19,7 @@ from gcpo.run.checkpoints import check_same_model, checkpoint_to_resume, checkpo
 from gcpo.run.cycle import check_size, count_steps, prompts_per_rollout
 from gcpo.run.inputs import ArgumentsError, argument_errors, check_chat_template, check_model
 from gcpo.run.leaving import leave
-from gcpo.run.processes import launch, wants_launch
+from gcpo.run.processes import GroupsError, launch, wants_launch
 from gcpo.run.progress import StepProgress
 from gcpo.run.prompts import PromptError, check_prompts
 from gcpo.run.reward_timeout import with_timeout
@@ -71,15 +71,21 @@ def make_parser(prog: str = "gcpo train") -> TrainParser:
     return parser
 
 
-def parse(argv: list[str]) -> tuple[GCPOScriptArguments, GCPOConfig, ModelConfig, DatasetMixtureConfig, list[str]]:
+def parse(
+    argv: list[str], parser: TrainParser | None = None
+) -> tuple[GCPOScriptArguments, GCPOConfig, ModelConfig, DatasetMixtureConfig, list[str]]:
     """
     Read flags and the YAML file of `--config`.
+
+    Args:
+        argv: flags.
+        parser: a new one of `make_parser()`; made here when None.
 
     Returns:
         The four groups of arguments, and what is meant for `accelerate launch` (as with `trl grpo`, any of its flags
         may stand among the others). A flag that neither knows is an error.
     """
-    script_args, config, model_args, mixture, launch_args = make_parser().parse_args_and_config(
+    script_args, config, model_args, mixture, launch_args = (parser or make_parser()).parse_args_and_config(
         argv, return_remaining_strings=True
     )
     return script_args, config, model_args, mixture, launch_args
@@ -90,9 +96,17 @@ def run(flags: list[str]) -> int:
     # TRL's own default trips it; nothing that the user could change.
     warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
     with argument_errors():
-        script_args, config, model_args, mixture, launch_args = parse(flags)
-        check_installed(config, model_args)
-        starts_others = wants_launch(config, launch_args)
+        parser = make_parser()
+        try:
+            script_args, config, model_args, mixture, launch_args = parse(flags, parser)
+        except GroupsError:  # of this one process: those that are started count how many they are
+            launch_args = parser.launch_args
+            if not wants_launch(parser.use_cpu, launch_args):
+                raise
+            starts_others = True
+        else:
+            check_installed(config, model_args)
+            starts_others = wants_launch(config.use_cpu, launch_args)
     if starts_others:
         return launch(["train", *flags], launch_args)
     with argument_errors():

@@ -57,17 +57,28 @@ def check_processes_agree(args: Any, **others: Any) -> None:
         raise ValueError(f"Every process must get the same options, got by rank {found}.")
 
 
+class GroupsError(ValueError):
+    """As many processes as there are make no whole number of groups; more might."""
+
+
 @contextmanager
 def explained_groups(args: Any) -> Iterator[None]:
-    """TRL's refusal of a rollout that holds no whole number of groups, with where its size comes from."""
+    """TRL's refusals of what holds no whole number of groups, with where its size comes from."""
     try:
         yield
     except ValueError as error:
+        processes = max(args.world_size, 1)
+        if "global eval batch size" in str(error):
+            raise GroupsError(
+                f"`per_device_eval_batch_size` x processes = {args.per_device_eval_batch_size} x {processes} must be "
+                f"divisible by the generations of a prompt in evaluation "
+                f"(`num_generations_eval`, or else `num_generations`), which are "
+                f"{args.num_generations_eval or args.num_generations}."
+            ) from error
         rows, n = getattr(args, "generation_batch_size", None), getattr(args, "num_generations", None)
         if not (rows and n) or rows % n == 0 or "num_generations" not in str(error):
             raise
-        processes = max(args.world_size, 1)
-        raise ValueError(
+        raise GroupsError(
             f"`num_generations` must divide the rows of a rollout, which are per_device_train_batch_size x processes x "
             f"steps_per_generation = {args.per_device_train_batch_size} x {processes} x {args.steps_per_generation} = "
             f"{rows}, got {n}: a group may be spread over processes, but must be whole."
@@ -94,13 +105,13 @@ def explained_loss_of_process(timeout: float) -> Iterator[None]:
         ) from error
 
 
-def wants_launch(config: GRPOConfig, launch_args: list[str]) -> bool:
+def wants_launch(use_cpu: bool, launch_args: list[str]) -> bool:
     """Whether this process is to start others instead of training itself."""
     from accelerate.commands.config.config_args import default_config_file
 
     if any(name in os.environ for name in (_LAUNCHED, "LOCAL_RANK", "WORLD_SIZE")):
         return False
-    several = not config.use_cpu and torch.accelerator.device_count() > 1
+    several = not use_cpu and torch.accelerator.device_count() > 1
     return bool(launch_args) or several or Path(default_config_file).is_file()
 
 

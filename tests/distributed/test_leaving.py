@@ -1,11 +1,14 @@
 """The end of a process whose gloo threads still have tensors to release."""
 
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from launching import CONFIGS, finish, free_port
+from tiny_policy import save_policy
 
 # A thread of the group, which default arguments of torch.distributed.nn keep, is in the middle of releasing a tensor
 # when this process ends.
@@ -51,3 +54,51 @@ def test_the_interpreters_own_end_aborts(tmp_path: Path) -> None:
 def test_threads_of_the_process_are_waited_for(tmp_path: Path) -> None:
     script = "import threading, time\ndef late():\n    time.sleep(0.3)\n    print('done')\n"
     assert end(f"{script}threading.Thread(target=late).start()\n{LEAVE.format(0)}", tmp_path).stdout == "done\n"
+
+
+# A reward whose module the interpreter's own end would take apart.
+REWARD = """
+class Told:
+    def __del__(self):
+        print("the interpreter's own end", flush=True)
+told = Told()
+def length(completions, **columns):
+    return [float(len(completion)) for completion in completions]
+"""
+
+
+@pytest.mark.slow
+def test_the_train_command_on_two_processes(tmp_path: Path) -> None:
+    """It starts them itself, saves once, and no process ends as the interpreter would end it."""
+    (tmp_path / "rewards_that_tell.py").write_text(REWARD)
+    out = tmp_path / "out"
+    flags = {
+        "model_name_or_path": save_policy(tmp_path / "policy"),
+        "dataset_name": "reasoning_gym:chain_sum",
+        "reward_funcs": "rewards_that_tell.length",
+        "max_steps": "1",
+        "per_device_train_batch_size": "2",
+        "num_generations": "4",
+        "max_completion_length": "4",
+        "report_to": "none",
+        "output_dir": str(out),
+        "accelerate_config": str(CONFIGS / "accelerate" / "ddp.yaml"),
+        "mixed_precision": "no",
+        "num_processes": "2",
+        "main_process_port": str(free_port()),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "gcpo.cli",
+        "train",
+        *(word for name in flags for word in (f"--{name}", flags[name])),
+    ]
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    run = subprocess.Popen([*command, "--use_cpu"], env=environment, start_new_session=True, **pipes)
+    code, told, err = finish(run)
+    assert code == 0, err[-6000:]
+    assert told.count("steps=1 ") == told.count("saved to") == 1 and "own end" not in told
+    assert (out / "model.safetensors").is_file()
