@@ -4,9 +4,11 @@ import difflib
 import os
 import sys
 from importlib import import_module
+from typing import NoReturn
 
 from gcpo import __version__
 from gcpo.run.inputs import ArgumentsError, argument_errors
+from gcpo.run.leaving import leave
 
 DEBUG = "GCPO_DEBUG"
 # Each is a module of `gcpo.commands` with a function `run(flags) -> exit code`.
@@ -58,6 +60,14 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"gcpo {name}", f"{error}\n{DEBUG}=1 shows where this was raised.")
 
 
+def entry() -> NoReturn:
+    """The process `gcpo`: runs the command, and ends."""
+    code = main()
+    if "LOCAL_RANK" in os.environ:  # one of those that accelerate or torchrun started
+        leave(code)
+    sys.exit(code)
+
+
 def usage() -> str:
     """The text of `gcpo --help`."""
     width = max(map(len, COMMANDS))
@@ -76,4 +86,4 @@ def _fail(prog: str, message: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

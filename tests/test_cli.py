@@ -128,6 +128,11 @@ def test_train_help_has_the_options_of_trl_and_of_gcpo(capsys: pytest.CaptureFix
         (["train", "--candidate_context_tokens", "few"], "invalid int value: 'few'"),
         (["train", "--temperature", "0"], "`temperature` must be finite and above 0, got 0.0"),
         (["train", "--min_p", "2"], "`min_p` must be finite and at least 0 and at most 1, got 2.0"),
+        (["train", "--logging_steps", "0"], "requires non-zero --logging_steps"),
+        (
+            ["train", "--generation_batch_size", "12"],
+            "`num_generations` must divide `generation_batch_size` = 12, got 8",
+        ),
         (["train", "--report_to", "wandb"], "`--report_to wandb`: WandbCallback requires wandb to be installed"),
         (["train", "--report_to", "flyte"], "`--report_to flyte`: FlyteCallback requires flytekit to be installed"),
         (["train", "--report_to", "wandbb"], "`--report_to` must be none, all, or some of azure_ml"),
@@ -454,6 +459,20 @@ def test_flags_of_accelerate_launch_are_passed_on(
     assert args.module
     assert args.training_script == "gcpo.cli"
     assert args.training_script_args[:2] == ["train", "--config"]
+
+
+@pytest.mark.parametrize(("ended", "wanted"), [(2, 2), (-9, 137)])
+def test_the_exit_code_of_a_process_that_failed(
+    ended: int, wanted: int, monkeypatch: pytest.MonkeyPatch, config: Path
+) -> None:
+    import accelerate.commands.launch as accelerate_launch
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    def fails(args: Any) -> None:
+        raise ChildFailedError("gcpo.cli", {1: ProcessFailure(1, 0, ended, "")})
+
+    monkeypatch.setattr(accelerate_launch, "launch_command", fails)
+    assert run("train", "--config", config, "--num_processes", "2") == wanted
 
 
 def test_a_model_without_a_chat_template_is_refused_for_messages(

@@ -47,7 +47,7 @@ class TrainParser(TrlParser):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        # What is known of the processes to start, also where making the options fails.
+        # For `accelerate launch`; read where making the options has failed.
         self.launch_args: list[str] = []
         self.use_cpu = False
         self._names_are_keys = False
@@ -64,6 +64,7 @@ class TrainParser(TrlParser):
 
     def parse_args_and_config(self, args: Any = None, *rest: Any, **kwargs: Any) -> tuple[Any, ...]:
         given = sys.argv[1:] if args is None else args
+        self.launch_args = []
         argv = [part for arg in given for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
         if argv.count("--config") > 1:
             raise ValueError("`--config` must be given once: flags beside it change what the file says.")

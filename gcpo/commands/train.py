@@ -18,7 +18,6 @@ from gcpo.evaluation.sources import TaskArguments, column_names, load_splits
 from gcpo.run.checkpoints import check_same_model, checkpoint_to_resume, checkpoints, step_of, why_incomplete
 from gcpo.run.cycle import check_size, count_steps, prompts_per_rollout
 from gcpo.run.inputs import ArgumentsError, argument_errors, check_chat_template, check_model
-from gcpo.run.leaving import leave
 from gcpo.run.processes import GroupsError, launch, wants_launch
 from gcpo.run.progress import StepProgress
 from gcpo.run.prompts import PromptError, check_prompts
@@ -99,7 +98,7 @@ def run(flags: list[str]) -> int:
         parser = make_parser()
         try:
             script_args, config, model_args, mixture, launch_args = parse(flags, parser)
-        except GroupsError:  # of this one process: those that are started count how many they are
+        except GroupsError:  # of this process alone; those that are started are more, and check all that follows too
             launch_args = parser.launch_args
             if not wants_launch(parser.use_cpu, launch_args):
                 raise
@@ -216,6 +215,4 @@ def train(trainer: Any, checkpoint: str | None, announcement: str) -> int:
         trainer.push_to_hub()
         say(f"gcpo train: pushed to {trainer.hub_model_id}")
     trainer.accelerator.end_training()
-    if trainer.accelerator.num_processes > 1:
-        leave()
     return 0

@@ -58,30 +58,31 @@ def check_processes_agree(args: Any, **others: Any) -> None:
 
 
 class GroupsError(ValueError):
-    """As many processes as there are make no whole number of groups; more might."""
+    """What as many processes as there are read at a time is no whole number of groups; with more of them it may be."""
 
 
 @contextmanager
 def explained_groups(args: Any) -> Iterator[None]:
-    """TRL's refusals of what holds no whole number of groups, with where its size comes from."""
+    """Explain TRL's refusals of batches that are no whole number of groups: where their size comes from."""
+    given = getattr(args, "generation_batch_size", None)
     try:
         yield
     except ValueError as error:
-        processes = max(args.world_size, 1)
-        if "global eval batch size" in str(error):
-            raise GroupsError(
-                f"`per_device_eval_batch_size` x processes = {args.per_device_eval_batch_size} x {processes} must be "
-                f"divisible by the generations of a prompt in evaluation "
-                f"(`num_generations_eval`, or else `num_generations`), which are "
-                f"{args.num_generations_eval or args.num_generations}."
-            ) from error
         rows, n = getattr(args, "generation_batch_size", None), getattr(args, "num_generations", None)
+        if str(error).startswith("The global eval batch size"):
+            raise GroupsError(
+                f"`per_device_eval_batch_size` x processes = {args.per_device_eval_batch_size} x {args.world_size} "
+                f"must be divisible by the generations of a prompt in evaluation, {args.num_generations_eval or n} "
+                "(`num_generations_eval`, or else `num_generations`)."
+            ) from error
         if not (rows and n) or rows % n == 0 or "num_generations" not in str(error):
             raise
+        if given is not None:  # whatever the number of processes
+            raise ValueError(f"`num_generations` must divide `generation_batch_size` = {given}, got {n}.") from error
         raise GroupsError(
             f"`num_generations` must divide the rows of a rollout, which are per_device_train_batch_size x processes x "
-            f"steps_per_generation = {args.per_device_train_batch_size} x {processes} x {args.steps_per_generation} = "
-            f"{rows}, got {n}: a group may be spread over processes, but must be whole."
+            f"steps_per_generation = {args.per_device_train_batch_size} x {max(args.world_size, 1)} x "
+            f"{args.steps_per_generation} = {rows}, got {n}: a group may be spread over processes, but must be whole."
         ) from error
 
 
@@ -118,6 +119,7 @@ def wants_launch(use_cpu: bool, launch_args: list[str]) -> bool:
 def launch(command: list[str], launch_args: list[str]) -> int:
     """Start `gcpo` with a command's flags under `accelerate launch`, as `trl grpo` does; the exit code."""
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
     argv = [*resolve_accelerate_config_argument(launch_args), "--module", "gcpo.cli", *command]
@@ -126,6 +128,9 @@ def launch(command: list[str], launch_args: list[str]) -> int:
         launch_command(launch_command_parser().parse_args(argv))
     except subprocess.CalledProcessError as error:
         return error.returncode
+    except ChildFailedError as error:  # which has said what is wrong
+        code = error.get_first_failure()[1].exitcode
+        return code if code > 0 else 128 - code  # as of a shell, where a signal ended it
     finally:
         del os.environ[_LAUNCHED]
     return 0
