@@ -130,8 +130,8 @@ def test_train_help_has_the_options_of_trl_and_of_gcpo(capsys: pytest.CaptureFix
         (["train", "--min_p", "2"], "`min_p` must be finite and at least 0 and at most 1, got 2.0"),
         (["train", "--logging_steps", "0"], "requires non-zero --logging_steps"),
         (
-            ["train", "--generation_batch_size", "12"],
-            "`num_generations` must divide `generation_batch_size` = 12, got 8",
+            ["train", "--generation_batch_size", "16", "--num_generations", "6", "--num_processes", "2"],
+            "`num_generations` must divide `generation_batch_size` = 16, got 6",
         ),
         (["train", "--report_to", "wandb"], "`--report_to wandb`: WandbCallback requires wandb to be installed"),
         (["train", "--report_to", "flyte"], "`--report_to flyte`: FlyteCallback requires flytekit to be installed"),

@@ -24,11 +24,13 @@ SETTINGS: dict[str, Any] = {"limit": 9, "temperature": None}
 
 
 class Check(TrainerCallback):
-    """After a step: what is decoded after the keys and values of prompts' beginnings is what whole prompts give."""
+    """After the first step: decoding after the keys and values of prompts' beginnings gives what whole prompts give."""
 
     trainer: Any
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step != 1:
+            return
         policy = self.trainer._policy
         mine, greedy = PROMPTS[policy.rank], GREEDY[policy.rank]
         with torch.no_grad():
@@ -42,7 +44,7 @@ class Check(TrainerCallback):
             found.append(got)
         assert [a != b for a, b in zip(*found, strict=True)] == greedy and policy.can_decode
         everyone = policy.gather_lists([found])
-        if policy.rank == 0 and state.global_step == 2:
+        if policy.rank == 0:
             print("decoded:", everyone, flush=True)
 
 
