@@ -1,6 +1,5 @@
-"""The command line: what it refuses and how it says so, and training, evaluation and doctor end to end."""
+"""The command line: what it refuses and how it says so, and training and evaluation end to end."""
 
-import asyncio
 import json
 import re
 import subprocess
@@ -9,15 +8,13 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
-import torch
 import trl
 import yaml
 
 from gcpo import cli
 from gcpo.cli import main
-from gcpo.commands import doctor, flags
+from gcpo.commands import flags
 from gcpo.commands import train as training
-from gcpo.evaluation import rewards, sources
 from gcpo.run import inputs
 
 TASK = "reasoning_gym:chain_sum"
@@ -262,24 +259,6 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         run("train", "--model_name_or_path", "./nowhere")
 
 
-def test_files_and_saved_datasets_are_read_and_their_splits_checked(tmp_path: Path) -> None:
-    from datasets import Dataset, DatasetDict
-
-    rows = Dataset.from_list([{"prompt": "1 + 1", "solution": "2"}])
-    rows.to_json(tmp_path / "rows.jsonl")
-    rows.save_to_disk(str(tmp_path / "one"))
-    DatasetDict({"train": rows, "test": rows}).save_to_disk(str(tmp_path / "two"))
-    for name, splits in (("rows.jsonl", {"train"}), ("one", {"train"}), ("two", {"train", "test"})):
-        loaded = sources.load_named(str(tmp_path / name))
-        assert set(loaded) == splits
-        assert loaded["train"][0] == {"prompt": "1 + 1", "solution": "2"}
-    with pytest.raises(ValueError, match="`--dataset_test_split` must be one of 'train', got 'test'"):
-        sources.take_split({"train": rows}, "dataset_test_split", "test")
-    (tmp_path / "rows.xml").write_text("")
-    with pytest.raises(ValueError, match="`--dataset_name` must end in one of"):
-        sources.load_named(str(tmp_path / "rows.xml"))
-
-
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
@@ -371,52 +350,6 @@ def test_packages_that_others_miss_are_errors_of_one_line() -> None:
         raise ImportError("this needs that")
     with pytest.raises(ImportError, match="ours"), inputs.argument_errors():
         raise ImportError("ours", name="gcpo.trainer")
-
-
-def test_held_out_items_are_those_of_eval_and_not_trained_on() -> None:
-    train, held_out = sources.load_task(TASK, sources.TaskArguments(task_size=50), 20)
-    other = sources.load_task(TASK, sources.TaskArguments(task_size=1), 20)[1]
-    assert held_out["entry"] == other["entry"]
-    questions = [row[-1]["content"] for row in train["prompt"]]
-    assert not set(questions) & {row[-1]["content"] for row in held_out["prompt"]}
-
-
-def test_rewards_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine_for_cli.py").write_text(
-        "def length(completions, **kwargs):\n    return [1.0] * len(completions)\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    names = [*rewards.TRL_REWARDS, "reasoning_gym", "mine_for_cli.length"]
-    loaded = rewards.load_rewards(names, None, ["solution", "task", "entry"])
-    assert len(loaded) == len(names)
-    assert loaded[-1](["a", "b"]) == [1.0, 1.0]
-    assert rewards.load_rewards(None, TASK, None) == rewards.load_rewards(["reasoning_gym"], None, None)
-
-
-@pytest.mark.parametrize("returned", [None, 1.0, [1.0], ["a", "b"], "ab"], ids=str)
-def test_a_reward_that_is_no_list_of_numbers_is_named(returned: object) -> None:
-    def mine(completions, **kwargs):
-        return returned
-
-    async def later(completions, **kwargs):
-        return returned
-
-    wanted = f"must return a list with a number for each of 2 completions, it returned {re.escape(repr(returned))}"
-    with pytest.raises(inputs.ArgumentsError, match=f"'mine' {wanted}"):
-        rewards.checked(mine)(prompts=["p", "p"], completions=["a", "b"])
-    with pytest.raises(inputs.ArgumentsError, match=f"'later' {wanted}"):
-        asyncio.run(rewards.checked(later)(completions=["a", "b"]))
-
-
-def test_rewards_that_are_right_pass() -> None:
-    class Mine:
-        def __call__(self, completions, **kwargs):
-            return torch.tensor([1.0, 0.5])
-
-    reward = rewards.checked(Mine())
-    assert reward(completions=["a", "b"]) == [1.0, 0.5] and reward.__name__ == "Mine"
-    assert rewards.checked(lambda completions, **kwargs: (None, True))(completions=["a", "b"]) == [None, 1.0]
 
 
 def test_a_wrong_reward_stops_training_with_one_line(
@@ -560,53 +493,6 @@ def test_ctrl_c_names_the_last_checkpoint(
     assert run("train", "--config", config) == 130
     error = capsys.readouterr().err
     assert f"interrupted at step 1; continue with --resume_from_checkpoint {tmp_path / 'out' / 'checkpoint-1'}" in error
-
-
-def test_doctor_passes_here(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("doctor") == 0
-    out = capsys.readouterr().out
-    for name in ("torch", "triton", "vllm", "device", "backend", *(case.name for case in doctor.cases())):
-        assert f"\n{name} " in out
-    assert "FAIL" not in out
-
-
-def test_doctor_covers_every_differentiable_function() -> None:
-    import gcpo_kernels
-
-    without_gradient = {"available_backends", "group_advantages", "causal_reference_logprob"}
-    assert {case.name for case in doctor.cases()} == set(gcpo_kernels.__all__) - without_gradient
-
-
-@pytest.mark.parametrize("fault", ["value", "gradient", "nan", "raises"])
-def test_doctor_finds_a_wrong_kernel(
-    fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import gcpo_kernels
-
-    right = gcpo_kernels.leave_one_out_mean
-
-    def wrong(z: torch.Tensor) -> torch.Tensor:
-        out = right(z)
-        if fault == "raises":
-            raise RuntimeError("does not compile")
-        if fault == "gradient":
-            return out.detach() + 0 * z
-        return out * (float("nan") if fault == "nan" else 1.001)
-
-    monkeypatch.setattr(gcpo_kernels, "leave_one_out_mean", wrong)
-    assert run("doctor") == 1
-    out = capsys.readouterr().out
-    assert "1 of 7 functions are wrong here: leave_one_out_mean" in out
-    assert out.count("FAIL") == 1
-
-
-def test_doctor_warns_of_another_trl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    installed = doctor.installed
-    monkeypatch.setattr(doctor, "cases", lambda: iter(()))
-    for version, wanted in (("1.17.0", "warning: trl 1.17.0 is not 1.16.x"), (None, "need trl")):
-        monkeypatch.setattr(doctor, "installed", lambda name, v=version: v if name == "trl" else installed(name))
-        assert run("doctor") == 0
-        assert wanted in capsys.readouterr().out
 
 
 def _step(folder: Path) -> int:

@@ -16,24 +16,31 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def start(launcher: list[str], script: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """
-    `launcher`, with two processes on a port of their own, running `script` of this folder. It is a session of its own,
-    so that all of it can be ended.
-    """
-    processes = (
-        ["--num_processes", "--main_process_port"] if "launch" in launcher else ["--nproc-per-node", "--master-port"]
-    )
-    options = [word for pair in zip(processes, ("2", str(free_port())), strict=True) for word in pair]
-    path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+def spawn(command: list[str], **environment: str) -> subprocess.Popen[str]:
+    """`command`, in a session of its own, so that all that it starts can be ended."""
     return subprocess.Popen(
-        [*launcher, *options, str(HERE / script), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "DS_ACCELERATOR": "cpu", **environment},
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
+
+
+def path_with(folder: Path) -> str:
+    """PYTHONPATH, with a folder before what it has."""
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def start(launcher: list[str], script: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """`launcher`, with two processes on a port of their own, running `script` of this folder."""
+    processes = (
+        ["--num_processes", "--main_process_port"] if "launch" in launcher else ["--nproc-per-node", "--master-port"]
+    )
+    options = [word for pair in zip(processes, ("2", str(free_port())), strict=True) for word in pair]
+    command = [*launcher, *options, str(HERE / script), *arguments]
+    return spawn(command, **{"PYTHONPATH": path_with(HERE.parent), **environment})
 
 
 def finish(run: subprocess.Popen[str], timeout: float = 300.0) -> tuple[int, str, str]:

@@ -1,13 +1,12 @@
 """The end of a process whose gloo threads still have tensors to release."""
 
-import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from launching import CONFIGS, finish, free_port
+from launching import CONFIGS, finish, free_port, path_with, spawn
 from tiny_policy import save_policy
 
 # A thread of the group, which default arguments of torch.distributed.nn keep, is in the middle of releasing a tensor
@@ -100,17 +99,9 @@ def test_the_train_command_on_two_processes(tmp_path: Path) -> None:
         "num_processes": "2",
         "main_process_port": str(free_port()),
     }
-    command = [
-        sys.executable,
-        "-m",
-        "gcpo.cli",
-        "train",
-        *(word for name in flags for word in (f"--{name}", flags[name])),
-    ]
-    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    run = subprocess.Popen([*command, "--use_cpu"], env=environment, start_new_session=True, **pipes)
+    given = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    command = [sys.executable, "-m", "gcpo.cli", "train", "--use_cpu", *given]
+    run = spawn(command, PYTHONPATH=path_with(tmp_path))
     code, told, err = finish(run)
     assert code == 0, err[-6000:]
     assert told.count("steps=1 ") == told.count("saved to") == 1 and "own end" not in told
